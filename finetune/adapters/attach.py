@@ -1,0 +1,127 @@
+"""Attach, count and merge: what is trained besides the head."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+
+from finetune.errors import ModelError, RecipeError
+from finetune.recipe.schema import AdapterSection
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Weights of a model."""
+
+    trained: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.trained:,} of {self.total:,} parameters are trained ({self.trained / self.total:.2%})"
+
+
+def attach_adapter(model: nn.Module, section: AdapterSection, head: Sequence[str], base_reference: str) -> nn.Module:
+    """Make a model trainable in the way that the recipe asks for.
+
+    Args:
+        model: a Hugging Face model with its head.
+        section: the recipe's `adapter`.
+        head: names of the head's modules; always trained and saved whole.
+        base_reference: what a saved adapter names as its base (a Hub id or a folder).
+
+    Returns:
+        The model itself (`full`) or a `PeftModel` around it (`lora`).
+
+    Raises:
+        RecipeError: `adapter.targets` names no linear layer.
+    """
+    if section.method == "full":
+        return model.requires_grad_(True)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=find_targets(model, section.targets, head),
+        modules_to_save=[name.rpartition(".")[2] for name in head],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers renames in version 6
+        wrapped = get_peft_model(model, config)
+    # PEFT records the folder that the weights were loaded from; a saved adapter must name what the recipe says.
+    wrapped.peft_config["default"].base_model_name_or_path = base_reference
+    return cast(nn.Module, wrapped)
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
+    """Full names of the linear layers of the base that get an update.
+
+    Raises:
+        RecipeError: a name that matches no linear layer.
+    """
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(name == part or name.startswith(f"{part}.") for part in head)
+    ]
+    if targets == "all-linear":
+        return linear
+    if targets == "attention":
+        return [name for name in linear if "attention" in name or "attn" in name]
+    endings = sorted({name.rpartition(".")[2] for name in linear})
+    unknown = [
+        target for target in targets if not any(name == target or name.endswith(f".{target}") for name in linear)
+    ]
+    if unknown:
+        raise RecipeError(
+            f"adapter.targets: each name must end the name of a linear layer of the base, got {', '.join(unknown)}. "
+            f"This base has {', '.join(endings)}; or say all-linear or attention."
+        )
+    return [name for name in linear if any(name == target or name.endswith(f".{target}") for target in targets)]
+
+
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """Fold the updates into the base's weights: a plain Hugging Face model with the same logits."""
+    return cast(nn.Module, model.merge_and_unload(safe_merge=True)) if isinstance(model, PeftModel) else model
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count trained weights and those of the model as it is used.
+
+    PEFT keeps a frozen copy of each module that it trains whole; the copy is no weight of the model.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if "original_module" not in name]
+    return ParameterCount(
+        trained=sum(parameter.numel() for _, parameter in named if parameter.requires_grad),
+        total=sum(parameter.numel() for _, parameter in named),
+    )
+
+
+def list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> weight of everything that is trained, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Put a saved adapter, head included, on a freshly loaded base; nothing is trainable.
+
+    Raises:
+        ModelError: the adapter's files do not fit the base.
+    """
+    try:
+        return cast(nn.Module, PeftModel.from_pretrained(model, str(folder), is_trainable=False))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: must hold an adapter that fits its base model; {error}") from error
+
+
+def read_adapter_base(folder: Path) -> str | None:
+    """The base that a saved adapter names, or None if the folder holds a whole model."""
+    path = folder / "adapter_config.json"
+    return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]) if path.exists() else None

@@ -1,0 +1,40 @@
+"""Write `model/`: what `predict` reads, and what plain transformers and PEFT load without this toolkit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.artifact.run_folder import save_json
+
+SETTINGS = "finetune.json"
+FORMAT = 1
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path, settings: dict[str, Any]) -> None:
+    """Write weights (safetensors), configuration, tokenizer and the toolkit's own settings.
+
+    The folder appears whole or not at all.
+
+    Args:
+        model: a Hugging Face model, or a `PeftModel` around one (then only adapter and head are written).
+        tokenizer: the base's.
+        folder: the run's `model/`; replaced if it exists.
+        settings: what prediction needs beside the weights, plain JSON.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    # PEFT would ask the Hub whether the base's vocabulary was enlarged; we never enlarge it.
+    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(temporary, **options)  # type: ignore[operator]  # a Hugging Face model
+    # PEFT leaves a README with empty headings; the run has a card of its own.
+    (temporary / "README.md").unlink(missing_ok=True)
+    # The adapter's folder carries the configuration too: it knows the classes, which the base does not.
+    model.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]  # a Hugging Face configuration
+    tokenizer.save_pretrained(temporary)
+    save_json(temporary / SETTINGS, {"format": FORMAT} | settings)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

@@ -1,0 +1,78 @@
+"""The command: its verbs, and how errors become words and exit codes."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+import typer
+
+from finetune.cli import data, doctor, evaluate, predict, recipes, run, schema
+from finetune.cli.output import fail
+from finetune.errors import FinetuneError, Interrupted
+
+BUG = 70
+
+app = typer.Typer(
+    name="finetune",
+    help="From a labelled file to a small model you can trust.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run_command)
+app.command("check")(run.check_command)
+app.command("resume")(run.resume_command)
+app.command("evaluate")(evaluate.evaluate_command)
+app.command("predict")(predict.predict_command)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(data.app, name="data")
+app.command("schema")(schema.schema_command)
+app.command("doctor")(doctor.doctor_command)
+
+
+@app.callback()
+def root(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """Take options that every verb shares; `--debug` is read in `main`."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 only if all went well."""
+    given = sys.argv[1:] if arguments is None else arguments
+    debug, as_json = "--debug" in given, "--json" in given
+    # Accepted anywhere on the line, as people type it.
+    given = [*(["--debug"] if debug else []), *(word for word in given if word != "--debug")]
+    try:
+        code = app(given, standalone_mode=False)
+    except FinetuneError as error:
+        _trace(debug)
+        fail(str(error), error.exit_code, as_json)
+    except click.exceptions.Abort:
+        fail("stopped by Ctrl-C.", Interrupted.exit_code, as_json)
+    except KeyboardInterrupt:
+        _trace(debug)
+        fail("stopped by Ctrl-C.", Interrupted.exit_code, as_json)
+    except click.ClickException as error:
+        if not as_json:
+            error.show()
+            sys.exit(error.exit_code)
+        fail(error.format_message(), error.exit_code, as_json)
+    except Exception as error:
+        _trace(debug)
+        fail(f"a bug: {type(error).__name__}: {error}. Run again with --debug and report what it prints.", BUG, as_json)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _trace(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""How every verb speaks: JSON on standard output for programs, tables for people, errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
+]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `finetune recipes list`.")
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's folder; runs/NAME means its latest finished run.")
+]
+
+
+def print_json(content: Any) -> None:
+    """Print one JSON value."""
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Print words as they are, without markup."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """Print a table without markup in its cells."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for position, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=position == 0)
+    for row in rows:
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    Console().print(table)
+
+
+def print_findings(findings: Sequence[Mapping[str, Any]]) -> None:
+    """One line for each finding of the data checks."""
+    for finding in findings:
+        rows = ", ".join(finding["rows"][:5])
+        print_text(f"  {finding['severity']:8} {finding['message']}" + (f" ({rows})" if rows else ""))
+
+
+def fail(message: str, code: int, as_json: bool) -> NoReturn:
+    """Say what went wrong and exit."""
+    if as_json:
+        print_json({"error": message, "exit_code": code})
+    sys.stderr.write(f"finetune: {message}\n")
+    sys.exit(code)

@@ -1,0 +1,57 @@
+"""`finetune predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.output import AsJson, RunArgument, print_json, print_table, print_text
+
+
+def predict_command(
+    run: RunArgument,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to score.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help="A CSV, JSONL or Parquet file with a text column.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Where the scored rows go: CSV, JSONL or Parquet.")
+    ] = None,
+    column: Annotated[str, typer.Option("--column", help="The text column of --input.")] = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Predict with a finished run."""
+    from finetune.errors import UsageError
+
+    if bool(texts) == bool(source):
+        raise UsageError("predict: must get either texts or --input FILE, got " + ("both." if texts else "neither."))
+    if source is None:
+        _predict_texts(run, texts or [], as_json)
+        return
+    if output is None:
+        raise UsageError(f"predict: --input must come with --output, got none. Add --output scored{source.suffix}")
+    from finetune.artifact.score_file import score_file
+
+    rows = score_file(run, source, output, column=column, quiet=as_json)
+    if as_json:
+        print_json({"output": str(output), "rows": rows})
+    else:
+        print_text(f"{output}: {rows:,} rows written.")
+
+
+def _predict_texts(run: str, texts: list[str], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from finetune.artifact.load import load
+
+    predictions = load(run).predict(texts)
+    if as_json:
+        print_json([{"text": text, **asdict(prediction)} for text, prediction in zip(texts, predictions, strict=True)])
+        return
+    rows = [
+        [prediction.label, f"{prediction.confidence:.1%}", text]
+        for text, prediction in zip(texts, predictions, strict=True)
+    ]
+    print_table(["label", "confidence", "text"], rows)

@@ -1,0 +1,50 @@
+"""`finetune recipes list | show | copy`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.output import AsJson, print_json, print_table, print_text
+
+app = typer.Typer(help="The recipes that ship with the toolkit.", no_args_is_help=True)
+RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="A name from `finetune recipes list`.")]
+
+
+@app.command("list")
+def list_command(as_json: AsJson = False) -> None:
+    """List recipes by use."""
+    from finetune.recipe import list_recipes
+
+    recipes = list_recipes()
+    if as_json:
+        print_json([{"name": recipe.name, "description": recipe.description} for recipe in recipes])
+    else:
+        print_table(["recipe", "what it does"], [[recipe.name, recipe.description] for recipe in recipes])
+
+
+@app.command("show")
+def show_command(name: RecipeName) -> None:
+    """Print a recipe."""
+    from finetune.recipe import find_recipe
+
+    print_text(find_recipe(name).read_text(encoding="utf-8").rstrip())
+
+
+@app.command("copy")
+def copy_command(
+    name: RecipeName, destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or a folder.")]
+) -> None:
+    """Copy a recipe to start from."""
+    from finetune.errors import UsageError
+    from finetune.recipe import find_recipe
+
+    source = find_recipe(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists():
+        raise UsageError(f"{target}: must not exist yet, got a file. Choose another name, or remove it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
+    print_text(f"{target}: written. Edit it, then: finetune check {target}")

@@ -1,0 +1,99 @@
+"""`finetune run`, `check` and `resume`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune.cli.output import (
+    AsJson,
+    Overrides,
+    RecipeArgument,
+    print_findings,
+    print_json,
+    print_table,
+    print_text,
+)
+
+if TYPE_CHECKING:
+    from finetune.runner import Run
+
+Processes = Annotated[
+    int, typer.Option("--processes", min=1, help="Training processes: one per GPU, or several on a CPU.")
+]
+
+
+def run_command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    processes: Processes = 1,
+    runs: Annotated[Path | None, typer.Option("--runs", help="Where runs are kept; default ./runs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train and judge a recipe: check, split, train, evaluate, report, model card."""
+    from finetune.runner import run
+
+    _show(run(recipe, overrides or (), processes=processes, runs=runs, quiet=as_json), as_json)
+
+
+def resume_command(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder; runs/NAME means its latest run.")],
+    processes: Processes = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a stopped run, from its last good checkpoint."""
+    from finetune.runner import resume
+
+    _show(resume(run, processes=processes, quiet=as_json), as_json)
+
+
+def check_command(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check recipe, data, leaks and sizes; loads no weights."""
+    from finetune.runner import check
+
+    plan = check(recipe, overrides or ())
+    if as_json:
+        print_json(plan)
+        return
+    print_text(f"{plan['recipe']}: good.")
+    print_text(f"data  {plan['data']}")
+    print_text(f"base  {plan['base']['reference']} ({plan['base']['origin']})")
+    print_table(
+        ["split", "rows", "tokens"],
+        [[name, f"{split['rows']:,}", f"{split['tokens']:,}"] for name, split in plan["splits"].items()],
+    )
+    print_findings(plan["findings"])
+    trained, total = plan["parameters"]["trained"], plan["parameters"]["total"]
+    print_text(
+        f"{trained:,} of {total:,} parameters would be trained ({trained / total:.2%}), in about {plan['steps']:,} "
+        f"steps; weights, gradients and optimizer take {plan['memory_mb']:,} MB, activations come on top."
+    )
+
+
+def _show(run: Run, as_json: bool) -> None:
+    from finetune.training.processes import is_main_process
+
+    if not is_main_process():
+        return
+    test = run.test
+    if as_json:
+        print_json({"run": str(run.folder.path), "report": str(run.folder.evaluation / "report.html"), "test": test})
+        return
+    show_scores(test)
+    print_text(f"report  {run.folder.evaluation / 'report.html'}")
+    print_text(f"card    {run.folder.card}")
+    print_text(f'predict finetune predict {run.folder.path.parent} "some text"')
+
+
+def show_scores(scored: dict[str, Any]) -> None:
+    """The table of a scored split: the model above its baselines."""
+    from finetune.evaluation.wording import format_score
+
+    metrics = scored["metrics"]
+    rows = [["model", *(format_score(score) for score in metrics.values())]]
+    for name, baseline in scored["baselines"].items():
+        rows.append([name, *(format_score(baseline["metrics"].get(metric, {})) for metric in metrics)])
+    level = f"{scored['confidence']:.0%}"
+    print_table(["", *metrics], rows, title=f"{scored['split']}: {scored['rows']:,} rows, {level} bootstrap intervals")

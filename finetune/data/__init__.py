@@ -1,0 +1,1 @@
+"""Data sets: cards, rows, splits, checks, batches."""

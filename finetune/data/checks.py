@@ -1,0 +1,283 @@
+"""What is wrong with split rows, before anything is trained on them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.data.cleaning import normalize_for_duplicates
+from finetune.data.duplicates import find_near_duplicates
+from finetune.data.rows import SPLITS, Row, Splits
+from finetune.errors import DataError
+from finetune.recipe.messages import suggest
+
+Severity = Literal["error", "warning", "note"]
+
+MAX_ROWS = 20
+IMBALANCE_RATIO = 20
+CUT_WARNING_RATIO = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing worth knowing about the rows."""
+
+    kind: str
+    """What was checked, such as `leak` or `unknown_label`."""
+    severity: Severity
+    """`error`: the rows cannot be used. `warning`: scores may mislead. `note`: for information."""
+    split: str
+    """The split of the listed rows; `all` when they are in several."""
+    count: int
+    """How many rows (classes for `absent_class` and `imbalance`, texts for `conflicting_labels`)."""
+    message: str
+    rows: tuple[str, ...] = ()
+    """Ids of at most 20 of them."""
+
+
+def check_rows(
+    splits: Splits, labels: Sequence[str] | None, *, leaks: Literal["fail", "drop"]
+) -> tuple[Splits, list[Finding]]:
+    """Look for rows that cannot be trained on and for texts that are in two splits.
+
+    Texts are compared as `normalize_for_duplicates` gives them; near duplicates as `find_near_duplicates` says.
+
+    Args:
+        splits: rows whose `label` is a class name.
+        labels: the classes; None for those that occur.
+        leaks: `fail`: a text in two splits is an error, a near duplicate a warning. `drop`: both are removed from the
+            split that comes first of train, validation, test, and the number of rows removed is a warning.
+
+    Returns:
+        The splits without the dropped rows, and the findings, errors first. Nothing is raised: see `raise_on_errors`.
+    """
+    entries = [_Entry(name, row, normalize_for_duplicates(_text(row))) for name, rows in splits.items() for row in rows]
+    findings = [*_check_texts(splits), *_check_labels(splits, labels)]
+    exact = _find_exact_leaks(entries)
+    near = _find_near_leaks(entries, skip={leak.entry for leak in exact})
+    findings += _report_leaks("leak", exact, leaks, "error")
+    findings += _report_leaks("near_leak", near, leaks, "warning")
+    if leaks == "drop":
+        dropped = {leak.entry for leak in [*exact, *near]}
+        entries = [entry for entry in entries if entry not in dropped]
+        splits = {name: [entry.row for entry in entries if entry.split == name] for name in splits}
+    findings += [*_check_classes(splits, labels), *_check_repeats(entries)]
+    order = ("error", "warning", "note")
+    return splits, sorted(findings, key=lambda finding: order.index(finding.severity))
+
+
+def check_lengths(lengths: Mapping[str, npt.ArrayLike], max_length: int) -> list[Finding]:
+    """Count the rows that `max_length` cuts; above 1 % of a split it is a warning.
+
+    Args:
+        lengths: split -> tokens of each row before cutting, special tokens included.
+        max_length: tokens after which a text is cut.
+    """
+    findings = []
+    for split, tokens in lengths.items():
+        is_cut = np.asarray(tokens) > max_length
+        count, share = int(is_cut.sum()), float(is_cut.mean()) if is_cut.size else 0.0
+        if count:
+            message = (
+                f"{split}: {_rows(count)} of {is_cut.size:,} ({share:.1%}) must be cut to {max_length} tokens."
+                f" Raise model.max_length if the end of a text matters."
+            )
+            severity: Severity = "warning" if share > CUT_WARNING_RATIO else "note"
+            findings.append(Finding("cut_text", severity, split, count, message))
+    return findings
+
+
+def raise_on_errors(findings: Sequence[Finding], origin: str) -> None:
+    """Raise one error that lists every finding of severity `error`.
+
+    Raises:
+        DataError: there is at least one.
+    """
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        head = f"{origin}: {len(errors)} problem{'s' if len(errors) > 1 else ''}"
+        raise DataError("\n".join([head, *(f"  {finding.message}" for finding in errors)]))
+
+
+def findings_to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """The findings as plain JSON types."""
+    return [asdict(finding) | {"rows": list(finding.rows)} for finding in findings]
+
+
+# Texts and labels
+
+
+def _check_texts(splits: Splits) -> Iterator[Finding]:
+    for split, rows in splits.items():
+        empty = [row.id for row in rows if not _text(row).strip()]
+        if empty:
+            message = (
+                f"{split}: text must not be empty, is in {_rows(len(empty))} ({_some(empty)}). Fill or remove them."
+            )
+            yield Finding("empty_text", "error", split, len(empty), message, _shown(empty))
+
+
+def _check_labels(splits: Splits, labels: Sequence[str] | None) -> Iterator[Finding]:
+    for split, rows in splits.items():
+        missing = [row.id for row in rows if row.values.get("label") is None]
+        if missing:
+            message = (
+                f"{split}: every row must have a label, {_rows(len(missing))} {_verb(missing, 'has', 'have')} none"
+                f" ({_some(missing)}). Label or remove them."
+            )
+            yield Finding("missing_label", "error", split, len(missing), message, _shown(missing))
+        if labels is None:
+            continue
+        unknown = [row for row in rows if row.values.get("label") not in (None, *labels)]
+        if unknown:
+            counts = Counter(str(row.values["label"]) for row in unknown)
+            values = ", ".join(f"{value!r} ({_rows(count)})" for value, count in counts.most_common(10))
+            ids = [row.id for row in unknown]
+            message = (
+                f"{split}: label must be one of {_names(labels)}, got {values}: {_some(ids)}."
+                f"{suggest(counts.most_common(1)[0][0], labels)} Correct the rows, or tasks.<name>.labels."
+            )
+            yield Finding("unknown_label", "error", split, len(unknown), message, _shown(ids))
+
+
+def _check_classes(splits: Splits, labels: Sequence[str] | None) -> Iterator[Finding]:
+    counts = {
+        split: Counter(str(row.values["label"]) for row in rows if row.values.get("label") is not None)
+        for split, rows in splits.items()
+    }
+    expected = list(labels) if labels is not None else sorted(set().union(*counts.values()))
+    for split in splits:
+        absent = [label for label in expected if not counts[split][label]]
+        if absent:
+            severity: Severity = "error" if split == "train" else "warning"
+            why = "nothing can be learned about it" if split == "train" else "its score there says nothing"
+            message = f"{split}: every class must have rows, got none of {_names(absent)}: {why}. Add rows of it."
+            yield Finding("absent_class", severity, split, len(absent), message)
+    present = {label: count for label, count in counts.get("train", Counter()).items() if label in expected}
+    if present:
+        large, small = max(present, key=lambda label: present[label]), min(present, key=lambda label: present[label])
+        ratio = present[large] / present[small]
+        if ratio > IMBALANCE_RATIO:
+            message = (
+                f"train: class {large!r} has {ratio:.0f} times the rows of {small!r} ({present[large]:,} and"
+                f" {present[small]:,}). Consider train.class_weights: sqrt_balanced, and judge by macro_f1."
+            )
+            yield Finding("imbalance", "note", "train", len(present), message)
+
+
+# Repeated texts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    """A row in its split with its normalised text; compared as an object, for ids may repeat across data sets."""
+
+    split: str
+    row: Row
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Leak:
+    """A row whose text is also in a later split."""
+
+    entry: _Entry
+    other: _Entry
+
+
+def _check_repeats(entries: Sequence[_Entry]) -> Iterator[Finding]:
+    rows_of: dict[str, list[_Entry]] = defaultdict(list)
+    for entry in entries:
+        if entry.text:
+            rows_of[entry.text].append(entry)
+    conflicts = [
+        same for same in rows_of.values() if len({entry.row.values.get("label") for entry in same} - {None}) > 1
+    ]
+    if conflicts:
+        ids = [entry.row.id for same in conflicts for entry in same]
+        message = (
+            f"{_many(len(conflicts), 'text')} must have one label, got several ({_some(ids)})."
+            " Decide on one: they cannot both be learned."
+        )
+        yield Finding("conflicting_labels", "warning", "all", len(conflicts), message, _shown(ids))
+    in_train = ([entry.row.id for entry in same if entry.split == "train"] for same in rows_of.values())
+    again = [row_id for ids in in_train for row_id in ids[1:]]
+    if again:
+        message = (
+            f"train: {_rows(len(again))} {_verb(again, 'repeats', 'repeat')} the text of another row ({_some(again)})."
+        )
+        yield Finding("duplicates", "note", "train", len(again), message, _shown(again))
+
+
+def _find_exact_leaks(entries: Sequence[_Entry]) -> list[_Leak]:
+    last: dict[str, _Entry] = {}  # text -> a row of the last split that has it
+    for entry in entries:
+        if entry.text and (entry.text not in last or _place(entry) > _place(last[entry.text])):
+            last[entry.text] = entry
+    same = ((entry, last.get(entry.text)) for entry in entries)
+    return [_Leak(entry, other) for entry, other in same if other and _place(other) > _place(entry)]
+
+
+def _find_near_leaks(entries: Sequence[_Entry], skip: set[_Entry]) -> list[_Leak]:
+    kept = [entry for entry in entries if entry not in skip]
+    found = find_near_duplicates([entry.text for entry in kept], [_place(entry) for entry in kept])
+    return [_Leak(kept[pair.index], kept[pair.other]) for pair in found]
+
+
+def _place(entry: _Entry) -> int:
+    return SPLITS.index(entry.split)
+
+
+def _report_leaks(kind: str, leaks: Sequence[_Leak], action: str, severity: Severity) -> Iterator[Finding]:
+    pairs: dict[tuple[str, str], list[_Leak]] = defaultdict(list)
+    for leak in leaks:
+        pairs[leak.entry.split, leak.other.split].append(leak)
+    for (split, other), found in pairs.items():
+        ids = [leak.entry.row.id for leak in found]
+        also = f"{'almost the' if kind == 'near_leak' else 'the'} same text in {other}"
+        examples = ", ".join(f"{leak.entry.row.id} = {leak.other.row.id}" for leak in found[:3])
+        if action == "drop":
+            message = f"{split}: dropped {_rows(len(found))} with {also} ({examples})."
+            yield Finding(kind, "warning", split, len(found), message, _shown(ids))
+        else:
+            message = (
+                f"{split}: must not share texts with {other}, {_rows(len(found))} {_verb(ids, 'has', 'have')} {also}"
+                f" ({examples}). Set split.leaks: drop to remove them from {split}."
+            )
+            yield Finding(kind, severity, split, len(found), message, _shown(ids))
+
+
+# Words
+
+
+def _text(row: Row) -> str:
+    return str(row.values.get("text") or "")
+
+
+def _shown(ids: Sequence[str]) -> tuple[str, ...]:
+    return tuple(ids[:MAX_ROWS])
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _rows(count: int) -> str:
+    return _many(count, "row")
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _verb(ids: Sequence[str], singular: str, plural: str) -> str:
+    return singular if len(ids) == 1 else plural

@@ -1,0 +1,320 @@
+"""A data file on disk -> records, after checks on its raw bytes.
+
+Every file is first copied to a temporary folder while its bytes are checked, so that what was checked is what is read,
+and so that no cache can hand back an older version of it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias, cast
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from finetune.errors import DataError
+from finetune.recipe.messages import show, suggest
+
+MAX_TEXT_CHARACTERS = 100_000
+MAX_UNPACKED_BYTES = 4 * 2**30
+MAX_UNPACKING_RATIO = 200
+FREE_UNPACKED_BYTES = 64 * 2**20  # below this size any ratio is harmless
+BLOCK_BYTES = 2**20
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz")
+_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy")
+_FORMATS = "CSV, TSV, JSONL or Parquet"
+
+Record: TypeAlias = dict[str, Any]
+
+
+def data_suffix(path: Path) -> str:
+    """The readable ending of a file's name, such as `.csv.gz`.
+
+    Raises:
+        DataError: the ending is not one of `SUFFIXES`.
+    """
+    name = path.name.lower()
+    for suffix in SUFFIXES:
+        if name.endswith(suffix) and name != suffix:
+            return suffix
+    ending = "".join(path.suffixes[-2:]) if name.endswith(".gz") else path.suffix
+    if path.suffix.lower() in _PICKLES:
+        raise DataError(
+            f"{path}: rows come as {_FORMATS}, got {ending!r}, which can run code when opened."
+            " Save the rows as CSV or JSONL."
+        )
+    hint = " Write one JSON object per line and name it .jsonl." if ending == ".json" else ""
+    raise DataError(f"{path}: must end in one of {', '.join(SUFFIXES)}, got {ending or 'no ending'!r}.{hint}")
+
+
+def read_table(path: Path) -> list[Record]:
+    """Read a file of rows; at least one.
+
+    Args:
+        path: ends in one of `SUFFIXES`; text files are UTF-8, with or without a byte order mark.
+
+    Returns:
+        One mapping of column -> value per row, all with the same keys in file order. Values of CSV and TSV are text as
+        written ("NA" and "null" too); JSONL and Parquet keep their types, and a key that a JSONL row lacks is None.
+
+    Raises:
+        DataError: the file is missing, empty, damaged, too large or not what its name says.
+    """
+    suffix = data_suffix(path)
+    with _staged(path, is_text=suffix != ".parquet") as copy:
+        if suffix == ".parquet":
+            return _read_parquet(copy, path)
+        if suffix.startswith(".jsonl"):
+            return _read_jsonl(copy, path)
+        return _read_csv(copy, path, "\t" if suffix.startswith(".tsv") else ",")
+
+
+def read_json_split(path: Path, key: str, columns: tuple[str, str]) -> list[Record]:
+    """Read one list of [text, label] pairs from a file with one JSON object, split -> list of pairs.
+
+    Raises:
+        DataError: the file is damaged, lacks the key, or holds something else than pairs.
+    """
+    with _staged(path, is_text=True) as copy:
+        try:
+            content = json.loads(copy.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: must be JSON, got {_reason(error)}. Get the file again.") from None
+    if not isinstance(content, dict) or key not in content:
+        keys = list(content) if isinstance(content, dict) else []
+        raise DataError(f"{path}: must hold the key {key!r}, got {_listed(keys)}.{suggest(key, keys)}")
+    pairs = content[key]
+    if not isinstance(pairs, list) or not pairs:
+        raise DataError(f"{path}: {key} must be a list of [text, label] pairs, got {show(pairs)}.")
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"{path}: {key}, entry {number}: must be a pair [text, label], got {show(pair)}.")
+    return [dict(zip(columns, pair, strict=True)) for pair in pairs]
+
+
+def to_records(dataset: datasets.Dataset) -> list[Record]:
+    """The rows of a `datasets.Dataset`; class numbers become class names, -1 (no class) becomes None."""
+    names = {
+        column: feature.names
+        for column, feature in dataset.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    records = cast("list[Record]", dataset.to_list())
+    for column, classes in names.items():
+        for record in records:
+            number = record[column]
+            record[column] = None if number is None or number < 0 else classes[number]
+    return records
+
+
+@contextmanager
+def _staged(path: Path, *, is_text: bool) -> Iterator[Path]:
+    """A checked, unpacked copy of a file, in a temporary folder that disappears."""
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "nothing there"
+        raise DataError(f"{path}: must be a file, got {got}. Check the name.")
+    with tempfile.TemporaryDirectory(prefix="finetune-data-") as folder:
+        copy = Path(folder) / "rows"
+        try:
+            with path.open("rb") as file, copy.open("wb") as target:
+                if not is_text:
+                    shutil.copyfileobj(file, target)
+                elif path.name.lower().endswith(".gz"):
+                    with gzip.open(file) as unpacked:
+                        _copy_text(cast("BinaryIO", unpacked), target, path, packed_bytes=path.stat().st_size)
+                else:
+                    _copy_text(file, target, path, packed_bytes=None)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: must be a whole gzip file, got {_reason(error)}. Pack it again.") from None
+        except OSError as error:
+            raise DataError(f"{path}: must be readable, got '{error.strerror or error}'. Check its rights.") from None
+        yield copy
+
+
+def _copy_text(source: BinaryIO, target: BinaryIO, path: Path, packed_bytes: int | None) -> None:
+    """Copy block by block, so that neither a large file nor a gzip bomb fills the memory."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = newlines = 0
+    has_content = False
+    while True:
+        block = source.read(BLOCK_BYTES)
+        if (zero := block.find(b"\0")) >= 0:
+            place = _place(newlines, block, zero, offset)
+            raise DataError(f"{path}: {place}: must be text, got a NUL byte. {_iconv(path, 'UTF-16')}")
+        try:
+            pending = len(decoder.getstate()[0])
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            place = _place(newlines, error.object, error.start, offset - pending)
+            got = f"0x{error.object[error.start]:02x}"
+            raise DataError(f"{path}: {place}: must be UTF-8, got {got}. {_iconv(path, 'WINDOWS-1252')}") from None
+        if not block:
+            break
+        has_content = has_content or bool(text.strip("\ufeff \t\r\n"))
+        offset += len(block)
+        newlines += block.count(b"\n")
+        if packed_bytes is not None:
+            _check_unpacked(path, offset, packed_bytes)
+        target.write(block)
+    if not has_content:
+        raise DataError(f"{path}: must hold rows, is empty. Write a header and rows.")
+
+
+def _place(newlines: int, block: bytes, index: int, offset: int) -> str:
+    """`line 3, byte 41`, both 1-based, for `block[index]`; before the block lie `newlines` and `offset` bytes."""
+    line = newlines + block.count(b"\n", 0, index) + 1
+    return f"line {line}, byte {offset + index + 1}"
+
+
+def _check_unpacked(path: Path, unpacked_bytes: int, packed_bytes: int) -> None:
+    suspicious = unpacked_bytes > max(FREE_UNPACKED_BYTES, MAX_UNPACKING_RATIO * packed_bytes)
+    if suspicious or unpacked_bytes > MAX_UNPACKED_BYTES:
+        raise DataError(
+            f"{path}: must unpack to at most {MAX_UNPACKING_RATIO} times its {packed_bytes:,} bytes and at most"
+            f" {MAX_UNPACKED_BYTES / 2**30:g} GiB, got more. Unpack it yourself if you trust it."
+        )
+
+
+def _iconv(path: Path, encoding: str) -> str:
+    name = path.name.removesuffix(".gz")
+    return f"Convert it, for example: iconv -f {encoding} -t UTF-8 {name} > utf8-{name}"
+
+
+def _read_csv(copy: Path, path: Path, delimiter: str) -> list[Record]:
+    columns, count = _check_csv(copy, path, delimiter)
+    # Without types and without missing values to guess, pandas hands every field over as it was written.
+    features = datasets.Features({column: datasets.Value("string") for column in columns})
+    options = {"sep": delimiter, "column_names": columns, "header": 0, "keep_default_na": False, "na_filter": False}
+    records = _load("csv", copy, path, features=features, encoding="utf-8-sig", **options)
+    if len(records) != count:  # csv and pandas disagree only on what a blank row is
+        raise DataError(f"{path}: must hold no blank rows, got {abs(len(records) - count)}. Remove them.")
+    return records
+
+
+def _check_csv(copy: Path, path: Path, delimiter: str) -> tuple[list[str], int]:
+    """Check the shape of every row; return the columns and the number of rows."""
+    columns: list[str] = []
+    count, line = 0, 1
+    with copy.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            for fields in reader:
+                start, line = line, reader.line_num + 1
+                if not fields or (len(fields) == 1 and not fields[0].strip() and len(columns) != 1):
+                    continue
+                if not columns:
+                    columns = _check_header(fields, path)
+                    continue
+                count += 1
+                if len(fields) != len(columns):
+                    raise DataError(
+                        f"{path}: line {start}: must have {len(columns)} fields like the header, got {len(fields)}."
+                        f' Put a text that holds {"a tab" if delimiter != "," else "a comma"} in "quotes".'
+                    )
+        except csv.Error as error:
+            raise _csv_error(path, line, error) from None
+    if not count:
+        raise DataError(f"{path}: must hold rows, got only the header {', '.join(columns)}. Add rows below it.")
+    return columns, count
+
+
+def _check_header(fields: list[str], path: Path) -> list[str]:
+    columns = [field.strip() or f"column_{position}" for position, field in enumerate(fields, start=1)]
+    if repeated := sorted({column for column in columns if columns.count(column) > 1}):
+        raise DataError(f"{path}: line 1: must name each column once, got {', '.join(repeated)} twice. Rename one.")
+    return columns
+
+
+def _csv_error(path: Path, line: int, error: csv.Error) -> DataError:
+    if "field larger" in str(error) or "unexpected end" in str(error):
+        must = f"a field must end and have at most {MAX_TEXT_CHARACTERS:,} characters, got more or no end"
+        return DataError(f'{path}: line {line}: {must}. Close the quote " or split the text.')
+    return DataError(f'{path}: line {line}: must be CSV, got {error}. Write a quote inside a quoted text as "".')
+
+
+def _read_jsonl(copy: Path, path: Path) -> list[Record]:
+    # Not through `datasets`: its JSON reader guesses types and turns a text such as "2020-01-01" into a timestamp.
+    records: list[Record] = []
+    columns: dict[str, None] = {}
+    with copy.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}: line {number}: must be a JSON object, got {_reason(error)}.") from None
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"{path}: line {number}: must be a JSON object, got {show(record)}. Write one object per line."
+                )
+            columns.update(dict.fromkeys(record))
+            records.append(record)
+    return [{column: record.get(column) for column in columns} for record in records]
+
+
+def _read_parquet(copy: Path, path: Path) -> list[Record]:
+    try:
+        metadata = pyarrow.parquet.read_metadata(copy)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: must be a Parquet file, got {_reason(error)}. Get or write it again.") from None
+    unpacked_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    if unpacked_bytes > MAX_UNPACKED_BYTES:
+        raise DataError(
+            f"{path}: must unpack to at most {MAX_UNPACKED_BYTES / 2**30:g} GiB, got {unpacked_bytes / 2**30:.1f}."
+            " Split it."
+        )
+    if not metadata.num_rows:
+        raise DataError(f"{path}: must hold rows, got only the columns {_listed(metadata.schema.names)}.")
+    return _load("parquet", copy, path)
+
+
+def _load(builder: str, copy: Path, path: Path, **options: Any) -> list[Record]:
+    with _quiet(), tempfile.TemporaryDirectory(prefix="finetune-cache-") as cache:
+        try:
+            return to_records(
+                datasets.load_dataset(
+                    builder, data_files=str(copy), split="train", cache_dir=cache, keep_in_memory=True, **options
+                )
+            )
+        except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError) as error:
+            cause = error.__cause__ or error
+            raise DataError(f"{path}: must be readable as {builder}, got {_reason(cause)}.") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars for files that are read in a moment."""
+    was_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_disabled:
+            datasets.enable_progress_bars()
+
+
+def describe_columns(record: Mapping[str, Any]) -> str:
+    """`columns text, target` for a message."""
+    return f"columns {_listed(list(record))}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") if names else "none"
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of a library's message, without a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "'" + lines[0][:200].rstrip(".") + "'"

@@ -1,0 +1,292 @@
+"""What a recipe calls `data` -> rows: a card, a file, a folder of splits, or a data set on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+
+from finetune.data.catalog import DATA_VARIABLE, card_names, describe_location, find_card_folder, load_card
+from finetune.data.files import (
+    MAX_TEXT_CHARACTERS,
+    SUFFIXES,
+    Record,
+    data_suffix,
+    describe_columns,
+    read_json_split,
+    read_table,
+    to_records,
+)
+from finetune.data.rows import SPLITS, Row
+from finetune.errors import DataError
+from finetune.recipe.card import Card, HubSource
+from finetune.recipe.messages import suggest
+
+_ALIASES = {name: name for name in SPLITS} | {"valid": "validation", "val": "validation", "dev": "validation"}
+_HUB_REFERENCE = re.compile(r"hub:(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w./-]+)")
+
+
+@dataclass
+class LoadedRows:
+    """The rows of one data set, before they are split."""
+
+    name: str
+    """The card's name, or that of the file, the folder or the repository."""
+    rows: list[Row]
+    card: Card | None
+    origin: str
+    """Where the rows came from, for a report."""
+    fingerprint: str
+    """SHA-256 over ids and values: the same rows give the same value on any machine."""
+    notes: tuple[str, ...] = ()
+    """What the card says that the files do not keep, such as a number of rows."""
+
+
+@dataclass
+class _Part:
+    """The records of one file, or of one split on the Hub."""
+
+    split: str | None
+    prefix: str
+    """What the ids of its rows begin with."""
+    where: str
+    """Names it in messages."""
+    records: list[Record]
+
+
+def load_rows(
+    reference: str,
+    columns: Mapping[str, str],
+    *,
+    roles: Sequence[str] = ("text", "label"),
+    relative_to: Path | None = None,
+) -> LoadedRows:
+    """Load the rows that a recipe's `data` names.
+
+    Args:
+        reference: the name of a card; a file with one of the endings of `files.SUFFIXES`; a folder that holds train.*,
+            validation.* and test.*; or `hub:org/name@revision`. A relative path is tried against the working folder,
+            then against `relative_to`.
+        columns: role -> column; the card's own roles fill in what is missing, then the role's own name.
+        roles: the roles that every row must have.
+        relative_to: the folder of the recipe.
+
+    Raises:
+        DataError: nothing of that name, a file that cannot be trusted, a missing column, or a text that is too long.
+    """
+    card = load_card(reference) if reference in card_names() else None
+    if card is not None:
+        name, origin = card.name, describe_location(card)
+        parts = _load_card_parts(card)
+    elif reference.startswith("hub:"):
+        name, origin, parts = _load_hub_reference(reference)
+    else:
+        path = _find_path(reference, relative_to)
+        name, origin = (path.name if path.is_dir() else _stem(path)), reference
+        parts = _load_folder(path) if path.is_dir() else [_Part(None, _stem(path), str(path), read_table(path))]
+    chosen = {role: columns.get(role) or (card.roles.get(role) if card else None) or role for role in roles}
+    rows = [row for number, part in enumerate(parts) for row in _build_rows(part, chosen, _count_before(parts, number))]
+    return LoadedRows(name, rows, card, origin, _compute_fingerprint(rows), _compare_with_card(card, parts))
+
+
+# Paths
+
+
+def _find_path(reference: str, relative_to: Path | None) -> Path:
+    path = Path(reference).expanduser()
+    tried = [path] if path.is_absolute() or relative_to is None else [path, relative_to / path]
+    for candidate in tried:
+        if candidate.exists():
+            return candidate
+    names = card_names()
+    places = " nor ".join(str(candidate) for candidate in tried)
+    raise DataError(
+        f"data: must be a card, a file, a folder or hub:org/name@revision, got {reference!r}: no card has this name and"
+        f" nothing lies at {places}.{suggest(reference, names)} Cards: {', '.join(names) or 'none'}."
+    )
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(data_suffix(path))]
+
+
+def _load_folder(folder: Path) -> list[_Part]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        split = _ALIASES.get(path.name.partition(".")[0].lower())
+        if split is None or not path.is_file() or not path.name.lower().endswith(SUFFIXES):
+            continue
+        if split in found:
+            raise DataError(f"{folder}: must hold one file for {split}, got {found[split].name} and {path.name}.")
+        found[split] = path
+    if not found:
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+        raise DataError(f"{folder}: must hold train.*, validation.* and test.*, got {names}. Name a file instead.")
+    return [_Part(split, split, str(found[split]), read_table(found[split])) for split in SPLITS if split in found]
+
+
+# Cards
+
+
+def _load_card_parts(card: Card) -> list[_Part]:
+    folder = find_card_folder(card)
+    if folder is None:
+        return _load_card_from_hub(card)
+    parts = []
+    for key, names in card.files.items():
+        for name in [names] if isinstance(names, str) else names:
+            file, _, split_key = name.partition("#")
+            path = _check_inside(folder, file, card)
+            records = read_json_split(path, split_key, _pair_columns(card)) if split_key else read_table(path)
+            prefix = Path(file).name.partition(".")[0] if key == "all" else key
+            parts.append(_Part(None if key == "all" else key, prefix, f"{card.name}: {name}", records))
+    return parts
+
+
+def _check_inside(folder: Path, file: str, card: Card) -> Path:
+    path = (folder / file).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise DataError(f"{card.name}: {file} must lie in {folder}, got a link to {path}. Put the file itself there.")
+    if not path.is_file():
+        raise DataError(f"{card.name}: {file} must lie in {folder}, got nothing there. Get the whole data set.")
+    return path
+
+
+def _pair_columns(card: Card) -> tuple[str, str]:
+    names = [*card.columns, "text", "label"] if len(card.columns) < 2 else list(card.columns)
+    return names[0], names[1]
+
+
+def _load_card_from_hub(card: Card) -> list[_Part]:
+    fix = f"Set {DATA_VARIABLE} to a folder that holds {card.local}/ or connect to the Hub."
+    if card.hub is None:
+        raise DataError(f"{card.name}: must lie in a folder, got none and no copy on the Hub. {fix}")
+    loaded = _load_from_hub(card.hub, card.name, fix)
+    splits = cast("dict[str, str]", card.hub.splits or {})
+    if not splits:
+        return _name_splits(loaded, card.name)
+    if missing := [theirs for theirs in splits.values() if theirs not in loaded]:
+        raise DataError(f"{card.name}: the Hub must hold the splits {', '.join(missing)}, got {', '.join(loaded)}.")
+    return _name_splits({ours: loaded[theirs] for ours, theirs in splits.items()}, card.name)
+
+
+def _compare_with_card(card: Card | None, parts: Sequence[_Part]) -> tuple[str, ...]:
+    notes = []
+    for key, expected in (card.rows if card else {}).items():
+        count = sum(len(part.records) for part in parts if key == (part.split or "all"))
+        if count != expected:
+            notes.append(f"{key}: the card says {expected:,} rows, got {count:,}.")
+    return tuple(notes)
+
+
+# The Hub
+
+
+def _load_hub_reference(reference: str) -> tuple[str, str, list[_Part]]:
+    match = _HUB_REFERENCE.fullmatch(reference)
+    if match is None:
+        must = "hub:org/name@revision, with a commit or a tag so that the rows stay the same"
+        raise DataError(f"data: must be {must}, got {reference!r}.")
+    name = match["id"]
+    source = HubSource.model_construct(id=name, revision=match["revision"])
+    loaded = _load_from_hub(source, name, "Connect to the Hub, or check the name and the revision.")
+    return name.rpartition("/")[2], f"Hub {name}@{match['revision']}", _name_splits(loaded, name)
+
+
+def _load_from_hub(source: HubSource, name: str, fix: str) -> dict[str, list[Record]]:
+    """Hub's split -> records, with our names for the columns."""
+    files = cast("dict[str, str] | None", source.files)
+    # As in local files, "NA" is a text and not a missing value.
+    is_csv = bool(files) and all(file.endswith((".csv", ".tsv")) for file in (files or {}).values())
+    options: dict[str, Any] = {"keep_default_na": False, "na_filter": False} if is_csv else {}
+    try:
+        loaded = datasets.load_dataset(
+            source.id, name=source.config, revision=source.revision, data_files=files, **options
+        )
+    except Exception as error:  # offline, unknown, private and damaged each have several types, from several libraries
+        reason = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".") or type(error).__name__
+        raise DataError(
+            f"{name}: must come from a folder or the Hub, got no folder, and {source.id} at {source.revision} failed"
+            f" with {type(error).__name__} ({reason}). {fix}"
+        ) from error
+    theirs = {hub: ours for ours, hub in (source.columns or {}).items()}
+    return {
+        split: [{theirs.get(column, column): value for column, value in record.items()} for record in to_records(part)]
+        for split, part in loaded.items()
+    }
+
+
+def _name_splits(loaded: Mapping[str, list[Record]], name: str) -> list[_Part]:
+    if list(loaded) == ["all"]:
+        return [_Part(None, "all", name, loaded["all"])]
+    parts = {_ALIASES[split.lower()]: records for split, records in loaded.items() if split.lower() in _ALIASES}
+    if not parts:
+        raise DataError(f"{name}: must have a split named train, validation or test, got {', '.join(loaded)}.")
+    return [_Part(split, split, f"{name}: {split}", parts[split]) for split in SPLITS if split in parts]
+
+
+# Rows
+
+
+def _count_before(parts: Sequence[_Part], number: int) -> int:
+    """Rows in earlier parts whose ids begin alike, so that ids go on where those end."""
+    return sum(len(part.records) for part in parts[:number] if part.prefix == parts[number].prefix)
+
+
+def _build_rows(part: _Part, columns: Mapping[str, str], offset: int) -> list[Row]:
+    if not part.records:
+        raise DataError(f"{part.where}: must hold rows, is empty.")
+    for role, column in columns.items():
+        if column not in part.records[0]:
+            raise _missing_column(part, role, column, columns)
+    used = set(columns.values())
+    rows = []
+    for number, record in enumerate(part.records, start=1):
+        values = {name: value for name, value in record.items() if name not in used}
+        for role, column in columns.items():
+            text = _to_text(record[column], f"{part.where}: row {number}: column {column!r}")
+            values[role] = text or None if role == "label" else text
+        rows.append(Row(f"{part.prefix}:{offset + number}", part.split, number, values))
+    return rows
+
+
+def _missing_column(part: _Part, role: str, column: str, columns: Mapping[str, str]) -> DataError:
+    there = list(part.records[0])
+    free = [name for name in there if name not in columns.values()]
+    close = suggest(column, free)
+    guess = close.split("'")[1] if close else free[0] if len(free) == 1 else "<column>"
+    fix = f"Set tasks.<name>.columns: {{{role}: {guess}}}."
+    if len(there) == 1 and (separators := re.findall(r"[;\t|]", there[0])):
+        fix = f"Its fields seem to be parted by {separators[0]!r}: save it with commas, or with tabs as .tsv."
+    return DataError(f"{part.where}: column {column!r} must exist, got {describe_columns(part.records[0])}. {fix}")
+
+
+def _to_text(value: object, where: str) -> str:
+    """The text of a cell; "" when it is missing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # a column of whole numbers with a gap comes as floats
+    if isinstance(value, (list, dict, bytes)):
+        raise DataError(f"{where}: must hold text, got a {type(value).__name__}. Choose another column.")
+    text = str(value)
+    if len(text) > MAX_TEXT_CHARACTERS:
+        must = f"must have at most {MAX_TEXT_CHARACTERS:,} characters"
+        raise DataError(f"{where}: {must}, got {len(text):,}. Split or cut the text.")
+    return text
+
+
+def _compute_fingerprint(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.id, row.values], sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()

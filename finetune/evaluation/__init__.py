@@ -1,0 +1,1 @@
+"""Metrics, intervals, calibration, baselines, slices, gates and the report page."""

@@ -1,0 +1,64 @@
+"""Temperature scaling and reliability (Guo et al. 2017, arXiv:1706.04599)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+from finetune.evaluation.metrics import ECE_BINS, Floats, Ints, compute_bins, compute_predictions
+
+LOWEST, HIGHEST = 0.05, 20.0  # a model that is never wrong would otherwise be sharpened without end
+
+
+def fit_temperature(logits: npt.ArrayLike, references: Ints) -> float:
+    """The temperature in [0.05, 20] that minimises the negative log-likelihood of softmax(logits / T).
+
+    The loss is convex in 1 / T, so it has one minimum in log T, where the search runs.
+
+    Args:
+        logits: Raw outputs on rows that were not trained on, (N, K).
+        references: Labels, (N,).
+    """
+    raw, rows = np.asarray(logits, dtype=np.float64), np.arange(len(references))
+    if not rows.size:
+        return 1.0
+
+    def loss(log_temperature: float) -> float:
+        return -float(log_softmax(raw / np.exp(log_temperature), axis=1)[rows, references].mean())
+
+    found = minimize_scalar(loss, bounds=(np.log(LOWEST), np.log(HIGHEST)), method="bounded", options={"xatol": 1e-5})
+    return float(np.exp(found.x))
+
+
+def apply_temperature(logits: npt.ArrayLike, temperature: float) -> Floats:
+    """Scores softmax(logits / temperature), (N, K) -> (N, K); 1 leaves the softmax as it is."""
+    scores: Floats = softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
+    return scores
+
+
+def compute_reliability(references: Ints, scores: Floats, bins: int = ECE_BINS) -> list[dict[str, float]]:
+    """How often the top label is right, by its score.
+
+    Returns:
+        `bins` equal-width bins over [0, 1], each {"low", "high", "count", "confidence", "accuracy"}; the last two are
+        means over the bin's rows, nan in an empty bin.
+    """
+    confidences, right = scores.max(axis=1), compute_predictions(scores) == references
+    chosen = compute_bins(confidences, bins)
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    table = []
+    for index in range(bins):
+        inside = chosen == index
+        count = int(inside.sum())
+        table.append(
+            {
+                "low": float(edges[index]),
+                "high": float(edges[index + 1]),
+                "count": count,
+                "confidence": float(confidences[inside].mean()) if count else float("nan"),
+                "accuracy": float(right[inside].mean()) if count else float("nan"),
+            }
+        )
+    return table

@@ -1,0 +1,114 @@
+"""Gates: what a model's test scores must reach before the run counts as done."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from finetune.errors import GateError, RecipeError
+from finetune.evaluation.metrics import check_metric_names, is_larger_better
+
+BEATS_BASELINES = "beats_baselines"
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+def select_gate_metrics(gates: Mapping[str, str | bool]) -> list[str]:
+    """The metrics that the gates name."""
+    return [name for name in gates if name != BEATS_BASELINES]
+
+
+def check_gate_names(gates: Mapping[str, str | bool], baselines: Iterable[str]) -> None:
+    """Every gate must be a known metric or `beats_baselines`, which must have a baseline to beat.
+
+    Raises:
+        RecipeError: Lists every problem; to be called before training.
+    """
+    problems = []
+    try:
+        check_metric_names(select_gate_metrics(gates), key="evaluate.gates", also=(BEATS_BASELINES,))
+    except RecipeError as error:
+        problems.append(str(error))
+    if gates.get(BEATS_BASELINES) and not list(baselines):
+        problems.append(
+            "evaluate.gates: beats_baselines must have a baseline to beat, got none. "
+            "Add evaluate.baselines: [majority, tfidf_logreg]."
+        )
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def check_gates(gates: Mapping[str, str | bool], scored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Hold the gates against a scored split.
+
+    Args:
+        gates: Metric -> condition such as ">= 0.80"; `beats_baselines` -> whether the first metric of the recipe must
+            be better than every baseline's.
+        scored: "metrics" and "baselines" of a split, as in evaluation/test.json. A metric without a value misses.
+
+    Returns:
+        Gate -> {"condition", "value", "passed"}. A switched-off `beats_baselines` is left out.
+
+    Raises:
+        RecipeError: A gate names a metric that was not scored.
+    """
+    results = {}
+    for name, condition in gates.items():
+        if name != BEATS_BASELINES:
+            results[name] = _check_metric(name, str(condition), scored["metrics"])
+        elif condition:
+            results[name] = _check_baselines(scored["metrics"], scored["baselines"])
+    return results
+
+
+def raise_on_failed_gates(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise GateError with each missed gate, its condition and its value; nothing if all passed."""
+    missed = [
+        f"  {name}: must be {result['condition']}, got {_format(result['value'])}."
+        for name, result in results.items()
+        if not result["passed"]
+    ]
+    if missed:
+        raise GateError(
+            f"evaluate.gates: {len(missed)} of {len(results)} missed on test\n" + "\n".join(missed) + "\n"
+            "Improve the model on validation, or lower evaluate.gates if the bar was wrong."
+        )
+
+
+def _format(value: float | None) -> str:
+    return "no value" if value is None else f"{value:g}"
+
+
+def _check_metric(name: str, condition: str, metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+    if name not in metrics:
+        raise RecipeError(
+            f"evaluate.gates: must name scored metrics ({', '.join(metrics)}), got {name!r}. "
+            "Add it to evaluate.metrics."
+        )
+    found = re.fullmatch(r"(>=|<=|>|<)\s*(\d*\.?\d+)", condition)
+    if found is None:
+        raise RecipeError(f'evaluate.gates.{name}: must be a condition such as ">= 0.80", got {condition!r}.')
+    value = metrics[name]["value"]
+    passed = value is not None and _COMPARE[found[1]](value, float(found[2]))
+    return {"condition": f"{found[1]} {found[2]}", "value": value, "passed": passed}
+
+
+def _check_baselines(metrics: Mapping[str, Mapping[str, float | None]], baselines: Mapping[str, Any]) -> dict[str, Any]:
+    """The first metric against the best baseline; a tie does not beat it."""
+    metric = next(iter(metrics))
+    sign, word = (1, "above") if is_larger_better(metric) else (-1, "below")
+    known = {name: b["metrics"][metric]["value"] for name, b in baselines.items()}
+    known = {name: value for name, value in known.items() if value is not None}
+    value = metrics[metric]["value"]
+    if not known:
+        return {"condition": f"{metric} {word} every baseline, and there is none", "value": value, "passed": False}
+    best = max(known, key=lambda name: sign * known[name])
+    passed = value is not None and sign * value > sign * known[best]
+    return {"condition": f"{metric} {word} {best}'s {_format(known[best])}", "value": value, "passed": passed}

@@ -1,0 +1,348 @@
+"""The metrics of a classifier, over scikit-learn, as plain functions and as `evaluate.Metric` classes.
+
+Shapes: references (N,), labels in 0..K-1; predictions (N,), the same; scores (N, K), probabilities: rows sum to 1.
+A metric that is not defined on its input (no rows, one class only for AUROC, scores that are not finite) is nan.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import evaluate
+import numpy as np
+import numpy.typing as npt
+from evaluate.module import Features, Value  # the names that `evaluate.Metric` is declared with
+from evaluate.module import Sequence as ListOf
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    matthews_corrcoef,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
+
+from finetune.errors import RecipeError
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+ECE_BINS = 15  # the number in arXiv:1706.04599, section 5
+HUB_NAMESPACE = (
+    "evaluate-metric"  # `evaluate`'s own metrics; a bare name would also run a script found in the working folder
+)
+
+logger = logging.getLogger(__name__)
+
+
+def compute_predictions(scores: npt.ArrayLike) -> Ints:
+    """The class with the highest score, (N, K) -> (N,); the first of equals."""
+    predictions: Ints = np.asarray(scores).argmax(axis=1)
+    return predictions
+
+
+def compute_bins(confidences: Floats, bins: int = ECE_BINS) -> Ints:
+    """Bin of each confidence in [0, 1], (N,): equal widths, (b / bins, (b + 1) / bins], the first with its 0."""
+    inner_edges = np.linspace(0.0, 1.0, bins + 1)[1:-1]
+    return np.searchsorted(inner_edges, confidences, side="left").astype(np.int64)
+
+
+def compute_brier_rows(references: Ints, scores: Floats) -> Floats:
+    """Squared distance of each row's scores from its one-hot reference, in [0, 2], (N,)."""
+    distances = scores.copy()
+    distances[np.arange(len(references)), references] -= 1.0
+    squares: Floats = np.square(distances).sum(axis=1)
+    return squares
+
+
+def compute_log_loss_rows(references: Ints, scores: Floats) -> Floats:
+    """Minus the log of the reference's score, (N,); scores are at least float64's epsilon, as in scikit-learn."""
+    eps = np.finfo(np.float64).eps
+    return -np.log(np.clip(scores[np.arange(len(references)), references], eps, 1.0))
+
+
+def compute_ece_rows(references: Ints, scores: Floats) -> tuple[Ints, Floats]:
+    """Bin of each row (N,), and right (1 or 0) minus confidence (N,); ECE = sum over bins of |sum| / N."""
+    confidences = scores.max(axis=1)
+    return compute_bins(confidences), (compute_predictions(scores) == references) - confidences
+
+
+def _macro_f1(references: Ints, predictions: Ints) -> float:
+    return float(f1_score(references, predictions, average="macro", zero_division=0))
+
+
+def _weighted_f1(references: Ints, predictions: Ints) -> float:
+    return float(f1_score(references, predictions, average="weighted", zero_division=0))
+
+
+def _mcc(references: Ints, predictions: Ints) -> float:
+    if np.union1d(references, predictions).size < 2:
+        return 0.0  # what scikit-learn returns too, but with a warning for each resample
+    return float(matthews_corrcoef(references, predictions))
+
+
+def _auroc(references: Ints, scores: Floats) -> float:
+    values = [
+        roc_auc_score(references == label, scores[:, label])
+        for label in auroc_labels(scores.shape[1])
+        if 0 < np.count_nonzero(references == label) < len(references)
+    ]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def auroc_labels(n_labels: int) -> list[int]:
+    """Classes that are ranked against the rest: class 1 when there are two, otherwise each."""
+    return [1] if n_labels == 2 else list(range(n_labels))
+
+
+def _ece(references: Ints, scores: Floats) -> float:
+    bins, gaps = compute_ece_rows(references, scores)
+    return float(np.abs(np.bincount(bins, weights=gaps)).sum() / len(references))
+
+
+def _brier(references: Ints, scores: Floats) -> float:
+    return float(compute_brier_rows(references, scores).mean())
+
+
+def _log_loss(references: Ints, scores: Floats) -> float:
+    return float(compute_log_loss_rows(references, scores).mean())
+
+
+@dataclass(frozen=True, slots=True)
+class MetricInfo:
+    """One metric that a recipe can name."""
+
+    name: str
+    needs: Literal["predictions", "scores"]
+    larger_is_better: bool
+    formula: str
+    """One line: the formula and where it comes from."""
+    compute: Callable[[Ints, Any], float]
+    """(references, predictions or scores) -> value."""
+
+
+METRICS: dict[str, MetricInfo] = {
+    info.name: info
+    for info in (
+        MetricInfo("accuracy", "predictions", True, "right rows / rows", accuracy_score),
+        MetricInfo(
+            "macro_f1",
+            "predictions",
+            True,
+            "mean of 2 tp / (2 tp + fp + fn) over the classes that occur in references or predictions",
+            _macro_f1,
+        ),
+        MetricInfo("weighted_f1", "predictions", True, "F1 of each class weighted by its references", _weighted_f1),
+        MetricInfo("mcc", "predictions", True, "correlation of references and predictions (Gorodkin 2004)", _mcc),
+        MetricInfo(
+            "auroc",
+            "scores",
+            True,
+            "chance that a row of the class outranks another row; two classes: the second, more: mean one-vs-rest",
+            _auroc,
+        ),
+        MetricInfo(
+            "ece",
+            "scores",
+            False,
+            "sum over 15 equal-width bins of share x |accuracy - confidence| of the top label (arXiv:1706.04599)",
+            _ece,
+        ),
+        MetricInfo("brier", "scores", False, "mean squared distance from the one-hot reference (Brier 1950)", _brier),
+        MetricInfo("log_loss", "scores", False, "mean of -log of the reference's score", _log_loss),
+    )
+}
+
+
+def compute_metric(name: str, references: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Value of a metric by name: one of `METRICS`, or one that `evaluate` can load (computed on predictions).
+
+    Args:
+        name: Name that `check_metric_names` accepts.
+        references: Labels, (N,).
+        scores: Probabilities, (N, K).
+
+    Returns:
+        The value, or nan where the metric is not defined.
+
+    Raises:
+        RecipeError: No such metric, or one of `evaluate`'s that cannot be computed from labels.
+    """
+    labels, probabilities = np.asarray(references, dtype=np.int64), np.asarray(scores, dtype=np.float64)
+    if not len(labels) or not np.isfinite(probabilities).all():
+        return float("nan")
+    info = METRICS.get(name)
+    if info is None:
+        return _compute_loaded(name, labels, compute_predictions(probabilities))
+    return float(
+        info.compute(labels, compute_predictions(probabilities) if info.needs == "predictions" else probabilities)
+    )
+
+
+def compute_per_class(references: Ints, predictions: Ints, n_labels: int) -> list[dict[str, float]]:
+    """Precision, recall, F1 and support (references) of each of the K classes; nan where the divisor is 0."""
+    columns = precision_recall_fscore_support(
+        references, predictions, labels=range(n_labels), average=None, zero_division=np.nan
+    )
+    keys = ("precision", "recall", "f1", "support")
+    return [dict(zip(keys, map(float, values), strict=True)) for values in zip(*columns, strict=True)]
+
+
+def compute_confusion(references: Ints, predictions: Ints, n_labels: int) -> Ints:
+    """Counts, (K, K): row = reference, column = prediction."""
+    counts: Ints = confusion_matrix(references, predictions, labels=range(n_labels))
+    return counts
+
+
+def is_larger_better(name: str) -> bool:
+    """Whether a higher value is better; knows `loss` too, and takes it as given for `evaluate`'s own metrics."""
+    return METRICS[name].larger_is_better if name in METRICS else name != "loss"
+
+
+def check_metric_names(names: Iterable[str], *, key: str = "evaluate.metrics", also: Sequence[str] = ()) -> None:
+    """Every name must be in `METRICS` or `also`, or be a metric that `evaluate` can load from labels.
+
+    Args:
+        names: Names out of a recipe.
+        key: The recipe's key, for the message.
+        also: Further names that this key takes, such as `loss`.
+
+    Raises:
+        RecipeError: Lists every unknown name, with the nearest known one.
+    """
+    problems = []
+    for name in names:
+        if name not in METRICS and name not in also:
+            try:
+                _load_metric(name)
+            except RecipeError as error:
+                known = sorted({*METRICS, *also})
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                problems.append(f"{key}: must name metrics out of {', '.join(known)}, got {name!r}.{hint} {error}")
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+@functools.cache
+def _load_metric(name: str) -> Any:
+    """A metric of Hugging Face's `evaluate`, from the Hub or its cache; RecipeError says why there is none."""
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise RecipeError("A metric of `evaluate` is given by its bare name, such as 'cohen_kappa'.")
+    try:
+        metric = evaluate.load(f"{HUB_NAMESPACE}/{name}", module_type="metric")
+    except Exception as error:  # downloads and imports other people's code: any exception may come out
+        logger.debug("evaluate.load(%r) failed", name, exc_info=error)
+        raise RecipeError(
+            f"`evaluate` could not load {name!r} either ({type(error).__name__}): it needs the Hub or a filled cache."
+        ) from error
+    needed = set(metric.features) if isinstance(metric.features, dict) else set(metric.features[0])
+    if needed != {"predictions", "references"}:
+        raise RecipeError(f"`evaluate` has {name!r}, but it needs {', '.join(sorted(needed))} rather than labels.")
+    return metric
+
+
+def _compute_loaded(name: str, references: Ints, predictions: Ints) -> float:
+    metric = _load_metric(name)
+    # F1, precision and recall are binary unless told otherwise, and would refuse three classes.
+    options = {"average": "macro"} if "average" in inspect.signature(metric._compute).parameters else {}
+    try:
+        values = metric.compute(predictions=predictions, references=references, **options)
+        return float(values[name] if name in values else next(iter(values.values())))
+    except (TypeError, ValueError, StopIteration) as error:
+        raise RecipeError(
+            f"evaluate.metrics: {name!r} of `evaluate` must give one number for class labels, got {error}. "
+            f"Use one of {', '.join(METRICS)}."
+        ) from error
+
+
+class _LabelMetric(evaluate.Metric):  # type: ignore[misc]  # `evaluate` has no type information
+    """Base of the metrics below: `compute(predictions=..., references=...)`, or `scores=` in place of predictions."""
+
+    key: str
+
+    def _info(self) -> evaluate.MetricInfo:
+        needs, formula = self._describe()
+        value = Value("int64") if needs == "predictions" else ListOf(Value("float64"))
+        return evaluate.MetricInfo(
+            description=formula,
+            citation="",
+            inputs_description=f"{needs}: of each row; references: labels in 0..K-1.",
+            features=Features({needs: value, "references": Value("int64")}),
+        )
+
+    def _describe(self) -> tuple[str, str]:
+        return METRICS[self.key].needs, METRICS[self.key].formula
+
+    def _compute(self, *, references: npt.ArrayLike, **given: npt.ArrayLike) -> dict[str, Any]:
+        info = METRICS[self.key]
+        return {self.key: float(info.compute(np.asarray(references), np.asarray(given[info.needs])))}
+
+
+class Accuracy(_LabelMetric):
+    """Share of right rows."""
+
+    key = "accuracy"
+
+
+class MacroF1(_LabelMetric):
+    """Mean F1 of the classes."""
+
+    key = "macro_f1"
+
+
+class WeightedF1(_LabelMetric):
+    """Mean F1 of the classes, by support."""
+
+    key = "weighted_f1"
+
+
+class Mcc(_LabelMetric):
+    """Matthews correlation."""
+
+    key = "mcc"
+
+
+class Auroc(_LabelMetric):
+    """Area under the ROC curve; `scores=` (N, K)."""
+
+    key = "auroc"
+
+
+class Ece(_LabelMetric):
+    """Expected calibration error; `scores=` (N, K)."""
+
+    key = "ece"
+
+
+class Brier(_LabelMetric):
+    """Multiclass Brier score; `scores=` (N, K)."""
+
+    key = "brier"
+
+
+class LogLoss(_LabelMetric):
+    """Cross-entropy; `scores=` (N, K)."""
+
+    key = "log_loss"
+
+
+class PerClassF1(_LabelMetric):
+    """F1 of each class, a list; reported for every run, so it is no name for a recipe."""
+
+    key = "per_class"
+
+    def _describe(self) -> tuple[str, str]:
+        return "predictions", "2 tp / (2 tp + fp + fn) of each class"
+
+    def _compute(self, *, references: npt.ArrayLike, **given: npt.ArrayLike) -> dict[str, Any]:
+        labels, predictions = np.asarray(references), np.asarray(given["predictions"])
+        n_labels = int(np.max([labels, predictions])) + 1
+        return {self.key: [values["f1"] for values in compute_per_class(labels, predictions, n_labels)]}

@@ -1,0 +1,310 @@
+"""The report of a run: one self-contained HTML page that opens with the answer to "can I trust this model?"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from finetune.evaluation import charts, wording
+from finetune.evaluation.charts import Scale, Series, is_number
+from finetune.evaluation.metrics import is_larger_better
+from finetune.evaluation.verdict import build_verdict, compute_gap, is_scaled
+from finetune.evaluation.wording import Score, format_count, format_number, name_of, part_of
+
+SEVERITIES = {"error": "bad", "warning": "care", "note": "note"}
+"""Severity of a finding -> how the page marks it, gravest first."""
+LEGEND = {"line": "train, smoothed", "faint": "train, each step", "dots": "validation"}
+FAR = 4.0
+"""Times the axis of the score plot may grow to hold one more baseline; beyond that an arrow stands for it."""
+FEW_ROWS = 30
+"""A slice with fewer rows says little."""
+CONFUSION_NUMBERS_UP_TO = 12
+"""Classes up to which the confusion matrix is a table of counts."""
+MOST_CONFUSED, MISTAKES_SHOWN, CLASSES_SHOWN = 15, 10, 12
+ROW_REFERENCES, TEXT_CHARACTERS = 5, 600
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What the page shows. Missing keys and None or nan values leave a part out, or show a dash."""
+
+    name: str
+    created: str
+    """ISO 8601."""
+    test: dict[str, Any]
+    """Contents of evaluation/test.json."""
+    validation: dict[str, Any]
+    """Contents of evaluation/validation.json."""
+    events: list[dict[str, Any]]
+    """Lines of events.jsonl; only `step` and `evaluation` events are read."""
+    findings: list[dict[str, Any]]
+    """Of the data checks: kind, severity (error, warning, note), split, count, message, rows."""
+    mistakes: list[dict[str, Any]]
+    """Wrong predictions, most confident first: id, text, reference, prediction, confidence."""
+    facts: dict[str, dict[str, str]]
+    """Section -> label -> value."""
+    recipe_yaml: str
+
+
+def write_report(path: Path, data: ReportData) -> None:
+    """Write the page to `path` as UTF-8; characters that cannot be encoded become `?`."""
+    path.write_text(render_report(data), encoding="utf-8", errors="replace", newline="\n")
+
+
+def render_report(data: ReportData) -> str:
+    """The page as one HTML text: no script, and nothing that is fetched."""
+    environment = Environment(
+        loader=PackageLoader("finetune", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": wording.format_number,
+        "interval": wording.format_interval,
+        "signed": wording.format_signed,
+        "p": wording.format_p,
+        "count": wording.format_count,
+        "condition": wording.format_condition,
+        "named": name_of,
+        "breakable": wording.mark_breaks,
+    }
+    metrics = part_of(data.test, "metrics")
+    primary = next(iter(metrics), None)
+    view = {
+        "data": data,
+        "created": wording.format_created(data.created),
+        "primary": primary,
+        "verdict": build_verdict(data.test, data.findings),
+        "scores": _build_scores(data, primary),
+        "gates": part_of(data.test, "gates"),
+        "training": _build_training(data.events, primary),
+        "confusion": _build_confusion(data.test),
+        "classes": _build_classes(part_of(data.test, "per_class")),
+        "calibration": _build_calibration(data.test),
+        "slices": _build_slices(data.test, primary),
+        "mistakes": [_build_mistake(mistake) for mistake in data.mistakes],
+        "mistakes_shown": MISTAKES_SHOWN,
+        "findings": sorted(map(_build_finding, data.findings), key=lambda finding: finding["order"]),
+        "meanings": [(name_of(key), wording.MEANINGS[key]) for key in metrics if key in wording.MEANINGS],
+    }
+    return environment.get_template("report.html.j2").render(view)
+
+
+def _build_scores(data: ReportData, primary: str | None) -> dict[str, Any]:
+    metrics, validation = part_of(data.test, "metrics"), part_of(data.validation, "metrics")
+    if not metrics:
+        return {}
+    rows: list[dict[str, Any]] = [
+        {"name": "This model", "metrics": metrics, "difference": {}, "note": "", "main": True},
+    ]
+    for name, baseline in part_of(data.test, "baselines").items():
+        rows.append(
+            {
+                "name": name_of(name),
+                "metrics": part_of(baseline, "metrics"),
+                "difference": part_of(part_of(baseline, "difference"), primary),
+                "note": ", ".join(f"{key} = {value}" for key, value in part_of(baseline, "settings").items()),
+                "main": False,
+            }
+        )
+    scores = [part_of(row["metrics"], primary) for row in rows]
+    near = _near_scores(scores)
+    axis = _add_plots(rows, scores, reference=scores[0], near=near)
+    extra = {"name": "This model on validation", "metrics": validation, "note": "", "main": False}
+    return {
+        "rows": rows,
+        "axis": axis,
+        "columns": list(metrics),
+        "table": [*rows, extra] if validation else rows,
+        "off_scale": len(near) < len(scores),
+        "behind": "left" if is_larger_better(str(primary)) else "right",
+    }
+
+
+def _near_scores(scores: Sequence[Score]) -> list[Score]:
+    """The first score and those near it: one that would stretch the axis by `FAR` hides the intervals of all others."""
+    first, *others = [score for score in scores if is_number(score.get("value"))] or [{}]
+    near = [first]
+    for score in sorted(others, key=lambda score: abs(score["value"] - first["value"])):
+        if len(near) > 1 and _span([*near, score]) > FAR * _span(near):
+            break
+        near.append(score)
+    return near
+
+
+def _span(scores: Sequence[Score]) -> float:
+    ends = [score[key] for score in scores for key in ("value", "low", "high") if is_number(score.get(key))]
+    return float(max(ends) - min(ends))
+
+
+def _add_plots(
+    rows: Sequence[dict[str, Any]], scores: Sequence[Score], *, reference: Score, near: Sequence[Score]
+) -> Markup:
+    """Give each row its `score` and `plot`, all on the axis that is returned; it holds `reference` and `near`."""
+    scale = Scale.around(
+        (score.get(key) for score in [*near, reference] for key in ("value", "low", "high")), within=(0.0, 1.0)
+    )
+    for row, score in zip(rows, scores, strict=True):
+        row["score"] = score
+        row["plot"] = charts.interval_row(scale, score, reference=reference.get("value"), main=row["main"])
+    return charts.interval_axis(scale)
+
+
+def _build_training(events: Sequence[Mapping[str, Any]], primary: str | None) -> list[dict[str, Any]]:
+    steps = [event for event in events if event.get("event") == "step"]
+    scored = [
+        {**part_of(event, "metrics"), "step": event.get("step")}
+        for event in events
+        if event.get("event") == "evaluation"
+    ]
+    loss, rates = _points(steps, "loss"), _points(steps, "learning_rate")
+    watched = primary if primary and _points(scored, primary) else _first_metric(scored)
+    better = "higher" if is_larger_better(watched) else "lower"
+    figures = [
+        _figure(
+            "Loss",
+            [Series(loss, "faint"), Series(charts.smooth(loss)), Series(_points(scored, "loss"), "dots")],
+            "Both lines should fall; a validation loss that climbs while the train loss falls is learning by heart.",
+            from_zero=True,
+        ),
+        _figure(
+            f"Validation {name_of(watched)}",
+            [Series(_points(scored, watched), "dots")],
+            f"Each dot is one look at the validation split; {better} is better.",
+        ),
+        _figure("Learning rate", [Series(rates)], "The size of each step: it climbs, then decays.", from_zero=True),
+    ]
+    return [figure for figure in figures if figure["chart"]]
+
+
+def _first_metric(records: Iterable[Mapping[str, Any]]) -> str:
+    names = (key for record in records for key in record if key not in ("step", "loss") and is_number(record[key]))
+    return next(names, "loss")
+
+
+def _points(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(one["step"], one[key]) for one in records if is_number(one.get("step")) and is_number(one.get(key))]
+
+
+def _figure(title: str, series: Sequence[Series], read: str, *, from_zero: bool = False) -> dict[str, Any]:
+    drawn = [(one.look, one.points) for one in series if one.points]
+    spoken = [
+        f"{LEGEND[look]} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for look, points in drawn if look != "faint"
+    ]
+    label = f"{title} over {format_count(drawn[-1][1][-1][0])} steps: {', '.join(spoken)}" if drawn else title
+    legend = [(look, LEGEND[look]) for look, _ in drawn] if len(drawn) > 1 else []
+    return {
+        "title": title,
+        "chart": charts.curve_chart(series, label, from_zero=from_zero),
+        "legend": legend,
+        "read": read,
+    }
+
+
+def _build_confusion(test: Mapping[str, Any]) -> dict[str, Any]:
+    matrix, labels = part_of(test, "confusion"), list(part_of(test, "labels"))
+    if not matrix or len(matrix) != len(labels):
+        return {}
+    rows = [
+        {"label": label, "cells": [{"count": count, "share": count / max(1, sum(counts))} for count in counts]}
+        for label, counts in zip(labels, matrix, strict=True)
+    ]
+    pairs = [
+        {"reference": labels[i], "prediction": labels[j], "count": count, "share": count / sum(counts)}
+        for i, counts in enumerate(matrix)
+        for j, count in enumerate(counts)
+        if count and i != j
+    ]
+    pairs.sort(key=lambda pair: (-pair["count"], -pair["share"]))
+    wrong, total = sum(pair["count"] for pair in pairs), sum(map(sum, matrix))
+    label = f"Confusion matrix of {len(labels)} classes: {wrong:,} of {total:,} rows off the diagonal."
+    numbers = len(labels) <= CONFUSION_NUMBERS_UP_TO
+    return {
+        "labels": labels,
+        "rows": rows if numbers else [],
+        "map": "" if numbers else charts.heat_map(matrix, labels, label),
+        "pairs": [] if numbers else pairs[:MOST_CONFUSED],
+        "wrong": wrong,
+        "total": total,
+    }
+
+
+def _build_classes(per_class: Mapping[str, Score]) -> dict[str, Any]:
+    # Worst first; a class without a score has no place in that order and goes last.
+    order = sorted(per_class, key=lambda name: per_class[name]["f1"] if is_number(per_class[name].get("f1")) else 2.0)
+    columns = ("f1", "precision", "recall", "support")
+    rows = [
+        {"name": name, "bar": charts.bar(per_class[name].get("f1"))}
+        | {key: per_class[name].get(key) for key in columns}
+        for name in order
+    ]
+    # Folding two or three rows away would cost the reader more than it saves.
+    shown = len(rows) if len(rows) <= CLASSES_SHOWN + 3 else CLASSES_SHOWN
+    return {"shown": rows[:shown], "folded": rows[shown:], "total": len(rows)}
+
+
+def _build_calibration(test: Mapping[str, Any]) -> list[dict[str, Any]]:
+    temperature, reliability = test.get("temperature"), part_of(test, "reliability")
+    titles = {"before": "As trained"}
+    if is_scaled(temperature):
+        titles = {"before": "Before calibration", "after": f"After temperature {format_number(temperature, 2)}"}
+    figures = []
+    for key, title in titles.items():
+        bins = [one for one in part_of(reliability, key) if is_number(one.get("count")) and one["count"] > 0]
+        gap = compute_gap(bins)
+        if gap is not None:
+            words = f"{title}: confidence is off by {100 * gap:.1f} points on average."
+            chart = charts.reliability_chart(bins, words)
+            figures.append({"title": title, "gap": gap, "chart": chart, "bins": bins})
+    return figures
+
+
+def _build_slices(test: Mapping[str, Any], primary: str | None) -> list[dict[str, Any]]:
+    whole = part_of(test, "metrics").get(primary) or {}
+    groups = []
+    for name, values in part_of(test, "slices").items():
+        rows = [
+            {
+                "name": str(one.get("value")),
+                "rows": one.get("rows"),
+                "main": True,
+                "few": is_number(one.get("rows")) and one["rows"] < FEW_ROWS,
+            }
+            for one in values
+        ]
+        if rows:
+            scores = [part_of(part_of(one, "metrics"), primary) for one in values]
+            groups.append(
+                {"name": name_of(name), "rows": rows, "axis": _add_plots(rows, scores, reference=whole, near=scores)}
+            )
+    return groups
+
+
+def _build_mistake(mistake: Mapping[str, Any]) -> dict[str, Any]:
+    text = str(mistake.get("text") or "")
+    short = text if len(text) <= TEXT_CHARACTERS else text[:TEXT_CHARACTERS].rstrip() + " \N{HORIZONTAL ELLIPSIS}"
+    return {key: mistake.get(key) for key in ("id", "reference", "prediction", "confidence")} | {"text": short}
+
+
+def _build_finding(finding: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [str(row) for row in part_of(finding, "rows")]
+    more = len(rows) - ROW_REFERENCES
+    severity = str(finding.get("severity") or "note")
+    count = finding.get("count")
+    return {
+        "check": name_of(finding.get("kind") or "check"),
+        "severity": severity,
+        "state": SEVERITIES.get(severity, "note"),
+        "split": finding.get("split") or "all",
+        "count": count,
+        "message": str(finding.get("message") or ""),
+        "rows": ", ".join(rows[:ROW_REFERENCES]) + (f" and {more:,} more" if more > 0 else ""),
+        "order": (list(SEVERITIES).index(severity) if severity in SEVERITIES else 9, -float(count or 0)),
+    }

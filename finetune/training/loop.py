@@ -1,0 +1,281 @@
+"""The one training loop, from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from finetune.data.batches import Batch, Examples, Indices, collate, plan_batches
+from finetune.errors import DivergedError, Interrupted, ResourceError
+from finetune.models.prediction import compute_logits
+from finetune.recipe.schema import EarlyStopSection, TrainSection
+from finetune.training.optimizer import build_optimizer, compute_rate_factor, set_learning_rate
+from finetune.training.progress import TrainingProgress
+from finetune.training.session import LoopState, Session
+from finetune.training.signals import StopRequest
+
+NON_FINITE_LIMIT = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the loop needs of a task: its encoded rows and its functions.
+
+    Args:
+        train, validation: encoded rows.
+        row_weights: weight of each training row in the loss, (N,).
+        compute_losses: (model, batch) -> loss of each row, (B,).
+        compute_metrics: (logits (N, K), references (N,)) -> point values, `loss` among them.
+        is_larger_better: metric name -> which way is up.
+        head: names of the head's modules.
+        pad_token_id: the tokenizer's.
+    """
+
+    train: Examples
+    validation: Examples
+    row_weights: npt.NDArray[np.float32]
+    compute_losses: Callable[[nn.Module, Batch], torch.Tensor]
+    compute_metrics: Callable[[npt.NDArray[np.float32], npt.NDArray[np.int64]], dict[str, float]]
+    is_larger_better: Callable[[str], bool]
+    head: Sequence[str]
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of the plan: which rows, in which epoch, and whether validation follows."""
+
+    number: int  # 1-based
+    epoch: int  # 0-based
+    rows: Indices
+    evaluate: bool
+
+
+def fit(
+    model: nn.Module, problem: Problem, section: TrainSection, session: Session, *, quiet: bool = False
+) -> LoopState:
+    """Train a model in place; at the end it holds the weights that were best on validation
+    (the last ones without `early_stop`).
+
+    If the session's folder has checkpoints, training goes on from the newest that verifies, to bitwise the same
+    weights as if it had never stopped (same device, same versions).
+
+    Args:
+        model: with the weights to train marked by `requires_grad`.
+        problem: the task's rows and functions.
+        section: the recipe's `train`.
+        session: Accelerate, checkpoints and events.
+        quiet: no progress bar.
+
+    Returns:
+        The final state.
+
+    Raises:
+        Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
+        DivergedError: non-finite losses or gradients three steps in a row.
+        ResourceError: no memory for a single row, or no room for a checkpoint.
+    """
+    accelerator = session.accelerator
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    replica, optimizer = accelerator.prepare(model, build_optimizer(trained, problem.head, section))
+    state = session.restore(trained, optimizer) or LoopState(micro_steps=section.micro_steps)
+    total = sum(len(_plan(problem, section, epoch)) for epoch in range(section.epochs))
+    model.train()
+
+    with (
+        StopRequest() as stop,
+        TrainingProgress(total, state.step, quiet or not accelerator.is_main_process) as progress,
+    ):
+        started = time.monotonic() - state.seconds
+        for step in _iterate_steps(problem, section, after=state.step):
+            if state.stopped_early:
+                break
+            rate = set_learning_rate(
+                optimizer, compute_rate_factor(step.number - 1, total, section.warmup_ratio, section.schedule)
+            )
+            # Dropout depends on the step alone, so that a checkpoint needs no generator state.
+            torch.manual_seed(derive_seed(section.seed, step.number, accelerator.process_index))
+            loss, norm, micro_steps = _compute_gradients(
+                replica, trained, problem, section, session, step, state.micro_steps
+            )
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+            state = replace(
+                state,
+                step=step.number,
+                micro_steps=micro_steps,
+                seconds=time.monotonic() - started,
+                non_finite_in_a_row=0 if finite else state.non_finite_in_a_row + 1,
+                skipped_steps=state.skipped_steps + (not finite),
+            )
+            values = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
+            session.log.write("step", step=step.number, epoch=step.epoch, seconds=state.seconds, **values)
+            accelerator.log(values, step=step.number)
+            progress.advance(loss=loss, rate=rate)
+            _check_divergence(state, step, rate, loss, norm)
+
+            if step.evaluate:
+                metrics = _evaluate(model, problem, session)
+                state = _record(state, metrics, problem, section.early_stop, halfway=step.number > total / 2)
+                session.log.write("evaluation", step=step.number, epoch=step.epoch, metrics=metrics)
+                accelerator.log({f"validation_{name}": value for name, value in metrics.items()}, step=step.number)
+                progress.show(step.number, metrics)
+            stopping, overdue = _agree(
+                session, stop.requested, time.monotonic() - session.saved_at > section.checkpoint_seconds
+            )
+            if step.evaluate or stopping or overdue:
+                session.save(trained, optimizer, state, section.keep_checkpoints)
+            if stopping:
+                raise Interrupted(
+                    f"stopped by {stop.signal_name or 'a signal'} after step {step.number} of {total}; saved."
+                )
+
+    session.load_best(trained, state)
+    accelerator.end_training()
+    return state
+
+
+def _record(
+    state: LoopState,
+    metrics: Mapping[str, float],
+    problem: Problem,
+    early_stop: EarlyStopSection | None,
+    *,
+    halfway: bool,
+) -> LoopState:
+    """Take in validation scores; without early stopping nothing is chosen by them, and the last weights stay."""
+    if early_stop is None:
+        return state
+    larger = problem.is_larger_better(early_stop.metric)
+    state = state.record(metrics[early_stop.metric], larger, patience_counts=halfway)
+    return replace(state, stopped_early=state.evaluations_without_best >= early_stop.patience)
+
+
+def derive_seed(*parts: int) -> int:
+    """One seed from several integers, independent of each other (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _plan(problem: Problem, section: TrainSection, epoch: int) -> list[Indices]:
+    return plan_batches(problem.train.lengths, section.tokens_per_batch, seed=section.seed, epoch=epoch)
+
+
+def _iterate_steps(problem: Problem, section: TrainSection, *, after: int) -> Iterator[Step]:
+    """The plan of the whole run from a step on; the step count alone says where in the data it is."""
+    number = 0
+    for epoch in range(section.epochs):
+        plan = _plan(problem, section, epoch)
+        parts = min(section.evaluations_per_epoch, len(plan))
+        due = {math.ceil(len(plan) * part / parts) for part in range(1, parts + 1)}
+        for position, rows in enumerate(plan, start=1):
+            number += 1
+            if number > after:
+                yield Step(number, epoch, rows, evaluate=position in due)
+
+
+def _compute_gradients(  # noqa: PLR0913  (the loop's own inner part: everything it needs is named, nothing is hidden)
+    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    problem: Problem,
+    section: TrainSection,
+    session: Session,
+    step: Step,
+    micro_steps: int,
+) -> tuple[float, float, int]:
+    """Run one step's forward and backward passes, halving the micro-batch while memory runs out.
+
+    Returns:
+        The loss (weighted mean over the global batch), the gradient's norm before clipping, the micro-steps used.
+    """
+    accelerator = session.accelerator
+    while True:
+        accelerator.step, accelerator.gradient_accumulation_steps = 0, micro_steps
+        try:
+            loss = _accumulate(model, problem, accelerator, step.rows, micro_steps)
+            norm = accelerator.clip_grad_norm_(trained.values(), section.clip_norm)
+            return accelerator.reduce(loss, "sum").item(), float(norm), micro_steps
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if micro_steps >= len(step.rows) or accelerator.num_processes > 1:
+                raise ResourceError(_describe_memory(len(step.rows), micro_steps, accelerator.num_processes)) from error
+            micro_steps = min(2 * micro_steps, len(step.rows))
+            session.log.write("out_of_memory", step=step.number, micro_steps=micro_steps)
+            model.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _accumulate(model: nn.Module, problem: Problem, accelerator: Any, rows: Indices, micro_steps: int) -> torch.Tensor:
+    """Sum the gradients of this process's share of a global batch, as if the batch had been one.
+
+    Each row's loss is divided by the weight of the whole global batch, so neither the number of micro-steps nor that of
+    processes changes the sum. Accelerate divides by the micro-steps and averages over processes; both are undone.
+    """
+    processes = accelerator.num_processes
+    weight = float(problem.row_weights[rows].sum())
+    total = torch.zeros((), device=accelerator.device)
+    for part in np.array_split(rows, processes * micro_steps)[accelerator.process_index :: processes]:
+        # A share without rows still takes part in the reduction, with a row that weighs nothing.
+        chosen, weights = (part, problem.row_weights[part]) if len(part) else (rows[:1], np.zeros(1, dtype=np.float32))
+        batch = {
+            key: value.to(accelerator.device)
+            for key, value in collate(problem.train, chosen, problem.pad_token_id).items()
+        }
+        with accelerator.accumulate(model):
+            losses = problem.compute_losses(model, batch)  # (B,)
+            share = (losses * torch.from_numpy(weights).to(losses.device)).sum() / weight
+            accelerator.backward(share * processes * micro_steps)
+        total += share.detach()
+    return total
+
+
+def _evaluate(model: nn.Module, problem: Problem, session: Session) -> dict[str, float]:
+    """Score validation, each process its share.
+
+    On the model itself, not on its distributed replica: that one would wait for as many batches in every process.
+    """
+    accelerator = session.accelerator
+    share = (accelerator.process_index, accelerator.num_processes)
+    logits = compute_logits(model, problem.validation, problem.pad_token_id, share=share)
+    summed = accelerator.reduce(torch.from_numpy(logits).to(accelerator.device), "sum").cpu().numpy()
+    return problem.compute_metrics(summed, problem.validation.labels)
+
+
+def _agree(session: Session, *flags: bool) -> list[bool]:
+    """What any process wants, all do."""
+    tensor = torch.tensor([float(flag) for flag in flags], device=session.accelerator.device)
+    return [value > 0 for value in session.accelerator.reduce(tensor, "sum").tolist()]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _describe_memory(rows: int, micro_steps: int, processes: int) -> str:
+    if processes > 1:
+        return (
+            f"memory: a micro-batch of {rows // (micro_steps * processes)} rows per process must fit, got out of "
+            f"memory. Set train.micro_steps={2 * micro_steps} (the update stays the same)."
+        )
+    return "memory: a single row must fit, got out of memory. Lower model.max_length or take a smaller base."
+
+
+def _check_divergence(state: LoopState, step: Step, rate: float, loss: float, norm: float) -> None:
+    if state.non_finite_in_a_row >= NON_FINITE_LIMIT:
+        raise DivergedError(
+            f"training, step {step.number}: loss and gradient must be finite, got loss {loss} and gradient norm {norm} "
+            f"at learning rate {rate:.2g}, {NON_FINITE_LIMIT} steps in a row ({state.skipped_steps} skipped in all; "
+            "none was applied). Lower train.learning_rate, or set train.precision: float32. "
+            "The last good checkpoint is kept."
+        )

@@ -1,0 +1,80 @@
+"""Several processes: started by this toolkit, or by `accelerate launch` and `torchrun`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from finetune import errors
+from finetune.errors import FinetuneError
+
+
+def world_size() -> int:
+    """Processes that a launcher started, as it says in the environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def agree_on(compute: Callable[[], str]) -> str:
+    """Compute a text once, in the main process, and give it to all.
+
+    An error of the main process is raised in every process, so that none waits for a group that will never form.
+    """
+    if world_size() == 1:
+        return compute()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from finetune.training.session import PROCESS_GROUP_TIMEOUT
+
+    PartialState(timeout=PROCESS_GROUP_TIMEOUT)
+    said: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            said = [compute(), None]
+        except FinetuneError as error:
+            said = [type(error).__name__, str(error)]
+        except BaseException as error:
+            broadcast_object_list(["FinetuneError", f"the main process failed: {error}"])
+            raise
+    broadcast_object_list(said)
+    value, message = said
+    if message is not None:
+        raise rebuild_error(value, message)
+    return str(value)
+
+
+def rebuild_error(name: str, message: str) -> FinetuneError:
+    """The error that another process named."""
+    kind: type[FinetuneError] = getattr(errors, name, FinetuneError)
+    return kind(message)
+
+
+def start_workers(module: str, arguments: Sequence[str], processes: int) -> int:
+    """Run a module in several processes of one group (NCCL on GPUs, gloo on a CPU), and wait.
+
+    SIGTERM and Ctrl-C are passed on, so that the workers save and stop by themselves.
+
+    Returns:
+        The launcher's exit code; 0 only if every worker succeeded.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    # A session of its own: a Ctrl-C in the terminal reaches the workers once, through us.
+    launcher = subprocess.Popen([*command, "-m", module, *arguments], env=environment, start_new_session=True)
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in former:
+            signal.signal(number, lambda received, _frame: launcher.send_signal(received))
+        return launcher.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

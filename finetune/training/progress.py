@@ -1,0 +1,51 @@
+"""The progress bar of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SMOOTHING = 0.95
+
+
+class TrainingProgress:
+    """A bar with smoothed loss, rate and time left, and one line for each validation; silent if asked."""
+
+    def __init__(self, total: int, done: int, quiet: bool) -> None:
+        """Start at `done` of `total` steps."""
+        self._loss: float | None = None
+        self._progress = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  rate {task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=done, loss="-", rate="-")
+
+    def __enter__(self) -> TrainingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, *, loss: float, rate: float) -> None:
+        """One step done."""
+        self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        self._progress.update(self._task, advance=1, loss=f"{self._loss:.3f}", rate=f"{rate:.1e}")
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print a validation line above the bar."""
+        if not self._progress.disable:
+            values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            self._progress.console.print(f"step {step}  validation  {values}", highlight=False)

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import gzip
+import json
+
+import datasets
+import pytest
+
+from finetune.data import catalog, sources
+from finetune.data.sources import load_rows
+from finetune.errors import DataError
+
+CSV = 'text,label,source\nGood news,pos,a\n"Bad, news",neg,b\n'
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "shipped_folder", lambda _kind: tmp_path / "shipped")
+    monkeypatch.delenv("FINETUNE_DATA", raising=False)
+    return tmp_path / "shipped"
+
+
+def add_card(shipped, text, name="tiny"):
+    write(shipped / "catalog" / f"{name}.yaml", f"name: {name}\ntitle: Tiny\nlicence: MIT\n" + text)
+
+
+# Files
+
+
+def test_csv_file(tmp_path):
+    loaded = load_rows(str(write(tmp_path / "news.csv", CSV)), {})
+    assert loaded.name == "news"
+    assert loaded.card is None
+    assert [(row.id, row.split, row.number) for row in loaded.rows] == [("news:1", None, 1), ("news:2", None, 2)]
+    assert loaded.rows[1].values == {"text": "Bad, news", "label": "neg", "source": "b"}
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    rows = [
+        {"text": "2020-01-01", "label": "0"},
+        {"text": "NA", "label": "1"},
+        {"text": "null\nnaïve", "label": "1"},
+        {"text": ' a "quoted", 01 ', "label": "0"},
+    ]
+    frame = datasets.Dataset.from_list(rows)
+    frame.to_csv(tmp_path / "a.csv")
+    frame.to_csv(tmp_path / "a.tsv", sep="\t")
+    frame.to_parquet(tmp_path / "a.parquet")
+    write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
+    for name in ("a.csv", "a.jsonl"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    names = ["a.csv", "a.tsv", "a.parquet", "a.jsonl", "a.csv.gz", "a.jsonl.gz"]
+    loaded = [load_rows(str(tmp_path / name), {}) for name in names]
+    assert all([dict(row.values) for row in one.rows] == rows for one in loaded)
+    assert len({one.fingerprint for one in loaded}) == 1
+
+
+def test_types_of_jsonl_become_text_in_roles_only(tmp_path):
+    lines = ['{"text": 1, "label": 0, "n": [1]}', '{"text": true, "label": 2.0}', '{"text": 1.5, "label": null}']
+    rows = load_rows(str(write(tmp_path / "a.jsonl", "\n\n".join(lines))), {}).rows
+    assert [dict(row.values) for row in rows] == [
+        {"text": "1", "label": "0", "n": [1]},
+        {"text": "true", "label": "2", "n": None},
+        {"text": "1.5", "label": None, "n": None},
+    ]
+
+
+def test_missing_labels_become_none_and_missing_texts_empty(tmp_path):
+    rows = load_rows(str(write(tmp_path / "a.csv", 'text,label\na,\n"",NA\n')), {}).rows
+    assert [(row.values["text"], row.values["label"]) for row in rows] == [("a", None), ("", "NA")]
+
+
+def test_byte_order_mark_is_no_part_of_the_header(tmp_path):
+    for name, text in (("a.csv", CSV), ("a.jsonl", '{"text": "x", "label": "y"}')):
+        path = tmp_path / name
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert "text" in load_rows(str(path), {}).rows[0].values
+
+
+def test_windows_line_ends_and_blank_lines(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text,label\r\none,x\r\n\r\ntwo,y\r\n")
+    assert [row.values["text"] for row in load_rows(str(path), {}).rows] == ["one", "two"]
+
+
+def test_name_with_pattern_characters_is_no_pattern(tmp_path):
+    write(tmp_path / "a1.csv", CSV)
+    assert load_rows(str(write(tmp_path / "a[1]*.csv", "text,label\nonly,x\n")), {}).rows[0].values["text"] == "only"
+
+
+def test_changed_file_is_read_again(tmp_path):
+    path = write(tmp_path / "a.csv", "text,label\none,x\n")
+    first = load_rows(str(path), {})
+    write(path, "text,label\ntwo,x\n")
+    second = load_rows(str(path), {})
+    assert second.rows[0].values["text"] == "two"
+    assert first.fingerprint != second.fingerprint
+
+
+def test_fingerprint_does_not_depend_on_the_folder(tmp_path):
+    one, two = (load_rows(str(write(tmp_path / name / "a.csv", CSV)), {}) for name in ("x", "y"))
+    assert one.fingerprint == two.fingerprint
+    assert len(one.fingerprint) == 64
+
+
+def test_relative_path_is_tried_here_then_beside_the_recipe(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write(tmp_path / "recipes" / "a.csv", CSV)
+    assert len(load_rows("a.csv", {}, relative_to=tmp_path / "recipes").rows) == 2
+    write(tmp_path / "here" / "a.csv", "text,label\nhere,x\n")
+    assert len(load_rows("a.csv", {}, relative_to=tmp_path / "recipes").rows) == 1
+
+
+def test_folder_of_splits(tmp_path):
+    for name in ("train.csv", "dev.jsonl", "test.csv.gz"):
+        text = '{"text": "x", "label": "y"}' if "jsonl" in name else CSV
+        data = gzip.compress(text.encode()) if name.endswith("gz") else text.encode()
+        (tmp_path / name).write_bytes(data)
+    write(tmp_path / "README.md", "no rows")
+    rows = load_rows(str(tmp_path), {}).rows
+    assert [row.id for row in rows] == ["train:1", "train:2", "validation:1", "test:1", "test:2"]
+    assert [row.split for row in rows] == ["train", "train", "validation", "test", "test"]
+
+
+# Columns
+
+
+def test_columns_go_before_the_cards_roles(shipped, tmp_path, monkeypatch):
+    add_card(shipped, "files: {all: a.csv}\nroles: {text: headline, label: mood}\n")
+    write(tmp_path / "tiny" / "a.csv", "headline,mood,tone\nx,1,2\n")
+    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
+    assert load_rows("tiny", {}).rows[0].values == {"text": "x", "label": "1", "tone": "2"}
+    assert load_rows("tiny", {"label": "tone"}).rows[0].values == {"text": "x", "label": "2", "mood": "1"}
+
+
+def test_text_alone_is_enough_when_asked(tmp_path):
+    path = write(tmp_path / "a.csv", "text\none\n")
+    assert load_rows(str(path), {}, roles=("text",)).rows[0].values == {"text": "one"}
+
+
+@pytest.mark.parametrize(
+    ("header", "fix"),
+    [
+        (
+            "text,target",
+            r"column 'label' must exist, got columns text, target\. Set tasks\.<name>\.columns: {label: target}",
+        ),
+        ("text,a,labels", r"{label: labels}"),
+        ("text,a,b", r"{label: <column>}"),
+        ("text;label", r"column 'text' must exist.*Its fields seem to be parted by ';': save it with commas"),
+    ],
+)
+def test_missing_column(tmp_path, header, fix):
+    path = write(tmp_path / "prices.csv", f"{header}\n{header}\n")
+    with pytest.raises(DataError, match=rf"prices\.csv: .*{fix}"):
+        load_rows(str(path), {})
+
+
+# Cards
+
+
+def test_card_with_several_files_per_split(shipped, tmp_path, monkeypatch):
+    add_card(
+        shipped,
+        "files: {train: [all.json#a, all.json#b], test: all.json#c}\nformat: json_splits\n"
+        "columns: {text: said, intent: meant}\nroles: {text: text, label: intent}\nrows: {train: 3, test: 2}\n",
+    )
+    content = {"a": [["one", "x"], ["two", "y"]], "b": [["three", "oos"]], "c": [["four", "x"]]}
+    write(tmp_path / "tiny" / "all.json", json.dumps(content))
+    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
+    loaded = load_rows("tiny", {})
+    assert [(row.id, row.number, row.values["text"]) for row in loaded.rows] == [
+        ("train:1", 1, "one"),
+        ("train:2", 2, "two"),
+        ("train:3", 1, "three"),
+        ("test:1", 1, "four"),
+    ]
+    assert loaded.rows[2].values["label"] == "oos"
+    assert loaded.origin == "folder $FINETUNE_DATA/tiny"
+    assert loaded.notes == ("test: the card says 2 rows, got 1.",)
+
+
+def test_unsplit_card_names_rows_after_the_file(shipped, tmp_path, monkeypatch):
+    add_card(shipped, "files: {all: reviews.csv}\n")
+    write(tmp_path / "tiny" / "reviews.csv", CSV)
+    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
+    loaded = load_rows("tiny", {})
+    assert [(row.id, row.split) for row in loaded.rows] == [("reviews:1", None), ("reviews:2", None)]
+    assert loaded.card is not None
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Records what is asked of the Hub, and answers with two rows."""
+    calls = []
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+
+    def load_dataset(path, **options):
+        calls.append((path, options))
+        return datasets.DatasetDict({"train": rows, "valid": rows, "extra": rows})
+
+    monkeypatch.setattr(sources.datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_hub_reference(hub):
+    loaded = load_rows("hub:acme/news@v1.0", {})
+    assert [row.id for row in loaded.rows] == ["train:1", "train:2", "validation:1", "validation:2"]
+    assert [row.values["label"] for row in loaded.rows[:2]] == ["yes", None]
+    assert (loaded.name, loaded.origin) == ("news", "Hub acme/news@v1.0")
+    assert hub == [("acme/news", {"name": None, "revision": "v1.0", "data_files": None})]
+
+
+def test_card_on_the_hub_maps_splits_and_columns(shipped, hub):
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    add_card(
+        shipped,
+        f"hub: {{id: acme/news, revision: {revision}, config: plus, splits: {{train: train, test: extra}},"
+        " columns: {mood: label}}\nroles: {text: text, label: mood}\n",
+    )
+    loaded = load_rows("tiny", {})
+    assert [(row.id, row.values["label"]) for row in loaded.rows][::2] == [("train:1", "yes"), ("test:1", "yes")]
+    assert loaded.origin == "Hub acme/news@0123456789ab"
+    assert hub[0][1] == {"name": "plus", "revision": revision, "data_files": None}
+
+
+def test_csv_files_on_the_hub_are_read_without_guessing_missing_values(shipped, hub):
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    add_card(shipped, f"hub: {{id: acme/news, revision: {revision}, files: {{train: a.csv}}}}\n")
+    load_rows("tiny", {})
+    assert hub[0][1]["data_files"] == {"train": "a.csv"}
+    assert hub[0][1]["keep_default_na"] is False

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from finetune.data.rows import Row
+from finetune.data.splits import split_rows
+from finetune.errors import DataError
+from finetune.recipe.schema import SplitSection
+
+
+def make_rows(values, split=None, stem="a"):
+    return [Row(f"{stem}:{number}", split, number, value) for number, value in enumerate(values, start=1)]
+
+
+def labelled(counts):
+    return [{"text": f"{label} {i}", "label": label} for label, count in counts.items() for i in range(count)]
+
+
+def sizes(splits):
+    return {name: len(rows) for name, rows in splits.items()}
+
+
+def test_random_split_is_stratified_and_exact():
+    rows = make_rows(labelled({"a": 100, "b": 50, "c": 10}))
+    splits = split_rows(rows, SplitSection(validation=0.1, test=0.2), seed=13)
+    assert sizes(splits) == {"train": 112, "validation": 16, "test": 32}
+    counts = {name: Counter(row.values["label"] for row in part) for name, part in splits.items()}
+    assert counts == {
+        "train": {"a": 70, "b": 35, "c": 7},
+        "validation": {"a": 10, "b": 5, "c": 1},
+        "test": {"a": 20, "b": 10, "c": 2},
+    }
+
+
+def test_many_small_classes_keep_the_shares():
+    rows = make_rows(labelled({f"c{i}": 13 for i in range(77)}))
+    got = sizes(split_rows(rows, SplitSection(validation=0.1, test=0.2), seed=1))
+    total = 77 * 13
+    assert abs(got["validation"] - 0.1 * total) <= 1
+    assert abs(got["test"] - 0.2 * total) <= 1
+
+
+def test_small_class_is_in_every_split():
+    rows = make_rows(labelled({"large": 97, "small": 3}))
+    splits = split_rows(rows, SplitSection(), seed=5)
+    assert all(any(row.values["label"] == "small" for row in part) for part in splits.values())
+
+
+def test_seed_changes_the_split_and_nothing_else_does():
+    rows = make_rows(labelled({"a": 40, "b": 40}))
+    one, same, other = (
+        split_rows(part, SplitSection(), seed=seed) for part, seed in ((rows, 1), (rows[::-1], 1), (rows, 2))
+    )
+    assert one == same
+    assert one != other
+
+
+def test_split_is_the_same_on_every_machine():
+    rows = make_rows(labelled({"a": 10}))
+    splits = split_rows(rows, SplitSection(validation=0.2, test=0.2), seed=13)
+    # In the order of sha256("13\na:<number>"); train lacks 6, the others 2, ties go to the first: t t t t t v e t v e.
+    order = [10, 4, 1, 6, 3, 5, 2, 7, 8, 9]
+    assert [row.number for row in splits["train"]] == sorted([*order[:5], order[7]])
+    assert [row.number for row in splits["validation"]] == sorted([order[5], order[8]])
+    assert [row.number for row in splits["test"]] == sorted([order[6], order[9]])
+
+
+def test_group_split_keeps_groups_whole():
+    rows = make_rows([{"text": f"t{i}", "label": "x", "who": f"w{i % 12}"} for i in range(120)])
+    splits = split_rows(rows, SplitSection(by="group", column="who"), seed=3)
+    groups = [{row.values["who"] for row in part} for part in splits.values()]
+    assert sizes(splits) == {"train": 80, "validation": 20, "test": 20} or sizes(splits)["train"] >= 80
+    assert not groups[0] & groups[1]
+    assert not groups[1] & groups[2]
+    assert not groups[0] & groups[2]
+
+
+def test_three_equal_groups_give_three_splits():
+    rows = make_rows([{"text": f"t{i}", "who": i % 3} for i in range(30)])
+    assert sizes(split_rows(rows, SplitSection(by="group", column="who"), seed=3)) == dict.fromkeys(
+        ("train", "validation", "test"), 10
+    )
+
+
+@pytest.mark.parametrize(
+    "form", ["{:d}", "{:d}.5", "2024-01-{:02d}", "2024-01-{:02d}T12:00:00+02:00", "2024-01-{:02d}T01:02:03Z"]
+)
+def test_time_split_is_in_order(form):
+    rows = make_rows([{"text": "t", "when": form.format(day)} for day in range(1, 21)])[::-1]
+    splits = split_rows(rows, SplitSection(by="time", column="when", validation=0.1, test=0.2), seed=0)
+    assert [[row.number for row in part] for part in splits.values()] == [
+        list(range(1, 15)),
+        [15, 16],
+        [17, 18, 19, 20],
+    ]
+
+
+def test_numbers_are_ordered_as_numbers():
+    rows = make_rows([{"text": "t", "when": str(number)} for number in (9, 10, 100)])
+    splits = split_rows(rows, SplitSection(by="time", column="when"), seed=0)
+    assert [part[0].values["when"] for part in splits.values()] == ["9", "10", "100"]
+
+
+def test_rows_of_one_moment_stay_together():
+    rows = make_rows([{"text": "t", "when": day} for day in [1] * 6 + [2] * 6 + [3] * 6])
+    assert sizes(split_rows(rows, SplitSection(by="time", column="when"), seed=0)) == {
+        "train": 6,
+        "validation": 6,
+        "test": 6,
+    }
+
+
+def test_given_splits_are_kept():
+    rows = [*make_rows(labelled({"a": 5}), "train", "train"), *make_rows(labelled({"b": 2}), "test", "test")]
+    rows += make_rows(labelled({"c": 3}), "validation", "validation")
+    splits = split_rows(rows, SplitSection(by="given"), seed=0)
+    assert all(row.split == name for name, part in splits.items() for row in part)
+    assert sizes(splits) == {"train": 5, "validation": 3, "test": 2}
+
+
+def test_missing_validation_is_cut_from_train_only():
+    rows = [*make_rows(labelled({"a": 60, "b": 40}), "train", "train"), *make_rows(labelled({"a": 7}), "test", "test")]
+    splits = split_rows(rows, SplitSection(by="given", validation=0.1), seed=0)
+    assert sizes(splits) == {"train": 90, "validation": 10, "test": 7}
+    assert Counter(row.values["label"] for row in splits["validation"]) == {"a": 6, "b": 4}
+    assert all(row.split == "test" for row in splits["test"])
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "split", "words"),
+    [
+        ({"by": "given"}, {}, None, r"got 3 rows without a split\. Set split: {by: random}"),
+        (
+            {"by": "given"},
+            {},
+            "train",
+            r"must find train and test, got train\. Add a file for test, or set split: {by: ran",
+        ),
+        ({"by": "given"}, {}, "test", r"got test\. Add a file for train"),
+        (
+            {"by": "group", "column": "user"},
+            {"uesr": 1},
+            None,
+            r"'user' must exist.*columns text, uesr\. Did you mean 'uesr'",
+        ),
+        (
+            {"by": "group", "column": "u"},
+            {"u": 1},
+            None,
+            r"column 'u' must have at least 3 values, got 1\..*by: random",
+        ),
+        ({"by": "time", "column": "u"}, {"u": "1"}, None, r"column 'u' must have at least 3 moments, got 1"),
+        ({"by": "time", "column": "u"}, {"u": "9/4/20"}, None, r"ISO 8601.*got a:1 '9/4/20', a:2 .*such as 2020-04-09"),
+        ({"by": "time", "column": "u"}, {"u": ""}, None, r"must have a value in every row, is empty in a:1, a:2, a:3"),
+        ({"by": "time", "column": "u"}, {"u": "nan"}, None, r"must hold ISO 8601 times or only numbers, got a:1 'nan'"),
+    ],
+)
+def test_split_errors(section, values, split, words):
+    rows = make_rows([{"text": f"t{i}"} | values for i in range(3)], split)
+    with pytest.raises(DataError, match=words):
+        split_rows(rows, SplitSection(**section), seed=0)
+
+
+def test_given_split_without_validation_share():
+    rows = [*make_rows(labelled({"a": 5}), "train", "train"), *make_rows(labelled({"a": 5}), "test", "test")]
+    with pytest.raises(DataError, match=r"validation must be above 0.*Early stopping and calibration need one"):
+        split_rows(rows, SplitSection(by="given", validation=0.0), seed=0)
+
+
+def test_too_few_rows():
+    rows = make_rows(labelled({"a": 1, "b": 1}))
+    with pytest.raises(
+        DataError, match=r"every split must hold rows, got .* of 2 rows\. Give more rows, or a larger share"
+    ):
+        split_rows(rows, SplitSection(), seed=0)

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sk
+
+from finetune.evaluation import intervals
+from finetune.evaluation.intervals import (
+    Estimate,
+    build_resampler,
+    compute_difference,
+    compute_estimates,
+    compute_intervals,
+    draw_weights,
+)
+from finetune.evaluation.metrics import METRICS, compute_metric
+
+
+def draw(n_rows: int, n_labels: int, seed: int = 0, skill: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Skewed classes, and scores rounded so that there are ties."""
+    generator = np.random.default_rng(seed)
+    share = 0.5 ** np.arange(n_labels)
+    references = generator.choice(n_labels, n_rows, p=share / share.sum())
+    raw = generator.exponential(size=(n_rows, n_labels)).round(1) + 0.1
+    raw[np.arange(n_rows), references] += skill
+    return references, raw / raw.sum(axis=1, keepdims=True)
+
+
+def make_wrong(references: np.ndarray, wrong: list[int]) -> np.ndarray:
+    """Scores of a two-class system that errs on the given rows."""
+    predictions = references.copy()
+    predictions[wrong] = 1 - predictions[wrong]
+    return np.eye(2)[predictions]
+
+
+@pytest.mark.parametrize("n_labels", [2, 3, 6])
+@pytest.mark.parametrize("name", METRICS)
+def test_a_resample_equals_the_metric_on_its_rows(name: str, n_labels: int) -> None:
+    references, scores = draw(30, n_labels)  # small, so that resamples lose whole classes
+    (weights,) = draw_weights(30, 40, seed=3)
+    fast = build_resampler(references, scores, [name])(weights)[name]
+    rows = [np.repeat(np.arange(30), column.astype(int)) for column in weights.T]
+    slow = [compute_metric(name, references[chosen], scores[chosen]) for chosen in rows]
+    np.testing.assert_allclose(fast, slow, rtol=0, atol=1e-12)
+
+
+def test_same_distribution_as_resampling_rows_with_scikit_learn() -> None:
+    references, scores = draw(120, 4)
+    predictions = scores.argmax(axis=1)
+    generator = np.random.default_rng(1)
+    naive = []
+    for _ in range(400):
+        chosen = generator.integers(0, 120, 120)
+        naive.append(sk.f1_score(references[chosen], predictions[chosen], average="macro"))
+    fast = compute_estimates(references, scores, ["macro_f1"], resamples=4000, seed=2)["macro_f1"].samples
+    assert stats.ks_2samp(naive, fast).pvalue > 0.01
+    levels = [0.025, 0.5, 0.975]
+    np.testing.assert_allclose(np.quantile(fast, levels), np.quantile(naive, levels), atol=0.02)
+
+
+def test_every_resample_draws_as_many_rows_as_there_are() -> None:
+    weights = np.concatenate(list(draw_weights(50, 300, seed=0)), axis=1)
+    assert weights.shape == (50, 300)
+    assert (weights.sum(axis=0) == 50).all()
+    # Each count is binomial (50, 1/50): mean 1, variance 49/50.
+    assert weights.var() == pytest.approx(49 / 50, rel=0.05)
+
+
+def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    references, scores = draw(40, 3)
+    whole = compute_estimates(references, scores, ["macro_f1", "auroc"], resamples=101, seed=5)
+    monkeypatch.setattr(intervals, "BLOCK_CELLS", 400)
+    blocks = compute_estimates(references, scores, ["macro_f1", "auroc"], resamples=101, seed=5)
+    for name, estimate in whole.items():
+        np.testing.assert_allclose(estimate.samples, blocks[name].samples, rtol=0, atol=1e-12)
+
+
+def test_accuracy_interval_is_the_binomial_one() -> None:
+    references = np.zeros(1000, dtype=np.int64)
+    scores = make_wrong(references, list(range(200)))
+    found = compute_intervals(references, scores, ["accuracy"], confidence=0.9, resamples=5000, seed=0)["accuracy"]
+    low, high = stats.binom.ppf([0.05, 0.95], 1000, 0.8) / 1000
+    assert found["value"] == pytest.approx(0.8)
+    assert found["low"] == pytest.approx(low, abs=0.002)
+    assert found["high"] == pytest.approx(high, abs=0.002)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_promise() -> None:
+    generator = np.random.default_rng(0)
+    held = 0
+    for seed in range(200):
+        references = generator.integers(0, 2, 250)
+        scores = make_wrong(references, np.flatnonzero(generator.random(250) < 0.25).tolist())
+        found = compute_intervals(references, scores, ["accuracy"], confidence=0.9, resamples=200, seed=seed)
+        held += found["accuracy"]["low"] <= 0.75 <= found["accuracy"]["high"]
+    assert stats.binomtest(held, 200, 0.9).pvalue > 0.01
+
+
+def test_the_seed_alone_fixes_the_resamples() -> None:
+    references, scores = draw(60, 3)
+    options = {"confidence": 0.95, "resamples": 100}
+    first = compute_intervals(references, scores, ["macro_f1", "ece"], seed=1, **options)
+    again = compute_intervals(references, scores, ["ece"], seed=1, **options)
+    other = compute_intervals(references, scores, ["ece"], seed=2, **options)
+    assert again["ece"] == first["ece"]
+    assert other["ece"]["value"] == first["ece"]["value"]
+    assert other["ece"]["low"] != first["ece"]["low"]
+
+
+def test_paired_p_value_agrees_with_mcnemar() -> None:
+    references = np.random.default_rng(0).integers(0, 2, 400)
+    better, worse = make_wrong(references, list(range(30))), make_wrong(references, list(range(20, 65)))
+    one, two = (compute_estimates(references, s, ["accuracy"], resamples=8000, seed=0) for s in (better, worse))
+    found = compute_difference(one["accuracy"], two["accuracy"], 0.95)
+    # 35 rows are right only with the first system, 20 only with the second.
+    spread = math.sqrt(35 + 20 - (35 - 20) ** 2 / 400)
+    assert found["value"] == pytest.approx(15 / 400)
+    assert found["p_value"] == pytest.approx(2 * stats.norm.sf(15 / spread), abs=0.015)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * spread / 400, rel=0.05)
+
+
+def test_a_difference_turns_around() -> None:
+    references, scores = draw(80, 3, skill=1.5)
+    one = compute_estimates(references, scores, ["macro_f1"], resamples=200, seed=0)["macro_f1"]
+    two = compute_estimates(references, draw(80, 3, seed=9)[1], ["macro_f1"], resamples=200, seed=0)["macro_f1"]
+    there, back = compute_difference(one, two, 0.9), compute_difference(two, one, 0.9)
+    turned = {"value": -back["value"], "low": -back["high"], "high": -back["low"], "p_value": back["p_value"]}
+    assert there == pytest.approx(turned)
+    assert there["low"] > 0
+    assert there["p_value"] == pytest.approx(2 / 201)  # the smallest that 200 resamples can tell
+
+
+def test_a_system_does_not_differ_from_itself() -> None:
+    references, scores = draw(50, 3)
+    one = compute_estimates(references, scores, ["mcc"], resamples=100, seed=0)["mcc"]
+    assert compute_difference(one, one, 0.95) == {"value": 0, "low": 0, "high": 0, "p_value": 1}
+
+
+def test_undefined_values_are_nan_without_warnings() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nothing = compute_intervals(
+            np.zeros(0, dtype=np.int64), np.zeros((0, 2)), list(METRICS), confidence=0.95, resamples=100, seed=0
+        )
+        one_class = compute_intervals(
+            np.ones(5, dtype=np.int64), np.full((5, 3), 1 / 3), list(METRICS), confidence=0.95, resamples=100, seed=0
+        )
+        rare = compute_intervals(
+            np.array([1] + [0] * 9), np.eye(2)[[1] + [0] * 9], ["auroc"], confidence=0.95, resamples=100, seed=0
+        )["auroc"]
+        empty = Estimate(float("nan"), np.full(3, np.nan))
+        assert all(math.isnan(value) for value in compute_difference(empty, empty, 0.95).values())
+    assert all(math.isnan(v) for found in nothing.values() for v in found.values())
+    assert [n for n, found in one_class.items() if math.isnan(found["low"])] == ["auroc"]
+    assert rare == {"value": 1.0, "low": 1.0, "high": 1.0}  # resamples without the one positive row are left out
+
+
+def test_a_metric_of_evaluate_has_a_value_and_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intervals, "compute_metric", lambda name, references, scores: 0.5)
+    references, scores = draw(20, 2)
+    found = compute_intervals(references, scores, ["cohen_kappa"], confidence=0.95, resamples=100, seed=0)[
+        "cohen_kappa"
+    ]
+    assert found["value"] == 0.5
+    assert math.isnan(found["low"])
