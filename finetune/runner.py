@@ -7,7 +7,9 @@ there, and several processes need nothing but the folder's name to take part in 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +34,14 @@ from finetune.evaluation.gates import raise_on_failed_gates
 from finetune.evaluation.metrics import check_metric_names, is_larger_better
 from finetune.evaluation.scoring import check_section
 from finetune.models.base import BaseModel, load_tokenizer, resolve_base
-from finetune.models.classifier import count_classifier_parameters, list_head_modules
+from finetune.models.classifier import (
+    build_classifier_shape,
+    list_added_modules,
+    list_head_modules,
+    list_new_modules,
+)
 from finetune.recipe import dump_recipe, find_recipe, load_recipe
+from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
 from finetune.tasks import TASKS
 from finetune.tasks.preparation import Prepared, prepare
@@ -42,6 +50,9 @@ from finetune.training.loop import Problem, fit
 from finetune.training.precision import choose_precision
 from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
 from finetune.training.session import build_session
+
+# A base at hand, and rows that passed every check.
+Ready = tuple[BaseModel, Prepared]
 
 
 @dataclass(frozen=True)
@@ -89,9 +100,14 @@ def run(
     """
     path = find_recipe(recipe)
     loaded = load_recipe(path, overrides)
-    # One process checks and encodes; the others are told the folder.
-    folder = RunFolder(Path(agree_on(lambda: str(start(loaded, path, runs).path))))
-    return _carry_out(folder, processes, quiet)
+    ready: list[Ready] = []
+
+    def begin() -> str:
+        ready.append(_prepare(loaded, path.parent))
+        return str(start(loaded, path, ready[0], runs).path)
+
+    folder = RunFolder(Path(agree_on(begin)))  # one process checks and encodes; the others are told the folder
+    return _carry_out(folder, processes, quiet, ready[0] if ready else None)
 
 
 def resume(reference: str | Path, *, processes: int = 1, quiet: bool = False) -> Run:
@@ -115,9 +131,9 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     path = find_recipe(recipe)
     loaded = load_recipe(path, overrides)
     base, prepared = _prepare(loaded, path.parent)
-    model = count_classifier_parameters(base, prepared.task.labels)
-    head = list_head_modules(model)
-    count = count_parameters(attach_adapter(model, loaded.adapter, head, base.reference))
+    model = build_classifier_shape(base, prepared.task.labels, loaded.model)
+    head, added = list_head_modules(model), list_added_modules(model, base)
+    count = count_parameters(attach_adapter(model, loaded.adapter, head, base.reference, constant=added))
     steps = -(-int(prepared.examples["train"].lengths.sum()) // loaded.train.tokens_per_batch) * loaded.train.epochs
     return {
         "recipe": str(path),
@@ -159,12 +175,12 @@ def evaluate(reference: str | Path, data: str | None = None) -> dict[str, Any]:
         lock.release()
 
 
-def start(recipe: Recipe, path: Path, runs: Path | None) -> RunFolder:
-    """Check and encode the data, and lay out the run's folder; nothing is written when a check fails."""
-    base, prepared = _prepare(recipe, path.parent)
+def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFolder:
+    """Lay out the folder of a run whose data passed every check: recipe, rows, what a repetition needs."""
+    base, prepared = ready
     folder = create_run_folder(recipe.name, dump_recipe(recipe), runs)
-    (folder.path / "recipe.yaml").write_bytes(path.read_bytes())
-    folder.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
+    write_file_atomically(folder.path / "recipe.yaml", path.read_bytes())
+    write_file_atomically(folder.recipe, dump_recipe(recipe).encode())
     save_json(folder.data / "ids.json", {name: [row.id for row in rows] for name, rows in prepared.splits.items()})
     save_json(folder.data / "findings.json", findings_to_json(prepared.findings))
     save_json(folder.data / "task.json", prepared.task.to_config())
@@ -192,8 +208,8 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
     base = resolve_base(recipe.model.base)
     tokenizer = load_tokenizer(base)
     model = task.build_model(base, recipe.model, recipe.train.seed)
-    head = list_head_modules(model)
-    model = attach_adapter(model, recipe.adapter, head, base.reference)
+    new, head, added = list_new_modules(model), list_head_modules(model), list_added_modules(model, base)
+    model = attach_adapter(model, recipe.adapter, head, base.reference, constant=added)
     count = count_parameters(model)
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
     problem = Problem(
@@ -203,53 +219,58 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
         compute_losses=lambda model, batch: task.compute_losses(model, batch, recipe.train.label_smoothing),
         compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
         is_larger_better=is_larger_better,
-        head=head,
+        head=new,
         pad_token_id=tokenizer.pad_token_id,
     )
-    session = build_session(recipe.train, folder.path, lock["precision"])
-    if session.accelerator.is_main_process and not quiet:
-        print(count)  # noqa: T201  (asked for by hand on every run, bar or no bar)
-    state = fit(model, problem, recipe.train, session, quiet=quiet)
-    if session.accelerator.is_main_process:
-        settings = {"task": task.to_config(), "temperature": 1.0, "max_length": recipe.model.max_length}
-        save_model(model, tokenizer, folder.model, settings)
-        prune_checkpoints(folder.checkpoints, 1, state.best_step)
-        folder.update_status(
-            state="trained",
-            training={
-                "steps": state.step,
-                "best_step": state.best_step,
-                "seconds": round(state.seconds, 1),
-                "skipped_steps": state.skipped_steps,
-                "micro_steps": state.micro_steps,
-                "stopped_early": state.stopped_early,
-                "device": str(session.accelerator.device),
-                "processes": session.accelerator.num_processes,
-                "parameters": {"trained": count.trained, "total": count.total},
-                "rows": len(train_rows),
-            },
-        )
-    session.accelerator.wait_for_everyone()
+    with closing(build_session(recipe.train, folder.path, lock["precision"])) as session:
+        if session.accelerator.is_main_process and not quiet:
+            _narrate(quiet, str(count))
+        state = fit(model, problem, recipe.train, session, quiet=quiet)
+        if session.accelerator.is_main_process:
+            settings = {"task": task.to_config(), "temperature": 1.0, "max_length": recipe.model.max_length}
+            save_model(model, tokenizer, folder.model, settings)
+            prune_checkpoints(folder.checkpoints, 1, state.best_step)
+            folder.update_status(
+                state="trained",
+                training={
+                    "steps": state.step,
+                    "best_step": state.best_step,
+                    "seconds": round(state.seconds, 1),
+                    "skipped_steps": state.skipped_steps,
+                    "micro_steps": state.micro_steps,
+                    "stopped_early": state.stopped_early,
+                    "device": str(session.accelerator.device),
+                    "processes": session.accelerator.num_processes,
+                    "parameters": {"trained": count.trained, "total": count.total},
+                    "rows": len(train_rows),
+                },
+            )
+        session.accelerator.wait_for_everyone()
 
 
-def _carry_out(folder: RunFolder, processes: int, quiet: bool) -> Run:
+def _carry_out(folder: RunFolder, processes: int, quiet: bool, ready: Ready | None = None) -> Run:
     """Train and judge, keeping status.json true whatever happens."""
     if not is_main_process():
         train(folder, quiet=True)
         return Run(folder)
     held = folder.hold()
     try:
+        recipe = load_recipe(folder.recipe)
+        # Before training, so that rows that changed since the start cost no time.
+        base, prepared = ready or _prepare_again(folder, recipe)
+        _narrate(quiet, f"{folder.path}: {_count_rows(prepared)} from {prepared.source.origin}")
         if folder.load_status().get("state") != "trained":
             folder.update_status(state="training", pid=os.getpid())
             if processes > 1 and world_size() == 1:
                 _train_in_workers(folder, processes, quiet)
             else:
                 train(folder, quiet=quiet)
-        recipe = load_recipe(folder.recipe)
-        base, prepared = _prepare_again(folder, recipe)
+        _narrate(
+            quiet, f"judging: {', '.join(recipe.evaluate.baselines) or 'no baselines'}, bootstrap intervals, report"
+        )
         scored = assess(folder, recipe, prepared, base)
         folder.update_status(state="finished", error=None)
-        raise_on_failed_gates(scored["gates"])
+        _check_gates(folder, scored)
         return Run(folder)
     except GateError as error:
         if folder.load_status().get("state") != "finished":  # diverged, not judged
@@ -266,6 +287,23 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool) -> Run:
         raise
     finally:
         held.release()
+
+
+def _check_gates(folder: RunFolder, scored: dict[str, Any]) -> None:
+    try:
+        raise_on_failed_gates(scored["gates"])
+    except GateError as error:
+        raise GateError(f"{error}\n  Everything was written; see {folder.evaluation / 'report.html'}") from None
+
+
+def _count_rows(prepared: Prepared) -> str:
+    return ", ".join(f"{len(rows):,} {name}" for name, rows in prepared.splits.items()) + " rows"
+
+
+def _narrate(quiet: bool, text: str) -> None:
+    """Say what comes next, on standard error: long work must not look like no work."""
+    if not quiet:
+        sys.stderr.write(f"{text}\n")
 
 
 def _list_validation_metrics(recipe: Recipe) -> list[str]:
@@ -285,7 +323,7 @@ def _train_in_workers(folder: RunFolder, processes: int, quiet: bool) -> None:
         )
 
 
-def _prepare(recipe: Recipe, recipe_folder: Path) -> tuple[BaseModel, Prepared]:
+def _prepare(recipe: Recipe, recipe_folder: Path) -> Ready:
     check_section(recipe.evaluate)
     if recipe.train.early_stop:
         check_metric_names([recipe.train.early_stop.metric], key="train.early_stop.metric", also=("loss",))
@@ -293,7 +331,7 @@ def _prepare(recipe: Recipe, recipe_folder: Path) -> tuple[BaseModel, Prepared]:
     return base, prepare(recipe.task, recipe.model, base, seed=recipe.train.seed, relative_to=recipe_folder)
 
 
-def _prepare_again(folder: RunFolder, recipe: Recipe) -> tuple[BaseModel, Prepared]:
+def _prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
     """The rows of a run, read anew and held against what it was started with.
 
     Raises:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 
 from finetune.errors import ModelError, RecipeError
@@ -27,7 +29,14 @@ class ParameterCount:
         return f"{self.trained:,} of {self.total:,} parameters are trained ({self.trained / self.total:.2%})"
 
 
-def attach_adapter(model: nn.Module, section: AdapterSection, head: Sequence[str], base_reference: str) -> nn.Module:
+def attach_adapter(
+    model: nn.Module,
+    section: AdapterSection,
+    head: Sequence[str],
+    base_reference: str,
+    *,
+    constant: Sequence[str] = (),
+) -> nn.Module:
     """Make a model trainable in the way that the recipe asks for.
 
     Args:
@@ -35,6 +44,7 @@ def attach_adapter(model: nn.Module, section: AdapterSection, head: Sequence[str
         section: the recipe's `adapter`.
         head: names of the head's modules; always trained and saved whole.
         base_reference: what a saved adapter names as its base (a Hub id or a folder).
+        constant: names of modules that the base's files lack; saved with an adapter, trained only by `full`.
 
     Returns:
         The model itself (`full`) or a `PeftModel` around it (`lora`).
@@ -49,15 +59,24 @@ def attach_adapter(model: nn.Module, section: AdapterSection, head: Sequence[str
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=find_targets(model, section.targets, head),
-        modules_to_save=[name.rpartition(".")[2] for name in head],
+        target_modules=find_targets(model, section.targets, [*head, *constant]),
+        modules_to_save=[*head, *constant],
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers renames in version 6
+    with _quiet_peft():
         wrapped = get_peft_model(model, config)
     # PEFT records the folder that the weights were loaded from; a saved adapter must name what the recipe says.
     wrapped.peft_config["default"].base_model_name_or_path = base_reference
+    for name in constant:
+        wrapped.base_model.model.get_submodule(name).requires_grad_(False)
     return cast(nn.Module, wrapped)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """PEFT 0.21 reads an attribute that transformers renames in version 6, and warns each time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
@@ -116,8 +135,9 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         ModelError: the adapter's files do not fit the base.
     """
     try:
-        return cast(nn.Module, PeftModel.from_pretrained(model, str(folder), is_trainable=False))
-    except (RuntimeError, ValueError, KeyError) as error:
+        with _quiet_peft():
+            return cast(nn.Module, PeftModel.from_pretrained(model, str(folder), is_trainable=False))
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: must hold an adapter that fits its base model; {error}") from error
 
 

@@ -98,7 +98,8 @@ def assess_held_out(
     """Score a finished run on another held-out set with the same columns; its own test split stays closed.
 
     Returns:
-        The content of evaluation/<name of the set>.json: as test.json, with the rows shared with train in `findings`.
+        The content of evaluation/<name of the set>.json (other-<name> if the set is called like a split): as
+        test.json, with the rows shared with train in `findings`.
     """
     source, rows, findings = load_held_out(prepared.task, data, recipe.task.columns, prepared.splits["train"])
     predictor = load(folder.model)
@@ -119,8 +120,10 @@ def assess_held_out(
         ),
         recipe.train.seed,
     )
-    scored = scored | {"split": source.name, "data": source.origin, "findings": findings_to_json(findings)}
-    save_json(folder.evaluation / f"{source.name}.json", scored)
+    # A file called test.csv must not take the place of the run's own scores.
+    name = f"other-{source.name}" if source.name in prepared.splits else source.name
+    scored = scored | {"split": name, "data": source.origin, "findings": findings_to_json(findings)}
+    save_json(folder.evaluation / f"{name}.json", scored)
     return scored
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from finetune.adapters.attach import load_adapter, merge_adapter, read_adapter_b
 from finetune.artifact.run_folder import find_run, load_json
 from finetune.artifact.save import FORMAT, SETTINGS
 from finetune.data.rows import Row
-from finetune.errors import UsageError
+from finetune.errors import ModelError, UsageError
 from finetune.models.base import resolve_base
 from finetune.models.prediction import compute_logits
-from finetune.recipe.schema import ModelSection
+from finetune.recipe.files import compute_sha256
 from finetune.tasks import TASKS, Task
 
 
@@ -95,7 +95,7 @@ def load(reference: str | Path) -> Predictor:
 
     Raises:
         UsageError: no such run, or a folder of a newer toolkit.
-        ModelError: the base that an adapter needs is not at hand.
+        ModelError: a damaged folder, or the base that an adapter needs is not at hand.
     """
     from transformers import AutoTokenizer
 
@@ -103,17 +103,18 @@ def load(reference: str | Path) -> Predictor:
     if not (folder / SETTINGS).exists():
         folder = find_run(reference).model
     settings = load_json(folder / SETTINGS)
-    if settings["format"] != FORMAT:
+    if settings.get("format") != FORMAT:
         raise UsageError(
-            f"{folder}: must be in format {FORMAT}, got {settings['format']}. "
+            f"{folder}: must be in format {FORMAT}, got {settings.get('format')}. "
             "Update the toolkit: pip install -U finetune-toolkit"
         )
+    _check_files(folder, settings.get("files", {}))
     task = TASKS[settings["task"]["type"]].from_config(settings["task"])
     base = read_adapter_base(folder)
     if base is None:
         model = task.load_model(folder)
     else:
-        model = task.build_model(resolve_base(base), ModelSection(base=base), seed=0)
+        model = task.load_model(folder, resolve_base(base))
         # Merged: one product a layer instead of three, and the same logits (tests/parity).
         model = merge_adapter(load_adapter(model, folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,3 +125,15 @@ def load(reference: str | Path) -> Predictor:
         temperature=settings["temperature"],
         max_length=settings["max_length"],
     )
+
+
+def _check_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Compare each file with its sha256 from the time it was saved."""
+    for name, sha256 in files.items():
+        path = folder / name
+        found = compute_sha256(path) if path.is_file() else "no file"
+        if found != sha256:
+            raise ModelError(
+                f"{path}: must be as it was saved (sha256 {sha256[:12]}), got {found[:12]}. Get the folder again; "
+                f"if you changed it on purpose, take its line out of `files` in {SETTINGS}."
+            )

@@ -139,7 +139,10 @@ def find_run(reference: str | Path, *, finished: bool = True) -> RunFolder:
     """
     path = Path(reference)
     if (path / "status.json").exists():
-        return RunFolder(path)
+        run = RunFolder(path)
+        if finished and (state := run.load_status().get("state")) != "finished":
+            raise UsageError(f"{path}: must be a finished run, got one that is {state}. Try: finetune resume {path}")
+        return run
     runs = [RunFolder(child) for child in sorted(path.glob("*")) if (child / "status.json").exists()]
     if finished:
         runs = [run for run in runs if run.load_status().get("state") == "finished"]

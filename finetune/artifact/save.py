@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from finetune.artifact.run_folder import save_json
+from finetune.recipe.files import compute_sha256
 
 SETTINGS = "finetune.json"
 FORMAT = 1
@@ -35,6 +36,8 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, settings: dict[st
     # The adapter's folder carries the configuration too: it knows the classes, which the base does not.
     model.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]  # a Hugging Face configuration
     tokenizer.save_pretrained(temporary)
-    save_json(temporary / SETTINGS, {"format": FORMAT} | settings)
+    # A flipped bit in weights loads without a word, and so does a folder without its tokenizer: `load` compares.
+    files = {path.name: compute_sha256(path) for path in sorted(temporary.iterdir())}
+    save_json(temporary / SETTINGS, {"format": FORMAT, "files": files} | settings)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

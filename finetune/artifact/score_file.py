@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -11,8 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from finetune.artifact.load import load
-from finetune.data.sources import load_rows
-from finetune.errors import ResourceError, UsageError
+from finetune.data.sources import load_texts
+from finetune.errors import DataError, ResourceError, UsageError
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 
@@ -32,39 +37,55 @@ def score_file(run: str | Path, source: Path, output: Path, *, column: str = "te
 
     Raises:
         UsageError: an output that is the input, or of an unknown format.
-        DataError: rows that cannot be read.
+        DataError: rows that cannot be read, a column called like one of those that are added, or values that the
+            format of the output cannot hold.
     """
     if output.suffix not in FORMATS:
         raise UsageError(f"{output}: must end in {', '.join(FORMATS)}, got {output.suffix or 'no ending'!r}.")
     if output.resolve() == source.resolve():
         raise UsageError(f"{output}: must be another file than the input, got the same. Choose another --output.")
-    rows = load_rows(str(source), {"text": column}, roles=("text",)).rows
+    records, texts = load_texts(source, column)
     predictor = load(run)
+    added = ["predicted_label", "confidence", *(f"score_{label}" for label in predictor.task.labels)]
+    if taken := [name for name in added if name in records[0]]:
+        raise DataError(f"{source}: {', '.join(taken)} must be free, got columns of that name. Rename them.")
     with Progress(console=Console(stderr=True), disable=quiet) as progress:
-        task = progress.add_task("predict", total=len(rows))
-        texts = [row.values["text"] for row in rows]
+        task = progress.add_task("predict", total=len(texts))
         predictions = predictor.predict(texts, advance=lambda count: progress.advance(task, count))
     scored = [
-        {(column if name == "text" else name): value for name, value in row.values.items()}
-        | {"predicted_label": prediction.label, "confidence": prediction.confidence}
-        | {f"score_{label}": score for label, score in prediction.scores.items()}
-        for row, prediction in zip(rows, predictions, strict=True)
+        record | dict(zip(added, [prediction.label, prediction.confidence, *prediction.scores.values()], strict=True))
+        for record, prediction in zip(records, predictions, strict=True)
     ]
-    _write(pa.Table.from_pylist(scored), output)
+    _write(scored, output)
     return len(scored)
 
 
-def _write(table: pa.Table, output: Path) -> None:
+def _write(records: list[dict[str, Any]], output: Path) -> None:
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if output.suffix == ".parquet":
-            pyarrow.parquet.write_table(table, temporary)
+        if output.suffix == ".jsonl":
+            # Not through a table: the values of a JSONL file may differ in type from row to row.
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(_to_json(record) + "\n" for record in records)
         elif output.suffix == ".csv":
-            pyarrow.csv.write_csv(table, temporary)
+            pyarrow.csv.write_csv(pa.Table.from_pylist(records), temporary)
         else:
-            table.to_pandas().to_json(temporary, orient="records", lines=True, force_ascii=False, date_format="iso")
+            pyarrow.parquet.write_table(pa.Table.from_pylist(records), temporary)
         temporary.replace(output)
+    except pa.ArrowException as error:
+        raise DataError(f"{output}: every column must fit {output.suffix}, got '{error}'. Write .jsonl.") from error
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ResourceError(f"{output}: must be writable, got {error.strerror or error}.") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ResourceError(f"{output}: must be writable, got {reason}.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _to_json(record: dict[str, Any]) -> str:
+    """One line: numbers that are none become null, times ISO 8601 text."""
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+    return json.dumps(plain, ensure_ascii=False, default=lambda value: getattr(value, "isoformat", value.__str__)())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import traceback
 
-import click
 import typer
 
 from finetune.cli import data, doctor, evaluate, predict, recipes, run, schema
@@ -13,6 +12,7 @@ from finetune.cli.output import fail
 from finetune.errors import FinetuneError, Interrupted
 
 BUG = 70
+CTRL_C = 130  # what Typer makes of a KeyboardInterrupt
 
 app = typer.Typer(
     name="finetune",
@@ -48,25 +48,22 @@ def main(arguments: list[str] | None = None) -> None:
     # Accepted anywhere on the line, as people type it.
     given = [*(["--debug"] if debug else []), *(word for word in given if word != "--debug")]
     try:
-        code = app(given, standalone_mode=False)
+        code = app(given, prog_name="finetune", standalone_mode=False)
     except FinetuneError as error:
         _trace(debug)
         fail(str(error), error.exit_code, as_json)
-    except click.exceptions.Abort:
-        fail("stopped by Ctrl-C.", Interrupted.exit_code, as_json)
-    except KeyboardInterrupt:
-        _trace(debug)
-        fail("stopped by Ctrl-C.", Interrupted.exit_code, as_json)
-    except click.ClickException as error:
-        if not as_json:
-            error.show()
+    except typer.TyperException as error:
+        words = error.format_message()
+        if not words:  # Typer has printed the help instead
             sys.exit(error.exit_code)
-        fail(error.format_message(), error.exit_code, as_json)
+        stop = "" if words.endswith((".", "?")) else "."
+        fail(f"{words}{stop} See finetune --help.", error.exit_code, as_json)
     except Exception as error:
         _trace(debug)
         fail(f"a bug: {type(error).__name__}: {error}. Run again with --debug and report what it prints.", BUG, as_json)
-    else:
-        sys.exit(code if isinstance(code, int) else 0)
+    if code == CTRL_C:
+        fail("stopped by Ctrl-C.", Interrupted.exit_code, as_json)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _trace(debug: bool) -> None:

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+MIN_TABLE_WIDTH = 110
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
@@ -40,14 +42,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
         table.add_column(column, overflow="fold", no_wrap=position == 0)
     for row in rows:
         table.add_row(*(cell.replace("[", "\\[") for cell in row))
-    Console().print(table)
+    # A score with its interval is read as one piece: rather scroll than break it.
+    Console(width=max(Console().width, MIN_TABLE_WIDTH)).print(table)
 
 
 def print_findings(findings: Sequence[Mapping[str, Any]]) -> None:
     """One line for each finding of the data checks."""
     for finding in findings:
-        rows = ", ".join(finding["rows"][:5])
-        print_text(f"  {finding['severity']:8} {finding['message']}" + (f" ({rows})" if rows else ""))
+        print_text(f"  {finding['severity']:8} {finding['message']}")
 
 
 def fail(message: str, code: int, as_json: bool) -> NoReturn:

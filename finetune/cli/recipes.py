@@ -26,16 +26,23 @@ def list_command(as_json: AsJson = False) -> None:
 
 
 @app.command("show")
-def show_command(name: RecipeName) -> None:
+def show_command(name: RecipeName, as_json: AsJson = False) -> None:
     """Print a recipe."""
     from finetune.recipe import find_recipe
 
-    print_text(find_recipe(name).read_text(encoding="utf-8").rstrip())
+    path = find_recipe(name)
+    text = path.read_text(encoding="utf-8")
+    if as_json:
+        print_json({"path": str(path), "text": text})
+    else:
+        print_text(text.rstrip())
 
 
 @app.command("copy")
 def copy_command(
-    name: RecipeName, destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or a folder.")]
+    name: RecipeName,
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or a folder.")],
+    as_json: AsJson = False,
 ) -> None:
     """Copy a recipe to start from."""
     from finetune.errors import UsageError
@@ -47,4 +54,7 @@ def copy_command(
         raise UsageError(f"{target}: must not exist yet, got a file. Choose another name, or remove it.")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(source.read_bytes())
-    print_text(f"{target}: written. Edit it, then: finetune check {target}")
+    if as_json:
+        print_json({"path": str(target)})
+    else:
+        print_text(f"{target}: written. Edit it, then: finetune check {target}")

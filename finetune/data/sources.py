@@ -96,6 +96,21 @@ def load_rows(
     return LoadedRows(name, rows, card, origin, _compute_fingerprint(rows), _compare_with_card(card, parts))
 
 
+def load_texts(path: Path, column: str) -> tuple[list[Record], list[str]]:
+    """The records of a file as they are, and the text of each; "" where it is missing.
+
+    Raises:
+        DataError: a file that cannot be trusted, no such column, or a text that is too long.
+    """
+    records = read_table(path)
+    if column not in records[0]:
+        there = describe_columns(records[0])
+        fix = "Name the text column with --column."
+        raise DataError(f"{path}: column {column!r} must exist, got {there}.{suggest(column, records[0])} {fix}")
+    where = (f"{path}: row {number}: column {column!r}" for number in range(1, len(records) + 1))
+    return records, [_to_text(record[column], place) for record, place in zip(records, where, strict=True)]
+
+
 # Paths
 
 

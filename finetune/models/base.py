@@ -120,9 +120,21 @@ def load_tokenizer(base: BaseModel) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{base.reference}: must hold a tokenizer that transformers can read; {error}") from error
+    # Without its files transformers builds one that knows no word, and says nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"{base.reference}: must hold a tokenizer, got none in {base.folder}. "
+            "Copy tokenizer.json (or vocab.txt) there from where the weights came from."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{base.reference}: the tokenizer must have a padding token, got none. "
+            "Take an encoder such as BERT as base."
+        )
+    return tokenizer
 
 
 def _find_wheel(reference: str, wheel: Wheel) -> BaseModel | None:

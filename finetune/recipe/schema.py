@@ -46,6 +46,9 @@ class ModelSection(Section):
     """`native`: the base's own Hugging Face class."""
     max_length: int = Field(default=128, ge=8, le=8192)
     """Tokens after which a text is cut."""
+    pooling: Literal["auto", "first", "mean"] = "auto"
+    """What the head reads: the first token, or the mean over tokens, which takes one more encoder layer. `auto`: the
+    mean where the base says so in `1_Pooling/config.json`, as sentence encoders do."""
     dropout: Ratio = 0.0
     """Dropout inside the base while training; short runs on small models do better without."""
 
@@ -115,7 +118,7 @@ class TaskSection(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     """Role -> column of the data; roles are named by the task type (`text`, `label`)."""
     labels: list[str] | dict[str, str] | None = None
-    """The classes in order, or value-in-the-data -> class; the card's own, else those of the train split."""
+    """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     clean: list[TextStep] = Field(default_factory=list)
     """Steps on each text before it is encoded: `html` decodes entities, `urls` removes links."""
     split: SplitSection = Field(default_factory=SplitSection)
@@ -153,7 +156,7 @@ class TrainSection(Section):
     head_learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Peak rate of the head; default three times `learning_rate`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up, to zero."""
+    """After the warm-up: down to zero, or constant."""
     warmup_ratio: Ratio = 0.06
     """Share of the steps in which the rate climbs."""
     weight_decay: float = Field(default=0.01, ge=0, le=1)
@@ -177,7 +180,7 @@ class TrainSection(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Experiment trackers, through Accelerate; each is an extra."""
     seed: int = Field(default=13, ge=0, lt=2**32)
-    """Seeds the split, the order, the head's start and dropout."""
+    """Seeds the split, the order, the head's start, dropout and the bootstrap."""
 
 
 class EvaluateSection(Section):

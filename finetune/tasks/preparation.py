@@ -66,7 +66,9 @@ def prepare(
     lengths = {
         name: task.build_examples(rows, tokenizer, model.max_length + 1).lengths for name, rows in splits.items()
     }
-    return Prepared(task, source, splits, examples, findings + check_lengths(lengths, model.max_length), tokenizer)
+    notes = [Finding("row_count", "note", "all", 1, note) for note in source.notes]
+    findings = [*findings, *check_lengths(lengths, model.max_length), *notes]
+    return Prepared(task, source, splits, examples, findings, tokenizer)
 
 
 def load_held_out(

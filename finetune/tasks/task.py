@@ -38,8 +38,8 @@ class Task(Protocol):
     def build_model(self, base: BaseModel, section: ModelSection, seed: int) -> nn.Module:
         """The base with this task's new head, in float32."""
 
-    def load_model(self, folder: Path) -> nn.Module:
-        """A model that was saved whole."""
+    def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
+        """A model that was saved whole; with `base`, that base in the shape that a saved adapter needs."""
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Loss of each row, (B,)."""

@@ -15,11 +15,11 @@ from torch import nn
 from finetune.data.batches import Batch, Examples
 from finetune.data.cleaning import clean_text
 from finetune.data.rows import Row
-from finetune.errors import DataError, ModelError
+from finetune.errors import DataError
 from finetune.evaluation.calibration import apply_temperature
 from finetune.evaluation.metrics import compute_metric
 from finetune.models.base import BaseModel
-from finetune.models.classifier import build_classifier, choose_attention
+from finetune.models.classifier import build_classifier, load_classifier
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks.task import Logits
 
@@ -74,18 +74,13 @@ class TextClassification:
 
     def build_model(self, base: BaseModel, section: ModelSection, seed: int) -> nn.Module:
         """The base with a new classification head, in float32."""
-        return build_classifier(base, self.labels, dropout=section.dropout, seed=seed)
+        return build_classifier(base, self.labels, section, seed=seed)
 
-    def load_model(self, folder: Path) -> nn.Module:
-        """A whole model as `save_pretrained` wrote it."""
-        from transformers import AutoModelForSequenceClassification
+    def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
+        """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
+        from transformers import AutoConfig
 
-        try:
-            return AutoModelForSequenceClassification.from_pretrained(  # type: ignore[no-any-return]  # untyped upstream
-                folder, attn_implementation=choose_attention(), dtype=torch.float32, use_safetensors=True
-            )
-        except (ValueError, OSError, RuntimeError) as error:
-            raise ModelError(f"{folder}: must hold a sequence classifier; {error}") from error
+        return load_classifier(base.folder if base else folder, AutoConfig.from_pretrained(folder))
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Cross-entropy of each row, (B,)."""

@@ -35,7 +35,7 @@ class Problem:
         compute_losses: (model, batch) -> loss of each row, (B,).
         compute_metrics: (logits (N, K), references (N,)) -> point values, `loss` among them.
         is_larger_better: metric name -> which way is up.
-        head: names of the head's modules.
+        head: names of the modules that start at random and take the head's learning rate.
         pad_token_id: the tokenizer's.
     """
 
@@ -141,7 +141,6 @@ def fit(
                 )
 
     session.load_best(trained, state)
-    accelerator.end_training()
     return state
 
 

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 from finetune import errors
 from finetune.errors import FinetuneError
+
+# Long enough for one process to check and encode a large data set while the others wait.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 
 
 def world_size() -> int:
@@ -23,6 +27,13 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_cpu_only() -> bool:
+    """Whether this machine has nothing but its CPU. Accelerate must be told: else several processes never meet."""
+    import torch
+
+    return not torch.accelerator.is_available()
+
+
 def agree_on(compute: Callable[[], str]) -> str:
     """Compute a text once, in the main process, and give it to all.
 
@@ -33,9 +44,7 @@ def agree_on(compute: Callable[[], str]) -> str:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    from finetune.training.session import PROCESS_GROUP_TIMEOUT
-
-    PartialState(timeout=PROCESS_GROUP_TIMEOUT)
+    PartialState(cpu=is_cpu_only(), timeout=PROCESS_GROUP_TIMEOUT)
     said: list[Any] = [None, None]
     if is_main_process():
         try:

@@ -7,12 +7,12 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
@@ -21,10 +21,9 @@ from finetune.recipe.schema import TrainSection
 from finetune.training.checkpoint import has_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from finetune.training.events import EventLog
 from finetune.training.precision import choose_precision
+from finetune.training.processes import PROCESS_GROUP_TIMEOUT, is_cpu_only
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-# Long enough for one process to check and encode a large data set while the others wait.
-PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ class Session:
     def restore(self, trained: Mapping[str, nn.Parameter], optimizer: Any) -> LoopState | None:
         """Load the newest checkpoint that verifies, in place; None where the run has none yet."""
         if not has_checkpoint(self.checkpoints):
+            self.log.truncate_after_step(0)  # a crash before the first checkpoint: all steps are done again
             return None
         checkpoint = load_checkpoint(self.checkpoints)
         for reason in checkpoint.skipped:
@@ -101,6 +101,13 @@ class Session:
         if state.best_step is not None:
             load_weights(trained, load_checkpoint(self.checkpoints, step=state.best_step).tensors["model"])
 
+    def close(self) -> None:
+        """Finish the trackers, leave the process group and close the log."""
+        self.accelerator.end_training()
+        # Accelerate keeps precision and group for the whole process; the next run in it may want others.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.log.close()
+
 
 def build_session(section: TrainSection, folder: Path, precision: str) -> Session:
     """Start Accelerate for a run's folder.
@@ -115,6 +122,7 @@ def build_session(section: TrainSection, folder: Path, precision: str) -> Sessio
                 f"pip install 'finetune-toolkit[{name}]'"
             )
     accelerator = Accelerator(
+        cpu=is_cpu_only(),
         mixed_precision="bf16" if choose_precision(precision) == "bf16" else "no",
         gradient_accumulation_steps=section.micro_steps,
         log_with=list(section.trackers) or None,
@@ -177,3 +185,6 @@ class _Silent(EventLog):
     def truncate_after_step(self, step: int) -> int:  # noqa: ARG002  (the log's own signature)
         """Cut nothing."""
         return 0
+
+    def close(self) -> None:
+        """Close nothing."""

@@ -1,0 +1,423 @@
+"""The command line as a contract: verbs, JSON, exit codes, words."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+import typer
+from ruamel.yaml import YAML
+
+from finetune import runner
+from finetune.cli.main import app
+from finetune.recipe import list_recipes
+from finetune.recipe.loading import recipe_json_schema
+from finetune.training import precision
+
+ROOT = Path(__file__).resolve().parents[2]
+VERBS = ["run", "check", "resume", "evaluate", "predict", "recipes", "data", "schema", "doctor"]
+COMMANDS = [
+    "run",
+    "check",
+    "resume",
+    "evaluate",
+    "predict",
+    "recipes list",
+    "recipes show",
+    "recipes copy",
+    "data list",
+    "data show",
+    "schema",
+    "doctor",
+]
+
+
+def find_commands() -> dict[str, object]:
+    """Words -> command, for everything that the application can be asked."""
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        children = getattr(command, "commands", None)
+        found |= {f"{name} {child}": leaf for child, leaf in children.items()} if children else {name: command}
+    return found
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Help
+
+
+def test_every_command_is_known_here():
+    assert sorted(find_commands()) == sorted(COMMANDS)
+
+
+def test_help_lists_the_verbs_that_exist_and_no_other(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    done = command("--help")
+    assert done.code == 0
+    listed = done.out[done.out.index("Commands") :]
+    assert sorted(re.findall(r"^│ ([a-z]+) ", listed, re.MULTILINE)) == sorted(VERBS)
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_lists_the_options_that_exist_and_no_other(command, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "200")
+    done = command(*words.split(), "--help")
+    declared = {name for parameter in find_commands()[words].params for name in parameter.opts if name[0] == "-"}
+    assert (done.code, done.err) == (0, "")
+    assert set(re.findall(r"(?<![\w-])--[a-z-]+", done.out)) == declared | {"--help"}
+    assert "--json" in declared
+
+
+def test_no_text_speaks_of_a_verb_that_does_not_exist():
+    texts = [*ROOT.glob("finetune/**/*.py"), *ROOT.glob("finetune/**/*.j2"), *ROOT.glob("recipes/**/*.yaml")]
+    named = {
+        (path.name, verb)
+        for path in texts
+        for verb in re.findall(r"(?:`|: )finetune ([a-z]+)\b", path.read_text(encoding="utf-8"))
+    }
+    assert {verb for _, verb in named} > {"run", "resume"}
+    assert {(name, verb) for name, verb in named if verb not in VERBS} == set()
+
+
+def test_help_imports_no_heavy_library():
+    code = (
+        "import sys\nfrom finetune.cli.main import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'pydantic', 'numpy', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# Exit codes and words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ""),
+        (["recipes"], ""),
+        (["--nonsense"], "finetune: No such option: --nonsense. See finetune --help."),
+        (["runn"], "finetune: No such command 'runn'. Did you mean 'run'? See finetune --help."),
+        (["push"], "finetune: No such command 'push'. See finetune --help."),
+        (["run"], "finetune: Missing argument 'RECIPE'. See finetune --help."),
+        (
+            ["run", "sentiment", "--processes", "0"],
+            "Invalid value for '--processes': Input should be greater than or equal to 1. See",
+        ),
+        (["check", "sentimnt"], "must be a file or the name of a shipped recipe. Did you mean 'sentiment'?"),
+        (["check", "sentiment", "--set", "train.epochs"], "must have the form key=value, such as train.epochs=1"),
+        (["predict", "x"], "predict: must get either texts or --input FILE, got neither."),
+        (["predict", "x", "text", "--input", "a.csv"], "predict: must get either texts or --input FILE, got both."),
+        (["predict", "x", "--input", "a.csv"], "--input must come with --output, got none. Add --output scored.csv"),
+    ],
+)
+def test_a_command_that_cannot_be_meant_exits_with_2(command, arguments, words):
+    done = command(*arguments)
+    assert done.code == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
+    assert "a bug" not in done.err
+    # Without anything to do, the help is the answer.
+    assert ("Usage: finetune" in done.out) == (words == "")
+
+
+def test_a_recipe_with_mistakes_exits_with_2_and_names_them_all(command, write_recipe, tmp_path):
+    path = write_recipe(tmp_path, train={"epochs": 0, "lerning_rate": 1})
+    done = command("run", path, "--runs", tmp_path / "runs")
+    assert done.code == 2
+    assert done.err.startswith(f"finetune: {path}: 2 problems\n")
+    assert "train.epochs: must be at least 1, got 0." in done.err
+    assert "train.lerning_rate: unknown key. Did you mean 'learning_rate'?" in done.err
+    assert re.search(r"line \d+ +train\.epochs", done.err)
+
+
+def test_bad_rows_exit_with_3(command, write_recipe, tmp_path):
+    done = command("check", write_recipe(tmp_path, tasks={"tone": {"data": "gone.csv"}}))
+    assert done.code == 3
+    assert "data: must be a card, a file, a folder or hub:org/name@revision, got 'gone.csv'" in done.err
+
+
+def test_a_missed_gate_exits_with_4_after_everything_was_written(command, write_recipe, tmp_path):
+    path = write_recipe(tmp_path / "in", evaluate={"gates": {"accuracy": "> 1", "macro_f1": ">= 0"}})
+    done = command("run", path, "--runs", tmp_path / "runs", "--json")
+    assert done.code == 4
+    assert "evaluate.gates: 1 of 2 missed on test\n  accuracy: must be > 1, got " in done.err
+    assert json.loads(done.out) == {"error": done.err.removeprefix("finetune: ").rstrip("\n"), "exit_code": 4}
+    (folder,) = (tmp_path / "runs" / "tiny").iterdir()
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    gates = json.loads((folder / "evaluation" / "test.json").read_text())["gates"]
+    assert {name: gate["passed"] for name, gate in gates.items()} == {"accuracy": False, "macro_f1": True}
+    assert (folder / "evaluation" / "report.html").stat().st_size > 1000
+    assert (folder / "MODEL_CARD.md").exists()
+    assert command("predict", folder, "shares fall").code == 0
+
+
+def test_missing_resources_exit_with_5(command, write_recipe, tmp_path):
+    done = command("check", write_recipe(tmp_path, model={"base": str(tmp_path)}))
+    assert done.code == 5
+    assert "must hold config.json and model.safetensors, got no config.json" in done.err
+
+
+def test_a_bug_exits_with_70_and_says_what_to_do(command, monkeypatch):
+    monkeypatch.setattr(runner, "check", lambda *_: 1 / 0)
+    done = command("check", "sentiment")
+    assert done.code == 70
+    assert done.err == (
+        "finetune: a bug: ZeroDivisionError: division by zero. Run again with --debug and report what it prints.\n"
+    )
+    assert "Traceback" in command("check", "sentiment", "--debug").err
+
+
+@pytest.mark.parametrize("verb", ["check", "evaluate"])
+def test_ctrl_c_exits_with_75(command, monkeypatch, verb):
+    def stop(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, verb, stop)
+    done = command(verb, "sentiment")
+    assert (done.code, done.out) == (75, "")
+    assert done.err == "finetune: stopped by Ctrl-C.\n"
+
+
+def test_a_run_stopped_by_ctrl_c_says_how_to_go_on(command, monkeypatch, write_recipe, tmp_path):
+    def stop(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "fit", stop)
+    done = command("run", write_recipe(tmp_path / "in"), "--runs", tmp_path / "runs")
+    (folder,) = (tmp_path / "runs" / "tiny").iterdir()
+    assert done.code == 75
+    assert done.err.endswith(f"finetune: stopped by Ctrl-C. Go on with: finetune resume {folder}\n")
+    assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    monkeypatch.undo()
+    assert command("resume", folder).code == 0
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "check", "nowhere"], ["check", "nowhere", "--debug"]])
+def test_a_traceback_comes_with_debug_only(command, arguments):
+    asked, plain = command(*arguments), command("check", "nowhere")
+    assert asked.code == plain.code == 2
+    assert "Traceback" in asked.err
+    assert "RecipeError" in asked.err
+    assert "Traceback" not in plain.out + plain.err
+
+
+# JSON
+
+
+def test_run_speaks_json(command, write_recipe, tmp_path):
+    done = command("run", write_recipe(tmp_path / "in"), "--runs", tmp_path / "runs", "--json")
+    assert done.code == 0
+    content = json.loads(done.out)
+    assert content.keys() == {"run", "report", "test"}
+    assert Path(content["report"]).is_file()
+    assert content["test"] == json.loads((Path(content["run"]) / "evaluation" / "test.json").read_text())
+
+
+def test_resume_and_evaluate_speak_json(command, own_run):
+    status = json.loads((own_run / "status.json").read_text())
+    (own_run / "status.json").write_text(json.dumps(status | {"state": "trained"}))
+    resumed = command("resume", own_run, "--json")
+    assert resumed.code == 0
+    assert json.loads(resumed.out)["run"] == str(own_run)
+    evaluated = command("evaluate", own_run, "--json")
+    assert evaluated.code == 0
+    assert json.loads(evaluated.out)["metrics"] == json.loads(resumed.out)["test"]["metrics"]
+
+
+def test_predict_speaks_json(command, finished_run, tmp_path):
+    done = command("predict", finished_run, "shares fall", "profit [rises] 4 %", "--json")
+    assert done.code == 0
+    content = json.loads(done.out)
+    assert [one["text"] for one in content] == ["shares fall", "profit [rises] 4 %"]
+    assert content[0].keys() == {"text", "label", "confidence", "scores"}
+    assert content[0]["confidence"] == content[0]["scores"][content[0]["label"]] == max(content[0]["scores"].values())
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    done = command("predict", finished_run, "--input", tmp_path / "a.csv", "--output", tmp_path / "b.csv", "--json")
+    assert json.loads(done.out) == {"output": str(tmp_path / "b.csv"), "rows": 1}
+
+
+def test_check_speaks_json(command, write_recipe, tmp_path):
+    done = command("check", write_recipe(tmp_path), "--json", "--set", "train.epochs=3")
+    assert done.code == 0
+    plan = json.loads(done.out)
+    assert {name: split["rows"] for name, split in plan["splits"].items()} == {"train": 63, "validation": 9, "test": 18}
+    assert plan["labels"] == ["negative", "neutral", "positive"]
+    assert 0 < plan["parameters"]["trained"] < plan["parameters"]["total"]
+    assert plan["steps"] % 3 == 0
+
+
+@pytest.mark.parametrize(
+    "words", ["recipes list", "recipes show sentiment", "data list", "data show banking77", "schema"]
+)
+def test_what_only_shows_speaks_json(command, words):
+    done = command(*words.split(), "--json")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)
+
+
+@pytest.mark.parametrize("words", ["check nowhere", "data show nothing", "predict nowhere text", "run"])
+def test_errors_speak_json_too(command, words):
+    done = command(*words.split(), "--json")
+    content = json.loads(done.out)
+    assert content.keys() == {"error", "exit_code"}
+    assert content["exit_code"] == done.code != 0
+    assert done.err == f"finetune: {content['error']}\n"
+
+
+# One verb after another
+
+
+def test_run_shows_scores_beside_baselines_and_where_things_lie(command, write_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    done = command("run", write_recipe(tmp_path / "in"))
+    assert done.code == 0
+    assert re.search(r"[\d,]+ of [\d,]+ parameters are trained \(\d+\.\d\d%\)", done.err)
+    assert "test: 18 rows, 95% bootstrap intervals" in done.out
+    for name in ("model", "majority"):
+        assert re.search(rf"^{name} +0\.\d{{3}} \(0\.\d{{3}} to [01]\.\d{{3}}\)", done.out, re.MULTILINE)
+    assert 'predict finetune predict runs/tiny "some text"' in done.out
+    predicted = command("predict", "runs/tiny", "shares fall")
+    assert predicted.code == 0
+    assert re.search(r"^(negative|neutral|positive) +\d+\.\d% +shares fall$", predicted.out, re.MULTILINE)
+
+
+def test_a_second_look_at_the_test_split_is_said(command, own_run):
+    done = command("evaluate", own_run)
+    assert done.code == 0
+    assert "The test split has been opened 2 times: do not choose between models by this score." in done.out
+
+
+def test_check_loads_no_weights_and_writes_nothing(command, write_recipe, tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise AssertionError("weights were opened")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", fail)
+    monkeypatch.setattr(safetensors, "safe_open", fail)
+    monkeypatch.setattr(safetensors.torch, "load_file", fail)
+    monkeypatch.setattr(torch, "load", fail)
+    path = write_recipe(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    before = read_files(tmp_path)
+    done = command("check", path)
+    assert (done.code, done.err) == (0, "")
+    assert f"{path}: good." in done.out
+    assert re.search(r"[\d,]+ of [\d,]+ parameters would be trained .* in about \d+ steps", done.out)
+    assert read_files(tmp_path) == before
+
+
+def test_check_shows_findings(command, write_recipe, tmp_path):
+    path = write_recipe(tmp_path)
+    rows = tmp_path / "rows.csv"
+    rows.write_text(rows.read_text() + "many " + "words " * 60 + ",neutral\n")
+    done = command("check", path)
+    assert done.code == 0
+    assert re.search(r"(note|warning) +\w+: 1 row of \d+ \(\d+\.\d%\) must be cut to 32 tokens\.", done.out)
+
+
+def test_recipes_are_listed_shown_and_copied(command, tmp_path):
+    listed = json.loads(command("recipes", "list", "--json").out)
+    assert {one["name"]: one["description"] for one in listed} == {r.name: r.description for r in list_recipes()}
+    assert all(one["description"] in re.sub(r"\s+", " ", command("recipes", "list").out) for one in listed[:1])
+    source = (ROOT / "recipes" / "sentiment.yaml").read_text(encoding="utf-8")
+    assert command("recipes", "show", "sentiment").out == source
+    target = tmp_path / "new" / "mine.yaml"
+    done = command("recipes", "copy", "sentiment", target)
+    assert done.out == f"{target}: written. Edit it, then: finetune check {target}\n"
+    assert target.read_text(encoding="utf-8") == source
+    target.write_text("mine")
+    again = command("recipes", "copy", "sentiment", target)
+    assert again.code == 2
+    assert f"{target}: must not exist yet, got a file." in again.err
+    assert target.read_text() == "mine"
+    assert json.loads(command("recipes", "copy", "sentiment", tmp_path, "--json").out) == {
+        "path": str(tmp_path / "sentiment.yaml")
+    }
+
+
+def test_cards_are_listed_and_shown(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("FINETUNE_DATA", raising=False)
+    listed = command("data", "list").out
+    assert re.search(r"^financial_headlines +800 +Apache-2\.0 +folder data/samples/financial_headlines", listed, re.M)
+    assert re.search(r"^banking77 +13,083 +CC-BY-4\.0 +Hub mteb/banking77@0fd18e25b25c", listed, re.M)
+    shown = command("data", "show", "banking77").out
+    assert "train 10,003, test 3,080" in shown
+    assert "and 65 more" in shown
+    unknown = command("data", "show", "bankng77")
+    assert unknown.code == 3
+    assert "data: must name a card, got 'bankng77'. Did you mean 'banking77'?" in unknown.err
+
+
+def list_keys(value, schema, definitions, at=""):
+    """Each key of a recipe, and whether the schema knows it."""
+    options = [schema, *schema.get("anyOf", [])]
+    options = [definitions[one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in options]
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        named = [one["properties"][key] for one in options if key in one.get("properties", {})]
+        free = [one["additionalProperties"] for one in options if one.get("additionalProperties")]
+        matched = [
+            child
+            for one in options
+            for pattern, child in one.get("patternProperties", {}).items()
+            if re.search(pattern, key)
+        ]
+        children = [*named, *matched] or free
+        yield f"{at}{key}", bool(children)
+        for child in children:
+            yield from list_keys(inner, child, definitions, f"{at}{key}.")
+
+
+def test_the_schema_knows_every_key_of_the_shipped_recipes(command):
+    schema = json.loads(command("schema").out)
+    assert schema == recipe_json_schema()
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert (schema["type"], schema["additionalProperties"]) == ("object", False)
+    assert set(schema["required"]) == {"recipe", "name", "tasks"}
+    for recipe in list_recipes():
+        keys = dict(list_keys(YAML(typ="safe").load(recipe.path), schema, schema["$defs"]))
+        assert len(keys) > 10
+        assert [key for key, known in keys.items() if not known] == []
+    wrong = {"train": {"epoch": 1}, "tasks": {"-": {}}}
+    assert dict(list_keys(wrong, schema, schema["$defs"])) == {
+        "train": True,
+        "train.epoch": False,
+        "tasks": True,
+        "tasks.-": False,
+    }
+    # Each reference leads somewhere, and each key says what it means, or the section that it refers to does.
+    parts = [schema, *schema["$defs"].values()]
+    assert set(re.findall(r'"#/\$defs/(\w+)"', json.dumps(schema))) <= set(schema["$defs"])
+    assert all("description" in part for part in schema["$defs"].values())
+    assert [
+        key for part in parts for key, one in part["properties"].items() if not one.keys() & {"description", "$ref"}
+    ] == []
+
+
+def test_doctor_looks_at_everything_a_run_needs(command, monkeypatch):
+    monkeypatch.setattr(precision, "measure_bf16_ratio", lambda: 2.0)  # on a slow core it takes seconds
+    found = json.loads(command("doctor", "--json").out)
+    assert list(found) == ["machine", "devices", "precision", "versions", "base models", "data"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["base models"].keys() == {"sentence-transformers/all-MiniLM-L6-v2"}
+    assert found["data"]["financial_headlines"] == "folder data/samples/financial_headlines"
+    assert found["precision"] == {
+        "bf16 over float32 on this CPU": "2.00 times as fast",
+        "`precision: auto` means": "bf16",
+    }
+    text = command("doctor").out
+    for section, facts in found.items():
+        assert section in text.splitlines()
+        assert all(re.search(rf"^  {re.escape(fact)} ", text, re.MULTILINE) for fact in facts)

@@ -1,0 +1,144 @@
+"""`finetune predict RUN --input FILE --output FILE`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from datetime import datetime
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+import finetune
+
+ADDED = ["predicted_label", "confidence", "score_negative", "score_neutral", "score_positive"]
+# The text stands between other columns; their values must come back as they are.
+RECORDS = [
+    {"id": "007", "text": 'Profit falls, "again"', "note": "a,b"},
+    {"id": "NA", "text": "gains\nbeats", "note": ""},
+    {"id": "é", "text": "schedule", "note": "null"},
+]
+
+
+def write(path, records):
+    if path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
+def read(path):
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+@pytest.mark.parametrize("output", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("source", ["csv", "jsonl", "parquet"])
+def test_every_column_comes_back_beside_the_scores(command, finished_run, tmp_path, source, output):
+    rows, scored = write(tmp_path / f"rows.{source}", RECORDS), tmp_path / "out" / f"scored.{output}"
+    done = command("predict", finished_run, "--input", rows, "--output", scored)
+    assert done.code == 0
+    assert done.out == f"{scored}: 3 rows written.\n"
+    records = read(scored)
+    assert [list(record) for record in records] == [["id", "text", "note", *ADDED]] * 3
+    assert [{name: record[name] for name in RECORDS[0]} for record in records] == RECORDS
+    expected = finetune.load(finished_run).predict([record["text"] for record in RECORDS])
+    assert [record["predicted_label"] for record in records] == [one.label for one in expected]
+    for record, one in zip(records, expected, strict=True):
+        assert float(record["confidence"]) == pytest.approx(one.confidence, abs=1e-9)
+        assert {name: float(record[f"score_{name}"]) for name in one.scores} == pytest.approx(one.scores, abs=1e-9)
+    assert [path.name for path in scored.parent.iterdir()] == [scored.name], "no temporary file is left"
+
+
+def test_another_text_column_leaves_a_column_called_text_alone(command, finished_run, tmp_path):
+    rows = write(tmp_path / "rows.csv", [{"text": "the body", "headline": "profit falls", "label": "kept"}])
+    scored = tmp_path / "scored.csv"
+    assert command("predict", finished_run, "--input", rows, "--output", scored, "--column", "headline").code == 0
+    (record,) = read(scored)
+    assert {name: record[name] for name in ("text", "headline", "label")} == read(rows)[0]
+    (expected,) = finetune.load(finished_run).predict(["profit falls"])
+    assert float(record["confidence"]) == pytest.approx(expected.confidence, abs=1e-9)
+
+
+def test_values_of_any_json_type_come_back(command, finished_run, tmp_path):
+    records = [
+        {"text": "profit falls", "id": 1, "tags": ["a", {"b": None}], "mixed": 1},
+        {"text": None, "id": None, "tags": None, "mixed": "one"},
+        {"text": 12, "id": 2**53 + 1, "tags": [], "mixed": True},
+    ]
+    scored = tmp_path / "scored.jsonl"
+    done = command("predict", finished_run, "--input", write(tmp_path / "rows.jsonl", records), "--output", scored)
+    assert done.code == 0
+    assert [{name: record[name] for name in records[0]} for record in read(scored)] == records
+    csv_file = tmp_path / "scored.csv"
+    done = command("predict", finished_run, "--input", tmp_path / "rows.jsonl", "--output", csv_file)
+    assert done.code == 3
+    assert f"{csv_file}: every column must fit .csv, got '" in done.err
+    assert done.err.endswith("'. Write .jsonl.\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "scored.jsonl"]
+
+
+def test_times_and_gaps_of_parquet_come_back(command, finished_run, tmp_path):
+    records = [
+        {"text": "falls", "time": datetime(2025, 1, 2, 3, 4, 5), "price": 1.5},
+        {"text": "gains", "time": None, "price": float("nan")},
+    ]
+    rows = write(tmp_path / "rows.parquet", records)
+    for name in ("scored.jsonl", "scored.parquet"):
+        assert command("predict", finished_run, "--input", rows, "--output", tmp_path / name).code == 0
+    first, second = read(tmp_path / "scored.jsonl")
+    assert (first["time"], first["price"], second["time"], second["price"]) == ("2025-01-02T03:04:05", 1.5, None, None)
+    assert read(tmp_path / "scored.parquet")[0]["time"] == records[0]["time"]
+
+
+def test_an_old_output_is_replaced_whole(command, finished_run, tmp_path):
+    scored = tmp_path / "scored.csv"
+    scored.write_text("old " * 1000)
+    rows = write(tmp_path / "rows.csv", RECORDS)
+    assert command("predict", finished_run, "--input", rows, "--output", scored).code == 0
+    assert len(read(scored)) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "options", "code", "words"),
+    [
+        ("rows.csv", "rows.csv", [], 2, "rows.csv: must be another file than the input, got the same. Choose another"),
+        ("rows.csv", "sub/../rows.csv", [], 2, "must be another file than the input, got the same"),
+        ("rows.csv", "out.xlsx", [], 2, "out.xlsx: must end in .csv, .jsonl, .parquet, got '.xlsx'."),
+        ("rows.csv", "out", [], 2, "out: must end in .csv, .jsonl, .parquet, got 'no ending'."),
+        ("rows.xlsx", "out.csv", [], 3, "rows.xlsx: must end in one of .csv, .tsv, .jsonl, .parquet"),
+        ("gone.csv", "out.csv", [], 3, "gone.csv: must be a file, got nothing there. Check the name."),
+        (
+            "rows.csv",
+            "out.csv",
+            ["--column", "headlin"],
+            3,
+            "rows.csv: column 'headlin' must exist, got columns headline, text. Did you mean 'headline'? "
+            "Name the text column with --column.",
+        ),
+        ("scored.csv", "out.csv", [], 3, "scored.csv: confidence must be free, got columns of that name. Rename them."),
+        ("rows.csv", "rows.csv/out.csv", [], 5, "rows.csv/out.csv: must be writable, got "),
+    ],
+)
+def test_refusals_touch_nothing(command, finished_run, tmp_path, monkeypatch, source, output, options, code, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "rows.csv", [{"headline": "a", "text": "b"}])
+    write(tmp_path / "scored.csv", [{"text": "b", "confidence": "1"}])
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = command("predict", finished_run, "--input", source, "--output", output, *options)
+    assert done.code == code
+    assert words in done.err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -1,0 +1,92 @@
+"""Everything in recipes/ and data/samples/ works as it lies there."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+
+import pytest
+
+from finetune.data.catalog import card_names, list_cards, load_card
+from finetune.data.cleaning import normalize_for_duplicates
+from finetune.data.sources import load_rows
+from finetune.recipe import list_recipes, load_recipe, shipped_folder
+from finetune.runner import check
+
+RECIPES = list_recipes()
+names = pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.name for recipe in RECIPES])
+
+
+def test_recipes_are_found():
+    assert {recipe.name for recipe in RECIPES} == {
+        path.relative_to(shipped_folder("recipes")).with_suffix("").as_posix()
+        for path in shipped_folder("recipes").rglob("*.yaml")
+    }
+    assert "sentiment" in {recipe.name for recipe in RECIPES}
+
+
+@names
+def test_a_recipe_is_short_and_says_what_it_is_for(recipe):
+    assert recipe.problem is None
+    assert 10 < len(recipe.description) <= 100
+    lines = recipe.path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 40
+    assert lines[0].startswith("# "), "a sentence for whoever opens the file"
+    assert max(map(len, lines)) <= 140
+
+
+@names
+def test_a_recipe_names_data_that_has_a_card(recipe):
+    loaded = load_recipe(recipe.path)
+    card = load_card(loaded.task.data)
+    assert set(loaded.task.columns.values()) <= set(card.columns)
+    if isinstance(loaded.task.labels, list) and isinstance(card.labels, list):
+        assert sorted(loaded.task.labels) == sorted(card.labels)
+    for column in loaded.evaluate.slices:
+        assert column == "length" or column in card.columns
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if not recipe.benchmark], ids=lambda one: one.name)
+def test_a_recipe_trains_with_the_defaults_where_it_can(recipe):
+    """What a recipe repeats of the defaults goes stale; those of a benchmark pin what was measured."""
+    loaded = load_recipe(recipe.path)
+    given = loaded.train.model_dump(exclude_unset=True)
+    defaults = type(loaded.train)().model_dump()
+    assert {key: value for key, value in given.items() if value == defaults[key]} == {}
+
+
+def test_the_sentiment_recipe_passes_check():
+    plan = check("sentiment")
+    assert plan["data"] == "folder data/samples/financial_headlines"
+    assert plan["labels"] == ["negative", "neutral", "positive"]
+    assert {name: split["rows"] for name, split in plan["splits"].items()} == {
+        "train": 560,
+        "validation": 80,
+        "test": 160,
+    }
+    assert [finding for finding in plan["findings"] if finding["severity"] != "note"] == []
+    assert 0 < plan["parameters"]["trained"] < 0.05 * plan["parameters"]["total"]
+
+
+@pytest.mark.parametrize("name", [card.name for card in list_cards() if card.illustrative])
+def test_a_sample_set_is_what_its_card_says(name):
+    card = load_card(name)
+    folder = shipped_folder("data") / "samples" / name
+    rows = load_rows(name, {}).rows
+    assert len(rows) == sum(card.rows.values()) >= 700
+    assert {row.values["label"] for row in rows} == set(card.labels)
+    assert len(card.labels) == 3
+    assert min(Counter(row.values["label"] for row in rows).values()) > 0.2 * len(rows)
+    texts = Counter(normalize_for_duplicates(row.values["text"]) for row in rows)
+    assert [text for text, count in texts.items() if count > 1] == []
+    assert card.licence
+    assert "says nothing about real" in card.notes
+    with (folder / card.files["all"]).open(encoding="utf-8", newline="") as file:
+        assert set(csv.DictReader(file).fieldnames or []) == set(card.columns)
+
+
+def test_every_sample_set_is_marked_as_illustrative():
+    samples = {path.parent.name for path in shipped_folder("data").glob("samples/*/card.yaml")}
+    assert samples
+    assert samples <= set(card_names())
+    assert {card.name for card in list_cards() if card.illustrative} == samples
