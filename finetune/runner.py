@@ -29,7 +29,7 @@ from finetune.artifact.run_folder import (
 from finetune.artifact.save import save_model
 from finetune.data.batches import Examples
 from finetune.data.checks import findings_to_json
-from finetune.errors import DataError, FinetuneError, GateError, Interrupted, ResourceError, UsageError
+from finetune.errors import DataError, GateError, Interrupted, ResourceError, UsageError
 from finetune.evaluation.gates import raise_on_failed_gates
 from finetune.evaluation.metrics import check_metric_names, is_larger_better
 from finetune.evaluation.scoring import check_section
@@ -282,7 +282,7 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, ready: Ready | No
     except KeyboardInterrupt:
         folder.update_status(state="stopped", error="stopped by Ctrl-C")
         raise Interrupted(f"stopped by Ctrl-C. Go on with: finetune resume {folder.path}") from None
-    except FinetuneError as error:
+    except Exception as error:
         folder.update_status(state="failed", error=str(error))
         raise
     finally:

@@ -136,9 +136,12 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """
     try:
         with _quiet_peft():
+            # PEFT only warns when a weight is not in the file, and leaves it random.
+            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
             return cast(nn.Module, PeftModel.from_pretrained(model, str(folder), is_trainable=False))
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: must hold an adapter that fits its base model; {error}") from error
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, UserWarning) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder}: must hold an adapter that fits its base model; {reason[:300]}") from error
 
 
 def read_adapter_base(folder: Path) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
+from types import FrameType
 
 import typer
 
@@ -47,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug, as_json = "--debug" in given, "--json" in given
     # Accepted anywhere on the line, as people type it.
     given = [*(["--debug"] if debug else []), *(word for word in given if word != "--debug")]
+    signal.signal(signal.SIGTERM, _stop)
     try:
         code = app(given, prog_name="finetune", standalone_mode=False)
     except FinetuneError as error:
@@ -64,6 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
     if code == CTRL_C:
         fail("stopped by Ctrl-C.", Interrupted.exit_code, as_json)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    """SIGTERM outside the loop, which has a handler of its own: stop like Ctrl-C, and say that the run resumes."""
+    raise KeyboardInterrupt
 
 
 def _trace(debug: bool) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
+
+from finetune.recipe.files import write_file_atomically
 
 Indices = npt.NDArray[np.int64]
 Batch = dict[str, torch.Tensor]
@@ -50,7 +52,7 @@ class Examples:
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""
-        save_file({"input_ids": self.input_ids, "starts": self.starts, "labels": self.labels}, path)
+        write_file_atomically(path, save({"input_ids": self.input_ids, "starts": self.starts, "labels": self.labels}))
 
     @classmethod
     def load(cls, path: Path) -> Examples:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -421,3 +423,9 @@ def test_doctor_looks_at_everything_a_run_needs(command, monkeypatch):
     for section, facts in found.items():
         assert section in text.splitlines()
         assert all(re.search(rf"^  {re.escape(fact)} ", text, re.MULTILINE) for fact in facts)
+
+
+def test_sigterm_before_training_exits_with_75(command, monkeypatch):
+    monkeypatch.setattr(runner, "run", lambda *_arguments, **_options: os.kill(os.getpid(), signal.SIGTERM))
+    done = command("run", "sentiment")
+    assert (done.code, done.err) == (75, "finetune: stopped by Ctrl-C.\n")

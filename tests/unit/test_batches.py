@@ -10,6 +10,7 @@ from finetune.data.batches import Examples, collate, plan_batches, plan_predicti
 from finetune.models.base import BaseModel
 from finetune.models.classifier import build_classifier
 from finetune.models.prediction import compute_logits
+from finetune.recipe.schema import ModelSection
 
 EXAMPLES = Examples.build([[5, 6], [7], [8, 9, 10], [11, 12, 13, 14]], [0, 2, -100, 1])
 
@@ -62,7 +63,7 @@ def test_batches_by_hand():
 @pytest.fixture(scope="module")
 def classifier(tiny_base: Path) -> torch.nn.Module:
     base = BaseModel(str(tiny_base), tiny_base, "local folder")
-    return build_classifier(base, ["a", "b", "c"], dropout=0.5, seed=0).eval()
+    return build_classifier(base, ["a", "b", "c"], ModelSection(dropout=0.5), seed=0).eval()
 
 
 def build_random_examples(count: int) -> Examples:
