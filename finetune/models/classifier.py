@@ -77,7 +77,7 @@ def load_classifier(folder: Path, config: Any) -> nn.Module:
         )
         return model
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder.name}: must load as a sequence classifier; {error}") from error
+        raise ModelError(f"{folder}: must load as a sequence classifier; {error}") from error
     finally:
         logging.set_verbosity(level)
 

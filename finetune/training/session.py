@@ -131,7 +131,9 @@ def build_session(section: TrainSection, folder: Path, precision: str) -> Sessio
     )
     if section.trackers:
         settings = {key: value for key, value in section.model_dump().items() if isinstance(value, int | float | str)}
-        accelerator.init_trackers("finetune", config=settings)
+        trackers = folder / "trackers"
+        trackers.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers("finetune", config=settings, init_kwargs={"wandb": {"dir": str(trackers)}})
     log = EventLog(folder / "events.jsonl") if accelerator.is_main_process else _Silent()
     return Session(accelerator, folder / "checkpoints", log)
 

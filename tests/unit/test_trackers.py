@@ -18,7 +18,7 @@ def list_files(folder: Path) -> list[str]:
 def test_tensorboard_shows_what_the_diary_holds(training, tiny_classifier):
     training.fit(tiny_classifier(), trackers=["tensorboard"], learning_rate=0.02)
     events = load_events(training.root / "run" / "events.jsonl")
-    files = [path for path in (training.root / "run" / "trackers").rglob("events.out.tfevents*")]
+    files = list((training.root / "run" / "trackers").rglob("events.out.tfevents*"))
     scalars: dict[str, list[tuple[int, float]]] = {}
     for path in files:
         reader = EventAccumulator(str(path)).Reload()

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune
+from finetune import errors
+from finetune.artifact.run_folder import find_run, load_json
+from finetune.errors import DataError, FinetuneError, Interrupted
+from finetune.runner import resume
+from finetune.training.events import load_events
+from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
+
+TOLERANCE = 1e-5
+# Each of two processes writes what it was told; the second one then fails.
+WORKER = """
+import json, pathlib, sys
+from finetune.errors import DataError
+from finetune.training.processes import agree_on, is_main_process, world_size
+
+def fail():
+    raise DataError("rows.csv: must hold rows, got none.")
+
+def crash():
+    raise KeyError("lost")
+
+def attempt(compute):
+    try:
+        return agree_on(compute)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+asked = []
+said = [attempt(lambda: asked.append(1) or "runs/a"), attempt(fail), attempt(crash), attempt(lambda: "runs/b")]
+name = "main" if is_main_process() else "other"
+pathlib.Path(sys.argv[1], name).write_text(json.dumps({"said": said, "asked": asked, "of": world_size()}))
+sys.exit(0 if is_main_process() else 3)
+"""
+
+
+def test_alone_there_is_nothing_to_agree_on():
+    assert (world_size(), is_main_process()) == (1, True)
+    assert agree_on(lambda: "runs/a") == "runs/a"
+
+    def fail() -> str:
+        raise DataError("rows.csv: must hold rows, got none.")
+
+    with pytest.raises(DataError, match="must hold rows"):
+        agree_on(fail)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vars(errors).values() if isinstance(kind, type)])
+def test_every_error_is_rebuilt_as_what_it_was(kind):
+    rebuilt = rebuild_error(kind.__name__, "line 1\nline 2")
+    assert type(rebuilt) is kind
+    assert (str(rebuilt), rebuilt.exit_code) == ("line 1\nline 2", kind.exit_code)
+
+
+@pytest.mark.parametrize("name", ["KeyError", "NoSuchError"])
+def test_an_error_of_another_kind_is_a_bug(name):
+    assert type(rebuild_error(name, "lost")) is FinetuneError
+
+
+def test_two_processes_hear_the_same(tmp_path, monkeypatch):
+    """A value, an error and a crash of the main process reach the other; nobody waits for ever."""
+    (tmp_path / "two_processes_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    code = start_workers("two_processes_worker", [str(tmp_path)], 2)
+    assert code != 0  # the second process failed
+    main, other = (json.loads((tmp_path / name).read_text()) for name in ("main", "other"))
+    refused = ["DataError", "rows.csv: must hold rows, got none."]
+    assert main["said"] == ["runs/a", refused, ["KeyError", "'lost'"], "runs/b"]
+    assert other["said"] == ["runs/a", refused, ["FinetuneError", "the main process failed: 'lost'"], "runs/b"]
+    assert (main["asked"], other["asked"]) == ([1], [])
+    assert main["of"] == other["of"] == 2
+
+
+def load_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "adapter_model.safetensors")
+
+
+def check_same(run: Path, reference: Path) -> None:
+    """The same weights and scores, up to the order in which numbers are added."""
+    expected, found = load_weights(reference), load_weights(run)
+    assert expected.keys() == found.keys()
+    assert max((expected[name] - found[name]).abs().max().item() for name in expected) < TOLERANCE
+    scores = [load_json(folder / "evaluation" / "test.json")["metrics"] for folder in (run, reference)]
+    for metric, values in scores[1].items():
+        assert scores[0][metric] == pytest.approx(values, abs=1e-4), metric
+
+
+def test_two_processes_train_the_same_model(write_recipe: Callable[..., Path], tmp_path):
+    """Also with micro-steps, with batches that do not divide, and where one process has no validation batch."""
+    recipe = write_recipe(tmp_path / "in")
+    alone = finetune.run(recipe, runs=tmp_path / "alone", quiet=True)
+    together = finetune.run(recipe, ["train.micro_steps=2"], processes=2, runs=tmp_path / "together", quiet=True)
+    check_same(together.folder.path, alone.folder.path)
+    status = together.folder.load_status()
+    assert status["training"]["processes"] == 2
+    assert (status["state"], status["error"]) == ("finished", None)
+    steps = [
+        [event["step"] for event in load_events(run.folder.events) if event["event"] == "step"]
+        for run in (alone, together)
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.slow
+def test_under_torchrun_the_command_trains_in_every_process(write_recipe: Callable[..., Path], tmp_path):
+    recipe = write_recipe(tmp_path / "in")
+    alone = finetune.run(recipe, runs=tmp_path / "alone", quiet=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "finetune.cli.main", "run", str(recipe), "--runs", str(tmp_path / "runs"), "--json"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["test"]["split"] == "test"  # one process prints, the other is silent
+    [run] = (tmp_path / "runs" / "tiny").iterdir()
+    check_same(run, alone.folder.path)
+
+
+@pytest.mark.slow
+def test_sigterm_stops_all_processes_and_the_run_goes_on(write_recipe: Callable[..., Path], tmp_path):
+    recipe = write_recipe(tmp_path / "in", train={"epochs": 40, "early_stop": None})
+    alone = finetune.run(recipe, runs=tmp_path / "alone", quiet=True)
+
+    def stop_after_the_first_checkpoint() -> None:
+        while not list((tmp_path / "runs").glob("tiny/*/checkpoints/step-*")):
+            finished.wait(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    finished = threading.Event()
+    watcher = threading.Thread(target=stop_after_the_first_checkpoint, daemon=True)
+    watcher.start()
+    with pytest.raises(
+        Interrupted, match=r"stopped by SIGTERM after step \d+ of \d+; saved\. Go on with: finetune resume"
+    ):
+        finetune.run(recipe, processes=2, runs=tmp_path / "runs", quiet=True)
+    watcher.join()
+    folder = find_run(tmp_path / "runs" / "tiny", finished=False)
+    assert folder.load_status()["state"] == "stopped"
+    check_same(resume(folder.path, quiet=True).folder.path, alone.folder.path)  # with one process where two began
