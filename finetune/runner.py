@@ -34,6 +34,7 @@ from finetune.evaluation.gates import raise_on_failed_gates
 from finetune.evaluation.metrics import check_metric_names, is_larger_better
 from finetune.evaluation.scoring import check_section
 from finetune.models.base import BaseModel, load_tokenizer, resolve_base
+from finetune.models.centroids import start_at_centroids
 from finetune.models.classifier import (
     build_classifier_shape,
     list_added_modules,
@@ -45,7 +46,7 @@ from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
 from finetune.tasks import TASKS
 from finetune.tasks.preparation import Prepared, prepare
-from finetune.training.checkpoint import prune_checkpoints
+from finetune.training.checkpoint import has_checkpoint, prune_checkpoints
 from finetune.training.loop import Problem, fit
 from finetune.training.precision import choose_precision
 from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
@@ -207,11 +208,13 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
     task = TASKS[recipe.task.type].from_config(load_json(folder.data / "task.json"))
     base = resolve_base(recipe.model.base)
     tokenizer = load_tokenizer(base)
+    train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
     model = task.build_model(base, recipe.model, recipe.train.seed)
+    if not has_checkpoint(folder.checkpoints):
+        start_at_centroids(model, train_rows, tokenizer.pad_token_id)
     new, head, added = list_new_modules(model), list_head_modules(model), list_added_modules(model, base)
     model = attach_adapter(model, recipe.adapter, head, base.reference, constant=added)
     count = count_parameters(model)
-    train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
     problem = Problem(
         train=train_rows,
         validation=validation_rows,

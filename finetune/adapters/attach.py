@@ -65,10 +65,19 @@ def attach_adapter(
     with _quiet_peft():
         wrapped = get_peft_model(model, config)
     # PEFT records the folder that the weights were loaded from; a saved adapter must name what the recipe says.
-    wrapped.peft_config["default"].base_model_name_or_path = base_reference
+    saved = wrapped.peft_config["default"]
+    saved.base_model_name_or_path, saved.revision = _split_revision(base_reference)
     for name in constant:
         wrapped.base_model.model.get_submodule(name).requires_grad_(False)
     return cast(nn.Module, wrapped)
+
+
+def _split_revision(reference: str) -> tuple[str, str | None]:
+    """`acme/base@abc` as PEFT writes it: name and revision apart. A folder's name may hold an @."""
+    if Path(reference).is_dir():
+        return reference, None
+    name, _, revision = reference.partition("@")
+    return name, revision or None
 
 
 @contextmanager
@@ -147,4 +156,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 def read_adapter_base(folder: Path) -> str | None:
     """The base that a saved adapter names, or None if the folder holds a whole model."""
     path = folder / "adapter_config.json"
-    return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]) if path.exists() else None
+    if not path.exists():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    name, revision = saved["base_model_name_or_path"], saved.get("revision")
+    return f"{name}@{revision}" if revision else str(name)

@@ -235,6 +235,15 @@ def test_a_saved_adapter_names_its_base(model, tmp_path):
     assert read_adapter_base(tmp_path) is None
 
 
+def test_a_saved_adapter_keeps_the_revision_apart(model, tmp_path):
+    attach_adapter(model, AdapterSection(), list_head_modules(model), "acme/tiny@v1").save_pretrained(
+        tmp_path, save_embedding_layers=False
+    )
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["revision"]) == ("acme/tiny", "v1")
+    assert read_adapter_base(tmp_path) == "acme/tiny@v1"
+
+
 def test_a_loaded_adapter_is_frozen_and_merges(model, tiny_base, tmp_path):
     trained = attach(model, rank=4)
     with torch.no_grad():
