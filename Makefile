@@ -37,7 +37,7 @@ check: install ## style, types, who imports whom, unused dependencies
 	$(BIN)/deptry finetune
 
 test: install ## the tests; under six minutes on two cores
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow' -n auto --dist loadfile
 
 test-slow: install ## the tests that take longer
 	$(BIN)/pytest -m slow

@@ -120,7 +120,7 @@ def test_under_torchrun_the_command_trains_in_every_process(write_recipe: Callab
     recipe = write_recipe(tmp_path / "in")
     alone = finetune.run(recipe, runs=tmp_path / "alone", quiet=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "finetune.cli.main", "run", str(recipe), "--runs", str(tmp_path / "runs"), "--json"]
+    command = [*launcher, "-m", "finetune", "run", str(recipe), "--runs", str(tmp_path / "runs"), "--json"]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["test"]["split"] == "test"  # one process prints, the other is silent
