@@ -60,7 +60,7 @@ def test_order_is_kept(predictor):
     scores = predictor.compute_scores(TEXTS)
     assert scores.shape == (len(TEXTS), 3)
     assert predictor.compute_scores(TEXTS[::-1])[::-1] == pytest.approx(scores, abs=1e-6)
-    assert len({tuple(row.round(4)) for row in scores}) == len(TEXTS), "else the order could not be told"
+    assert len({tuple(row) for row in scores}) == len(TEXTS), "else the order could not be told"
 
 
 def test_company_in_the_batch_and_padding_change_nothing(predictor):

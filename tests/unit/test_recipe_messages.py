@@ -61,7 +61,7 @@ CASES: list[tuple[str, str]] = [
         "train.trackers[0]: must be one of tensorboard, wandb, trackio, got 'wand'. Did you mean",
     ),
     # shapes
-    ("model: null", "model: must be a section with the keys base, architecture, max_length, dropout, got nothing."),
+    ("model: null", "model: must be a section with the keys base, architecture, max_length, pooling, dropout, got "),
     ("train: [1]", "train: must be a section with the keys epochs, "),
     ("evaluate: {metrics: macro_f1}", "evaluate.metrics: must be a list, got 'macro_f1'. Write [macro_f1]."),
     ("evaluate: {metrics: []}", "evaluate.metrics: must have at least 1 entry, got 0."),
