@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.output import AsJson, RunArgument, print_json, print_text
+from finetune.cli.output import AsJson, RunArgument, print_findings, print_json, print_text
 from finetune.cli.run import show_scores
 
 
@@ -28,6 +28,7 @@ def evaluate_command(
         print_json(scored)
         return
     show_scores(scored)
+    print_findings(scored.get("findings", []))
     if scored.get("opened", 1) > 1:
         print_text(
             f"The test split has been opened {scored['opened']} times: do not choose between models by this score."
