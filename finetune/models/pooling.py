@@ -51,17 +51,13 @@ def add_pooling_layer(config: Any) -> None:
 
 
 @torch.no_grad()
-def set_pooling_weights(model: nn.Module) -> str:
+def set_pooling_weights(model: nn.Module) -> None:
     """Give the last encoder layer, fresh from `add_pooling_layer`, the weights that average.
-
-    Returns:
-        The layer's name.
 
     Raises:
         RecipeError: layers that are not built like BERT's.
     """
-    prefix = str(model.base_model_prefix)
-    base: Any = getattr(model, prefix)
+    base: Any = getattr(model, str(model.base_model_prefix))
     try:
         layer = base.encoder.layer[-1]
         attention, output, norm = layer.attention.self, layer.attention.output.dense, layer.attention.output.LayerNorm
@@ -83,4 +79,3 @@ def set_pooling_weights(model: nn.Module) -> str:
     if getattr(base, "pooler", None) is not None:
         base.pooler.dense.weight.zero_().fill_diagonal_(POOLER_GAIN)
         base.pooler.dense.bias.zero_()
-    return f"{prefix}.encoder.layer.{len(base.encoder.layer) - 1}"
