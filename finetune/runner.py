@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.attach import attach_adapter, count_parameters
+from finetune.adapters.attach import attach_adapter, count_parameters, plan_parameters
 from finetune.artifact.assess import assess, assess_held_out
 from finetune.artifact.load import Predictor, load
 from finetune.artifact.run_folder import (
@@ -134,7 +134,7 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     base, prepared = _prepare(loaded, path.parent)
     model = build_classifier_shape(base, prepared.task.labels, loaded.model)
     head, added = list_head_modules(model), list_added_modules(model, base)
-    count = count_parameters(attach_adapter(model, loaded.adapter, head, base.reference, constant=added))
+    count = plan_parameters(model, loaded.adapter, head, constant=added)
     steps = -(-int(prepared.examples["train"].lengths.sum()) // loaded.train.tokens_per_batch) * loaded.train.epochs
     return {
         "recipe": str(path),

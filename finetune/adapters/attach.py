@@ -1,4 +1,7 @@
-"""Attach, count and merge: what is trained besides the head."""
+"""Attach, count and merge: what is trained besides the head.
+
+PEFT is imported where it is used: it takes seconds, and `finetune check` only counts.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
 from finetune.errors import ModelError, RecipeError
+from finetune.recipe.reference import split_revision
 from finetune.recipe.schema import AdapterSection
 
 
@@ -54,6 +57,8 @@ def attach_adapter(
     """
     if section.method == "full":
         return model.requires_grad_(True)
+    from peft import LoraConfig, TaskType, get_peft_model
+
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=section.rank,
@@ -66,18 +71,10 @@ def attach_adapter(
         wrapped = get_peft_model(model, config)
     # PEFT records the folder that the weights were loaded from; a saved adapter must name what the recipe says.
     saved = wrapped.peft_config["default"]
-    saved.base_model_name_or_path, saved.revision = _split_revision(base_reference)
+    saved.base_model_name_or_path, saved.revision = split_revision(base_reference)
     for name in constant:
         wrapped.base_model.model.get_submodule(name).requires_grad_(False)
     return cast(nn.Module, wrapped)
-
-
-def _split_revision(reference: str) -> tuple[str, str | None]:
-    """`acme/base@abc` as PEFT writes it: name and revision apart. A folder's name may hold an @."""
-    if Path(reference).is_dir():
-        return reference, None
-    name, _, revision = reference.partition("@")
-    return name, revision or None
 
 
 @contextmanager
@@ -117,6 +114,8 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], head: Sequence[
 
 def merge_adapter(model: nn.Module) -> nn.Module:
     """Fold the updates into the base's weights: a plain Hugging Face model with the same logits."""
+    from peft import PeftModel
+
     return cast(nn.Module, model.merge_and_unload(safe_merge=True)) if isinstance(model, PeftModel) else model
 
 
@@ -132,6 +131,24 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     )
 
 
+def plan_parameters(
+    model: nn.Module, section: AdapterSection, head: Sequence[str], *, constant: Sequence[str] = ()
+) -> ParameterCount:
+    """What `count_parameters` will say once the adapter is attached, from shapes alone.
+
+    Args:
+        model, section, head, constant: as for `attach_adapter`; nothing is attached.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if section.method == "full":
+        return ParameterCount(total, total)
+    targets = find_targets(model, section.targets, [*head, *constant])
+    # W (out, in) + B A, with A (rank, in) and B (out, rank): arXiv:2106.09685, section 4.1.
+    updates = sum(section.rank * sum(model.get_parameter(f"{name}.weight").shape) for name in targets)
+    trained = sum(parameter.numel() for name in head for parameter in model.get_submodule(name).parameters())
+    return ParameterCount(updates + trained, updates + total)
+
+
 def list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> weight of everything that is trained, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -143,6 +160,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     Raises:
         ModelError: the adapter's files do not fit the base.
     """
+    from peft import PeftModel
+
     try:
         with _quiet_peft():
             # PEFT only warns when a weight is not in the file, and leaves it random.

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from finetune.evaluation.wording import format_score
 from finetune.recipe.card import Card
+from finetune.recipe.reference import split_revision
 from finetune.recipe.schema import Recipe
 
 # What the Hub's leaderboards call our metrics.
@@ -29,7 +30,7 @@ def build_model_card(
         status: the content of status.json.
         lock: the content of run.lock.
     """
-    base = recipe.model.base.partition("@")[0]
+    base = split_revision(recipe.model.base)[0]
     is_hub_base = not Path(base).is_dir()
     title = data.title if data else Path(recipe.task.data).name
     results = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ class Examples:
     def build(cls, encoded: Sequence[Sequence[int]], labels: Sequence[int]) -> Examples:
         """Lay token lists end to end."""
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
-        flat = np.fromiter((token for ids in encoded for token in ids), dtype=np.int32, count=int(lengths.sum()))
+        flat = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths.sum()))
         return cls(flat, np.concatenate([[0], np.cumsum(lengths)]), np.asarray(labels, dtype=np.int64))
 
     def __len__(self) -> int:

@@ -9,10 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import normalize
 
 from finetune.errors import DataError, RecipeError
 from finetune.evaluation.metrics import Floats, Ints, compute_metric
@@ -93,6 +89,8 @@ def _build_majority(train: BaselineData, validation: BaselineData, test: Baselin
 
 def _build_tfidf(*splits: BaselineData) -> list[Any]:
     """Sparse matrices of words and word pairs; the vocabulary is that of the first split."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=1, token_pattern=WORD, dtype=np.float32)
     try:
         vectorizer.fit(splits[0].texts)
@@ -112,6 +110,8 @@ def _build_frozen(*splits: BaselineData) -> list[Any]:
             "evaluate.baselines: frozen_logreg must have a pretrained base to embed texts with, got none. "
             "Remove frozen_logreg or set model.base to a pretrained model."
         )
+    from sklearn.preprocessing import normalize
+
     return [normalize(load()) for load in loaders]
 
 
@@ -125,6 +125,9 @@ def _choose_c(
             f"train: must hold at least 2 classes for a baseline with logistic regression, "
             f"got {np.unique(references).size}. Check the split, or keep only majority in evaluate.baselines."
         )
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     best_f1, best = -1.0, BaselineResult({})
     model = LogisticRegression(warm_start=True, **options)  # each C starts from the one before: half the time
     for c in C_GRID:

@@ -1,4 +1,4 @@
-"""The metrics of a classifier, over scikit-learn, as plain functions and as `evaluate.Metric` classes.
+"""The metrics of a classifier, over scikit-learn, by name.
 
 Shapes: references (N,), labels in 0..K-1; predictions (N,), the same; scores (N, K), probabilities: rows sum to 1.
 A metric that is not defined on its input (no rows, one class only for AUROC, scores that are not finite) is nan.
@@ -15,19 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import evaluate
 import numpy as np
 import numpy.typing as npt
-from evaluate.module import Features, Value  # the names that `evaluate.Metric` is declared with
-from evaluate.module import Sequence as ListOf
-from sklearn.metrics import (
-    accuracy_score,
-    confusion_matrix,
-    f1_score,
-    matthews_corrcoef,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
 
 from finetune.errors import RecipeError
 
@@ -74,23 +63,34 @@ def compute_ece_rows(references: Ints, scores: Floats) -> tuple[Ints, Floats]:
     return compute_bins(confidences), (compute_predictions(scores) == references) - confidences
 
 
+def _sklearn() -> Any:
+    """scikit-learn's metrics, imported late: `finetune check` can do without the second that this takes."""
+    import sklearn.metrics
+
+    return sklearn.metrics
+
+
+def _accuracy(references: Ints, predictions: Ints) -> float:
+    return float(_sklearn().accuracy_score(references, predictions))
+
+
 def _macro_f1(references: Ints, predictions: Ints) -> float:
-    return float(f1_score(references, predictions, average="macro", zero_division=0))
+    return float(_sklearn().f1_score(references, predictions, average="macro", zero_division=0))
 
 
 def _weighted_f1(references: Ints, predictions: Ints) -> float:
-    return float(f1_score(references, predictions, average="weighted", zero_division=0))
+    return float(_sklearn().f1_score(references, predictions, average="weighted", zero_division=0))
 
 
 def _mcc(references: Ints, predictions: Ints) -> float:
     if np.union1d(references, predictions).size < 2:
         return 0.0  # what scikit-learn returns too, but with a warning for each resample
-    return float(matthews_corrcoef(references, predictions))
+    return float(_sklearn().matthews_corrcoef(references, predictions))
 
 
 def _auroc(references: Ints, scores: Floats) -> float:
     values = [
-        roc_auc_score(references == label, scores[:, label])
+        _sklearn().roc_auc_score(references == label, scores[:, label])
         for label in auroc_labels(scores.shape[1])
         if 0 < np.count_nonzero(references == label) < len(references)
     ]
@@ -131,7 +131,7 @@ class MetricInfo:
 METRICS: dict[str, MetricInfo] = {
     info.name: info
     for info in (
-        MetricInfo("accuracy", "predictions", True, "right rows / rows", accuracy_score),
+        MetricInfo("accuracy", "predictions", True, "right rows / rows", _accuracy),
         MetricInfo(
             "macro_f1",
             "predictions",
@@ -188,7 +188,7 @@ def compute_metric(name: str, references: npt.ArrayLike, scores: npt.ArrayLike) 
 
 def compute_per_class(references: Ints, predictions: Ints, n_labels: int) -> list[dict[str, float]]:
     """Precision, recall, F1 and support (references) of each of the K classes; nan where the divisor is 0."""
-    columns = precision_recall_fscore_support(
+    columns = _sklearn().precision_recall_fscore_support(
         references, predictions, labels=range(n_labels), average=None, zero_division=np.nan
     )
     keys = ("precision", "recall", "f1", "support")
@@ -197,7 +197,7 @@ def compute_per_class(references: Ints, predictions: Ints, n_labels: int) -> lis
 
 def compute_confusion(references: Ints, predictions: Ints, n_labels: int) -> Ints:
     """Counts, (K, K): row = reference, column = prediction."""
-    counts: Ints = confusion_matrix(references, predictions, labels=range(n_labels))
+    counts: Ints = _sklearn().confusion_matrix(references, predictions, labels=range(n_labels))
     return counts
 
 
@@ -236,6 +236,8 @@ def _load_metric(name: str) -> Any:
     """A metric of Hugging Face's `evaluate`, from the Hub or its cache; RecipeError says why there is none."""
     if not re.fullmatch(r"[A-Za-z0-9_]+", name):
         raise RecipeError("A metric of `evaluate` is given by its bare name, such as 'cohen_kappa'.")
+    import evaluate  # takes seconds, and most recipes name none of its metrics
+
     try:
         metric = evaluate.load(f"{HUB_NAMESPACE}/{name}", module_type="metric")
     except Exception as error:  # downloads and imports other people's code: any exception may come out
@@ -261,88 +263,3 @@ def _compute_loaded(name: str, references: Ints, predictions: Ints) -> float:
             f"evaluate.metrics: {name!r} of `evaluate` must give one number for class labels, got {error}. "
             f"Use one of {', '.join(METRICS)}."
         ) from error
-
-
-class _LabelMetric(evaluate.Metric):  # type: ignore[misc]  # `evaluate` has no type information
-    """Base of the metrics below: `compute(predictions=..., references=...)`, or `scores=` in place of predictions."""
-
-    key: str
-
-    def _info(self) -> evaluate.MetricInfo:
-        needs, formula = self._describe()
-        value = Value("int64") if needs == "predictions" else ListOf(Value("float64"))
-        return evaluate.MetricInfo(
-            description=formula,
-            citation="",
-            inputs_description=f"{needs}: of each row; references: labels in 0..K-1.",
-            features=Features({needs: value, "references": Value("int64")}),
-        )
-
-    def _describe(self) -> tuple[str, str]:
-        return METRICS[self.key].needs, METRICS[self.key].formula
-
-    def _compute(self, *, references: npt.ArrayLike, **given: npt.ArrayLike) -> dict[str, Any]:
-        info = METRICS[self.key]
-        return {self.key: float(info.compute(np.asarray(references), np.asarray(given[info.needs])))}
-
-
-class Accuracy(_LabelMetric):
-    """Share of right rows."""
-
-    key = "accuracy"
-
-
-class MacroF1(_LabelMetric):
-    """Mean F1 of the classes."""
-
-    key = "macro_f1"
-
-
-class WeightedF1(_LabelMetric):
-    """Mean F1 of the classes, by support."""
-
-    key = "weighted_f1"
-
-
-class Mcc(_LabelMetric):
-    """Matthews correlation."""
-
-    key = "mcc"
-
-
-class Auroc(_LabelMetric):
-    """Area under the ROC curve; `scores=` (N, K)."""
-
-    key = "auroc"
-
-
-class Ece(_LabelMetric):
-    """Expected calibration error; `scores=` (N, K)."""
-
-    key = "ece"
-
-
-class Brier(_LabelMetric):
-    """Multiclass Brier score; `scores=` (N, K)."""
-
-    key = "brier"
-
-
-class LogLoss(_LabelMetric):
-    """Cross-entropy; `scores=` (N, K)."""
-
-    key = "log_loss"
-
-
-class PerClassF1(_LabelMetric):
-    """F1 of each class, a list; reported for every run, so it is no name for a recipe."""
-
-    key = "per_class"
-
-    def _describe(self) -> tuple[str, str]:
-        return "predictions", "2 tp / (2 tp + fp + fn) of each class"
-
-    def _compute(self, *, references: npt.ArrayLike, **given: npt.ArrayLike) -> dict[str, Any]:
-        labels, predictions = np.asarray(references), np.asarray(given["predictions"])
-        n_labels = int(np.max([labels, predictions])) + 1
-        return {self.key: [values["f1"] for values in compute_per_class(labels, predictions, n_labels)]}

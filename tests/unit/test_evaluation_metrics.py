@@ -13,8 +13,7 @@ from sklearn import metrics as sk
 
 from finetune.errors import RecipeError
 from finetune.evaluation import metrics
-from finetune.evaluation.metrics import (
-    METRICS,
+from finetune.evaluation.evaluate_metrics import (
     Accuracy,
     Auroc,
     Brier,
@@ -24,6 +23,9 @@ from finetune.evaluation.metrics import (
     Mcc,
     PerClassF1,
     WeightedF1,
+)
+from finetune.evaluation.metrics import (
+    METRICS,
     check_metric_names,
     compute_bins,
     compute_confusion,

@@ -1,0 +1,13 @@
+"""How a recipe names a base model: a folder, a Hub id, or `id@revision`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def split_revision(reference: str) -> tuple[str, str | None]:
+    """`acme/base@v1` -> (`acme/base`, `v1`); a folder stays whole, for its name may hold an @."""
+    if Path(reference).expanduser().is_dir():
+        return reference, None
+    name, _, revision = reference.partition("@")
+    return name, revision or None
