@@ -163,6 +163,9 @@ class TrainSection(Section):
     """AdamW's decoupled decay, on matrices only."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient of one step."""
+    ema_decay: float | None = Field(default=0.99, gt=0, lt=1)
+    """Validation and the saved model use a moving average of the weights over about 1 / (1 - decay) steps; null: the
+    weights of the last step."""
     label_smoothing: Ratio = 0.0
     """Share of the target spread over all classes."""
     class_weights: Literal["none", "balanced", "sqrt_balanced"] = "none"

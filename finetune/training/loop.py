@@ -17,6 +17,7 @@ from finetune.data.batches import Batch, Examples, Indices, collate, plan_batche
 from finetune.errors import DivergedError, Interrupted, ResourceError
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import EarlyStopSection, TrainSection
+from finetune.training.average import WeightAverage
 from finetune.training.optimizer import build_optimizer, compute_rate_factor, set_learning_rate
 from finetune.training.progress import TrainingProgress
 from finetune.training.session import LoopState, Session
@@ -63,7 +64,7 @@ def fit(
     model: nn.Module, problem: Problem, section: TrainSection, session: Session, *, quiet: bool = False
 ) -> LoopState:
     """Train a model in place; at the end it holds the weights that were best on validation
-    (the last ones without `early_stop`).
+    (the last ones without `early_stop`); with `ema_decay` these are averages.
 
     If the session's folder has checkpoints, training goes on from the newest that verifies, to bitwise the same
     weights as if it had never stopped (same device, same versions).
@@ -86,7 +87,8 @@ def fit(
     accelerator = session.accelerator
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     replica, optimizer = accelerator.prepare(model, build_optimizer(trained, problem.head, section))
-    state = session.restore(trained, optimizer) or LoopState(micro_steps=section.micro_steps)
+    average = WeightAverage(trained, section.ema_decay)
+    state = session.restore(trained, optimizer, average) or LoopState(micro_steps=section.micro_steps)
     total = sum(len(_plan(problem, section, epoch)) for epoch in range(section.epochs))
     model.train()
 
@@ -109,6 +111,7 @@ def fit(
             finite = math.isfinite(loss) and math.isfinite(norm)
             if finite:
                 optimizer.step()
+                average.update(step.number)
             optimizer.zero_grad()
             state = replace(
                 state,
@@ -125,7 +128,8 @@ def fit(
             _check_divergence(state, step, rate, loss, norm)
 
             if step.evaluate:
-                metrics = _evaluate(model, problem, session)
+                with average.applied():
+                    metrics = _evaluate(model, problem, session)
                 state = _record(state, metrics, problem, section.early_stop, halfway=step.number > total / 2)
                 session.log.write("evaluation", step=step.number, epoch=step.epoch, metrics=metrics)
                 accelerator.log({f"validation_{name}": value for name, value in metrics.items()}, step=step.number)
@@ -134,12 +138,13 @@ def fit(
                 session, stop.requested, time.monotonic() - session.saved_at > section.checkpoint_seconds
             )
             if step.evaluate or stopping or overdue:
-                session.save(trained, optimizer, state, section.keep_checkpoints)
+                session.save(trained, optimizer, average, state, section.keep_checkpoints)
             if stopping:
                 raise Interrupted(
                     f"stopped by {stop.signal_name or 'a signal'} after step {step.number} of {total}; saved."
                 )
 
+    average.keep()
     session.load_best(trained, state)
     return state
 

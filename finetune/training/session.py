@@ -18,11 +18,13 @@ from torch import nn
 
 from finetune.errors import CheckpointError, ResourceError
 from finetune.recipe.schema import TrainSection
+from finetune.training.average import WeightAverage
 from finetune.training.checkpoint import has_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from finetune.training.events import EventLog
 from finetune.training.precision import choose_precision
 from finetune.training.processes import PROCESS_GROUP_TIMEOUT, is_cpu_only
 
+AVERAGE = "average"  # the checkpoint's file of averaged weights; empty without them
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -70,19 +72,22 @@ class Session:
     log: EventLog
     saved_at: float = field(default_factory=time.monotonic)
 
-    def save(self, trained: Mapping[str, nn.Parameter], optimizer: Any, state: LoopState, keep: int) -> None:
+    def save(
+        self, trained: Mapping[str, nn.Parameter], optimizer: Any, average: WeightAverage, state: LoopState, keep: int
+    ) -> None:
         """Write a checkpoint from the main process; the others wait."""
         self.saved_at = time.monotonic()
         if self.accelerator.is_main_process:
             tensors = {
                 "model": {name: parameter.detach() for name, parameter in trained.items()},
                 "optimizer": _export_moments(trained, optimizer),
+                AVERAGE: average.tensors,
             }
             save_checkpoint(self.checkpoints, state.step, tensors, asdict(state))
             prune_checkpoints(self.checkpoints, keep, state.best_step)
         self.accelerator.wait_for_everyone()
 
-    def restore(self, trained: Mapping[str, nn.Parameter], optimizer: Any) -> LoopState | None:
+    def restore(self, trained: Mapping[str, nn.Parameter], optimizer: Any, average: WeightAverage) -> LoopState | None:
         """Load the newest checkpoint that verifies, in place; None where the run has none yet."""
         if not has_checkpoint(self.checkpoints):
             self.log.truncate_after_step(0)  # a crash before the first checkpoint: all steps are done again
@@ -92,6 +97,7 @@ class Session:
             self.log.write("checkpoint_skipped", reason=reason)
         load_weights(trained, checkpoint.tensors["model"])
         _import_moments(trained, optimizer, checkpoint.tensors["optimizer"])
+        load_weights(average.tensors, checkpoint.tensors[AVERAGE])
         self.log.truncate_after_step(checkpoint.step)
         self.log.write("resumed", step=checkpoint.step)
         return LoopState(**checkpoint.state)
@@ -99,7 +105,8 @@ class Session:
     def load_best(self, trained: Mapping[str, nn.Parameter], state: LoopState) -> None:
         """Put the weights of the best checkpoint into the model."""
         if state.best_step is not None:
-            load_weights(trained, load_checkpoint(self.checkpoints, step=state.best_step).tensors["model"])
+            tensors = load_checkpoint(self.checkpoints, step=state.best_step).tensors
+            load_weights(trained, tensors[AVERAGE] or tensors["model"])
 
     def close(self) -> None:
         """Finish the trackers, leave the process group and close the log."""
@@ -138,7 +145,7 @@ def build_session(section: TrainSection, folder: Path, precision: str) -> Sessio
     return Session(accelerator, folder / "checkpoints", log)
 
 
-def load_weights(trained: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
+def load_weights(trained: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
     """Copy saved weights into a model's.
 
     Raises:

@@ -70,7 +70,7 @@ class TinyTraining:
     @staticmethod
     def build_section(**changes: Any) -> TrainSection:
         values = {"epochs": 2, "tokens_per_batch": 40, "learning_rate": 0.02, "precision": "float32"}
-        return TrainSection(**{**values, "early_stop": None, **changes})
+        return TrainSection(**{**values, "early_stop": None, "ema_decay": None, **changes})
 
     def open_session(self, section: TrainSection, run: str = "run") -> closing[Session]:
         return closing(build_session(section, self.root / run, section.precision))

@@ -73,7 +73,7 @@ def test_micro_steps_do_not_change_the_update(training, tiny_classifier, micro_s
 
 
 def train_plainly(model: nn.Module, problem: Any, section: Any, class_weights: torch.Tensor, total: int) -> Weights:
-    """The same training with nothing but PyTorch: AdamW(0.9, 0.98), clipping, linear warm-up and decay."""
+    """The same training with nothing but PyTorch: AdamW(0.9, 0.98), clipping, linear warm-up and decay, average."""
     head = list(model.classifier.parameters())
     base = [parameter for name, parameter in model.named_parameters() if not name.startswith("classifier")]
     groups = [
@@ -86,6 +86,8 @@ def train_plainly(model: nn.Module, problem: Any, section: Any, class_weights: t
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (total - step) / (total - warmup))
     )
+    average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    step = 0
     criterion = nn.CrossEntropyLoss(weight=class_weights)  # the mean is weighted: sum(w * loss) / sum(w)
     for epoch in range(section.epochs):
         for rows in plan_batches(problem.train.lengths, section.tokens_per_batch, seed=section.seed, epoch=epoch):
@@ -95,23 +97,47 @@ def train_plainly(model: nn.Module, problem: Any, section: Any, class_weights: t
             torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip_norm)
             optimizer.step()
             schedule.step()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+            step += 1
+            decay = min(section.ema_decay or 0.0, (1 + step) / (10 + step))
+            for name, parameter in model.named_parameters():
+                average[name] = decay * average[name] + (1 - decay) * parameter.detach()
+    return average
 
 
 @pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
 @pytest.mark.parametrize("scheme", ["none", "balanced", "sqrt_balanced"])
-def test_equals_a_plain_loop(training, tiny_classifier, scheme, micro_steps):
+def test_equals_a_plain_loop(training, tiny_classifier, scheme, ema_decay, micro_steps):
     problem = training.build_problem(compute_losses=compute_losses)
     weights = training.task.compute_row_weights(problem.train, scheme)
     problem = training.build_problem(compute_losses=compute_losses, row_weights=weights)
     balanced = compute_class_weight("balanced", classes=np.arange(3), y=problem.train.labels)
     class_weights = {"none": np.ones(3), "balanced": balanced, "sqrt_balanced": np.sqrt(balanced)}[scheme]
 
-    changes = {"micro_steps": micro_steps, "warmup_ratio": 0.3, "clip_norm": 0.1, "weight_decay": 0.1}
+    changes = {
+        "micro_steps": micro_steps,
+        "ema_decay": ema_decay,
+        "warmup_ratio": 0.3,
+        "clip_norm": 0.1,
+        "weight_decay": 0.1,
+    }
     state, trained = training.fit(tiny_classifier().double(), problem, **changes)
     section = training.build_section(**changes)
     plain = train_plainly(tiny_classifier().double(), problem, section, torch.tensor(class_weights), state.step)
     assert get_distance(trained, plain) < 1e-6
+
+
+def test_validation_is_scored_with_the_average_and_training_goes_on_without_it(training, tiny_classifier):
+    seen: list[np.ndarray] = []
+    problem = training.build_problem(compute_metrics=lambda logits, _references: seen.append(logits) or {"loss": 0.0})
+    _, plain = training.fit(tiny_classifier(), training.build_problem(), "plain", epochs=1)
+    model = tiny_classifier()
+    _, averaged = training.fit(model, problem, "averaged", epochs=1, ema_decay=0.9)
+    np.testing.assert_array_equal(seen[-1], compute_logits(model, problem.validation, 0))
+    saved = load_checkpoint(training.root / "averaged" / "checkpoints").tensors
+    assert is_equal(saved["model"], plain)
+    assert is_equal(saved["average"], averaged)
+    assert not is_equal(plain, averaged)
 
 
 def test_logged_loss_is_the_weighted_mean_of_the_batch(training, tiny_classifier):

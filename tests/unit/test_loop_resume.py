@@ -21,7 +21,12 @@ from finetune.training.session import load_weights
 
 DROPOUT = 0.3
 # With 40 tokens a step an epoch has 7 steps: evaluations, and with them checkpoints, after 4, 7, 11 and 14.
-SETTINGS = {"epochs": 2, "evaluations_per_epoch": 2, "early_stop": {"metric": "macro_f1", "patience": 9}}
+SETTINGS = {
+    "epochs": 2,
+    "evaluations_per_epoch": 2,
+    "early_stop": {"metric": "macro_f1", "patience": 9},
+    "ema_decay": 0.9,
+}
 STEPS, EVALUATIONS = 14, [4, 7, 11, 14]
 
 
@@ -152,7 +157,10 @@ def test_a_run_that_stopped_early_does_not_go_on(training, tiny_classifier):
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "file",
+    ["model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json", "manifest.json"],
+)
 def test_a_flipped_bit_costs_some_steps_and_nothing_else(training, tiny_classifier, finish_and_compare, file):
     problem = training.build_problem(compute_losses=act_at(9, send(signal.SIGTERM), training))
     with pytest.raises(Interrupted):
@@ -190,7 +198,7 @@ def test_a_full_disk_stops_training_and_keeps_the_last_checkpoint(
     def refuse(tensors: dict[str, torch.Tensor], path: Path) -> None:
         nonlocal calls
         calls += 1
-        if calls > 2:  # model and optimizer of the first
+        if calls > 3:  # model, optimizer and average of the first
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         save_file(tensors, path)
 
