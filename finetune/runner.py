@@ -37,7 +37,7 @@ from finetune.models.base import BaseModel, load_tokenizer, resolve_base
 from finetune.models.centroids import start_at_centroids
 from finetune.models.classifier import (
     build_classifier_shape,
-    list_added_modules,
+    get_padding,
     list_head_modules,
     list_new_modules,
 )
@@ -133,8 +133,7 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     loaded = load_recipe(path, overrides)
     base, prepared = _prepare(loaded, path.parent)
     model = build_classifier_shape(base, prepared.task.labels, loaded.model)
-    head, added = list_head_modules(model), list_added_modules(model, base)
-    count = plan_parameters(model, loaded.adapter, head, constant=added)
+    count = plan_parameters(model, loaded.adapter, list_head_modules(model))
     steps = -(-int(prepared.examples["train"].lengths.sum()) // loaded.train.tokens_per_batch) * loaded.train.epochs
     return {
         "recipe": str(path),
@@ -211,9 +210,9 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
     model = task.build_model(base, recipe.model, recipe.train.seed)
     if not has_checkpoint(folder.checkpoints):
-        start_at_centroids(model, train_rows, tokenizer.pad_token_id)
-    new, head, added = list_new_modules(model), list_head_modules(model), list_added_modules(model, base)
-    model = attach_adapter(model, recipe.adapter, head, base.reference, constant=added)
+        start_at_centroids(model, train_rows, get_padding(model, tokenizer))
+    new, head = list_new_modules(model), list_head_modules(model)
+    model = attach_adapter(model, recipe.adapter, head, base.reference)
     count = count_parameters(model)
     problem = Problem(
         train=train_rows,
@@ -223,7 +222,7 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
         compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
         is_larger_better=is_larger_better,
         head=new,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=get_padding(model, tokenizer),
     )
     with closing(build_session(recipe.train, folder.path, lock["precision"])) as session:
         if session.accelerator.is_main_process and not quiet:

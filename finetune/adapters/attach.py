@@ -37,8 +37,6 @@ def attach_adapter(
     section: AdapterSection,
     head: Sequence[str],
     base_reference: str,
-    *,
-    constant: Sequence[str] = (),
 ) -> nn.Module:
     """Make a model trainable in the way that the recipe asks for.
 
@@ -47,7 +45,6 @@ def attach_adapter(
         section: the recipe's `adapter`.
         head: names of the head's modules; always trained and saved whole.
         base_reference: what a saved adapter names as its base (a Hub id or a folder).
-        constant: names of modules that the base's files lack; saved with an adapter, trained only by `full`.
 
     Returns:
         The model itself (`full`) or a `PeftModel` around it (`lora`).
@@ -59,22 +56,22 @@ def attach_adapter(
         return model.requires_grad_(True)
     from peft import LoraConfig, TaskType, get_peft_model
 
+    from finetune.adapters.fast_lora import speed_up_lora
+
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=find_targets(model, section.targets, [*head, *constant]),
-        modules_to_save=[*head, *constant],
+        target_modules=find_targets(model, section.targets, head),
+        modules_to_save=list(head),
     )
     with _quiet_peft():
         wrapped = get_peft_model(model, config)
     # PEFT records the folder that the weights were loaded from; a saved adapter must name what the recipe says.
     saved = wrapped.peft_config["default"]
     saved.base_model_name_or_path, saved.revision = split_revision(base_reference)
-    for name in constant:
-        wrapped.base_model.model.get_submodule(name).requires_grad_(False)
-    return cast(nn.Module, wrapped)
+    return speed_up_lora(wrapped)
 
 
 @contextmanager
@@ -131,18 +128,16 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     )
 
 
-def plan_parameters(
-    model: nn.Module, section: AdapterSection, head: Sequence[str], *, constant: Sequence[str] = ()
-) -> ParameterCount:
+def plan_parameters(model: nn.Module, section: AdapterSection, head: Sequence[str]) -> ParameterCount:
     """What `count_parameters` will say once the adapter is attached, from shapes alone.
 
     Args:
-        model, section, head, constant: as for `attach_adapter`; nothing is attached.
+        model, section, head: as for `attach_adapter`; nothing is attached.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     if section.method == "full":
         return ParameterCount(total, total)
-    targets = find_targets(model, section.targets, [*head, *constant])
+    targets = find_targets(model, section.targets, head)
     # W (out, in) + B A, with A (rank, in) and B (out, rank): arXiv:2106.09685, section 4.1.
     updates = sum(section.rank * sum(model.get_parameter(f"{name}.weight").shape) for name in targets)
     trained = sum(parameter.numel() for name in head for parameter in model.get_submodule(name).parameters())

@@ -71,5 +71,6 @@ def build_model_card(
         training=status["training"],
         lock=lock,
         lora=recipe.adapter.method == "lora",
+        triad=recipe.model.architecture == "triad",
     )
     return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}"))

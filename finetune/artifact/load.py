@@ -18,6 +18,7 @@ from finetune.artifact.save import FORMAT, SETTINGS
 from finetune.data.rows import Row
 from finetune.errors import ModelError, UsageError
 from finetune.models.base import resolve_base
+from finetune.models.classifier import get_padding
 from finetune.models.prediction import compute_logits
 from finetune.recipe.files import compute_sha256
 from finetune.tasks import TASKS, Task
@@ -87,7 +88,7 @@ class Predictor:
     ) -> npt.NDArray[np.float32]:
         """Raw outputs for prepared rows, (N, K)."""
         examples = self.task.build_examples(rows, self.tokenizer, self.max_length)
-        return compute_logits(self.model, examples, self.tokenizer.pad_token_id, advance=advance)
+        return compute_logits(self.model, examples, get_padding(self.model, self.tokenizer), advance=advance)
 
 
 def load(reference: str | Path) -> Predictor:

@@ -26,15 +26,21 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, settings: dict[st
         folder: the run's `model/`; replaced if it exists.
         settings: what prediction needs beside the weights, plain JSON.
     """
+    from transformers.dynamic_module_utils import custom_object_save
+
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     # PEFT would ask the Hub whether the base's vocabulary was enlarged; we never enlarge it.
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    inner: Any = model.get_base_model() if options else model  # type: ignore[operator]  # PEFT's
     model.save_pretrained(temporary, **options)  # type: ignore[operator]  # a Hugging Face model
     # PEFT leaves a README with empty headings; the run has a card of its own.
     (temporary / "README.md").unlink(missing_ok=True)
-    # The adapter's folder carries the configuration too: it knows the classes, which the base does not.
-    model.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]  # a Hugging Face configuration
+    # The adapter's folder carries the configuration too: it knows the classes, which the base does not. A class of
+    # our own comes with its code, so that the folder loads where this toolkit is not installed.
+    if type(inner).__module__.startswith("finetune."):
+        custom_object_save(inner, temporary, config=inner.config)
+    inner.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     # A flipped bit in weights loads without a word, and so does a folder without its tokenizer: `load` compares.
     files = {path.name: compute_sha256(path) for path in sorted(temporary.iterdir())}

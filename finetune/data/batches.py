@@ -107,21 +107,36 @@ def _cut(order: Indices, lengths: Indices, tokens_per_batch: int) -> list[Indice
     return batches
 
 
-def collate(examples: Examples, rows: Indices, pad_token_id: int) -> Batch:
-    """Build padded tensors.
+def collate(examples: Examples, rows: Indices, pad_token_id: int | None) -> Batch:
+    """Build the tensors of a batch: padded, or packed end to end where there is no padding token.
 
     Returns:
-        `input_ids` (B, T), `attention_mask` (B, T) with 1 = real, `labels` (B,).
+        `labels` (B,), and `input_ids` (B, T) with `attention_mask` (B, T), 1 = real. Packed: `input_ids` (1, total)
+        with `position_ids` (1, total), which start again at each row, as Hugging Face's DataCollatorWithFlattening
+        has it.
     """
-    lengths = examples.lengths[rows]
-    mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
-    input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
-    starts = examples.starts[rows]
-    input_ids[mask] = np.concatenate(
+    labels = torch.from_numpy(examples.labels[rows])
+    lengths, starts = examples.lengths[rows], examples.starts[rows]
+    tokens = np.concatenate(
         [examples.input_ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
     )
+    if pad_token_id is None:
+        positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return {
+            "input_ids": torch.from_numpy(tokens.astype(np.int64))[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "labels": labels,
+        }
+    mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
+    input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
+    input_ids[mask] = tokens
     return {
         "input_ids": torch.from_numpy(input_ids),
         "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-        "labels": torch.from_numpy(examples.labels[rows]),
+        "labels": labels,
     }
+
+
+def list_inputs(batch: Batch) -> Batch:
+    """What of a batch the model takes: all but the labels."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}

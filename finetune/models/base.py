@@ -108,6 +108,8 @@ def load_config(base: BaseModel, **changes: Any) -> Any:
     """The base's own configuration, with changes such as `num_labels`."""
     from transformers import AutoConfig
 
+    import finetune.models.triad  # noqa: F401  (so that AutoConfig knows it)
+
     try:
         return AutoConfig.from_pretrained(base.folder, trust_remote_code=False, **changes)
     except (ValueError, OSError, KeyError) as error:

@@ -15,7 +15,7 @@ SCALE = 16.0
 
 
 @torch.no_grad()
-def start_at_centroids(model: nn.Module, examples: Examples, pad_token_id: int) -> bool:
+def start_at_centroids(model: nn.Module, examples: Examples, pad_token_id: int | None) -> bool:
     """Set the last linear layer so that a row's first guess is the class whose centroid is nearest by cosine.
 
     Features and centroids are taken relative to the mean of all rows. A random head would send noise through the base
@@ -24,7 +24,7 @@ def start_at_centroids(model: nn.Module, examples: Examples, pad_token_id: int) 
     Args:
         model: on any device; its linear layer `classifier`, (D) -> (K), is changed in place.
         examples: training rows, labels in [0, K).
-        pad_token_id: the tokenizer's.
+        pad_token_id: as for `compute_logits`.
 
     Returns:
         False, with nothing changed, where the model has no such layer.
@@ -43,7 +43,9 @@ def start_at_centroids(model: nn.Module, examples: Examples, pad_token_id: int) 
     return True
 
 
-def _compute_features(model: nn.Module, classifier: nn.Linear, examples: Examples, pad_token_id: int) -> torch.Tensor:
+def _compute_features(
+    model: nn.Module, classifier: nn.Linear, examples: Examples, pad_token_id: int | None
+) -> torch.Tensor:
     """What reaches the last layer: with the identity in its place, a model's logits are its features."""
     width = classifier.in_features
     model.classifier = nn.Identity()

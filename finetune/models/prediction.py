@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import Examples, Indices, collate, plan_prediction
+from finetune.data.batches import Examples, Indices, collate, list_inputs, plan_prediction
 
 TOKENS_PER_BATCH = 4096
 
@@ -18,7 +18,7 @@ TOKENS_PER_BATCH = 4096
 def compute_logits(
     model: nn.Module,
     examples: Examples,
-    pad_token_id: int,
+    pad_token_id: int | None,
     *,
     share: tuple[int, int] = (0, 1),
     advance: Callable[[int], None] = lambda _rows: None,
@@ -28,7 +28,7 @@ def compute_logits(
     Args:
         model: anything with `logits` (B, K) in its output; left in the mode that it came in.
         examples: N rows.
-        pad_token_id: the tokenizer's.
+        pad_token_id: the tokenizer's; None for a model that takes packed rows.
         share: (rank, processes): this process scores every n-th batch and leaves zeros elsewhere, so that the sum over
             processes is the whole.
         advance: called with the number of rows after each batch.
@@ -40,8 +40,8 @@ def compute_logits(
     model.eval()
     found: list[tuple[Indices, npt.NDArray[np.float32]]] = []
     for rows in _take_share(plan_prediction(examples.lengths, TOKENS_PER_BATCH), share):
-        batch = collate(examples, rows, pad_token_id)
-        output = model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+        inputs = list_inputs(collate(examples, rows, pad_token_id))
+        output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
         found.append((rows, output.logits.float().cpu().numpy()))
         advance(len(rows))
     model.train(was_training)

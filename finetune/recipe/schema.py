@@ -42,13 +42,14 @@ class ModelSection(Section):
 
     base: str = Field(default=DEFAULT_BASE, min_length=1)
     """A Hub id, `id@revision`, or a local folder."""
-    architecture: Literal["native"] = "native"
-    """`native`: the base's own Hugging Face class."""
+    architecture: Literal["triad", "native"] = "triad"
+    """`triad`: the base's weights in the project's own Transformer, which packs rows without padding. `native`: the
+    base's own Hugging Face class, for families that Triad has no form of."""
     max_length: int = Field(default=128, ge=8, le=8192)
     """Tokens after which a text is cut."""
     pooling: Literal["auto", "first", "mean"] = "auto"
-    """What the head reads: the first token, or the mean over tokens, which takes one more encoder layer. `auto`: the
-    mean where the base says so in `1_Pooling/config.json`, as sentence encoders do."""
+    """What the head reads: the first token, or the mean over tokens (`triad` only). `auto`: the mean where the base
+    says so in `1_Pooling/config.json`, as sentence encoders do; else what the base's own class reads."""
     dropout: Ratio = 0.0
     """Dropout inside the base while training; short runs on small models do better without."""
 

@@ -12,14 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import Batch, Examples
+from finetune.data.batches import Batch, Examples, list_inputs
 from finetune.data.cleaning import clean_text
 from finetune.data.rows import Row
 from finetune.errors import DataError
 from finetune.evaluation.calibration import apply_temperature
 from finetune.evaluation.metrics import compute_metric
 from finetune.models.base import BaseModel
-from finetune.models.classifier import build_classifier, load_classifier
+from finetune.models.classifier import build_classifier, load_saved_classifier
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks.task import Logits
 
@@ -78,13 +78,11 @@ class TextClassification:
 
     def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
         """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
-        from transformers import AutoConfig
-
-        return load_classifier(base.folder if base else folder, AutoConfig.from_pretrained(folder))
+        return load_saved_classifier(folder, base)
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Cross-entropy of each row, (B,)."""
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = model(**list_inputs(batch)).logits
         return nn.functional.cross_entropy(
             logits.float(), batch["labels"], reduction="none", label_smoothing=label_smoothing
         )

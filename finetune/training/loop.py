@@ -37,7 +37,7 @@ class Problem:
         compute_metrics: (logits (N, K), references (N,)) -> point values, `loss` among them.
         is_larger_better: metric name -> which way is up.
         head: names of the modules that start at random and take the head's learning rate.
-        pad_token_id: the tokenizer's.
+        pad_token_id: the tokenizer's; None for a model that takes packed rows.
     """
 
     train: Examples
@@ -47,7 +47,7 @@ class Problem:
     compute_metrics: Callable[[npt.NDArray[np.float32], npt.NDArray[np.int64]], dict[str, float]]
     is_larger_better: Callable[[str], bool]
     head: Sequence[str]
-    pad_token_id: int
+    pad_token_id: int | None
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,13 @@ def test_layout(finished_run):
             *(
                 f"checkpoints/{step}/{name}"
                 for step in checkpoints
-                for name in ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
+                for name in (
+                    "average.safetensors",
+                    "manifest.json",
+                    "model.safetensors",
+                    "optimizer.safetensors",
+                    "state.json",
+                )
             ),
             *(f"data/{name}.json" for name in ("findings", "ids", "task")),
             *(f"data/{split}.safetensors" for split in ("train", "validation", "test")),
@@ -77,7 +83,9 @@ def test_layout(finished_run):
                     "adapter_config.json",
                     "adapter_model.safetensors",
                     "config.json",
+                    "configuration_triad.py",
                     "finetune.json",
+                    "modeling_triad.py",
                     "tokenizer.json",
                     "tokenizer_config.json",
                 )
@@ -93,7 +101,9 @@ def test_layout(finished_run):
 def test_full_tuning_writes_a_whole_model(write_recipe, tmp_path):
     run = finetune.run(write_recipe(tmp_path / "in", adapter={"method": "full"}), runs=tmp_path, quiet=True)
     files = list_files(run.folder.model)
-    assert files == ["config.json", "finetune.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    code = ["configuration_triad.py", "modeling_triad.py"]
+    expected = ["config.json", "finetune.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert files == sorted(code + expected)
     # It needs no base any more, so it says nothing of where that lay.
     assert not [name for name in files if str(tmp_path).encode() in (run.folder.model / name).read_bytes()]
 
@@ -149,7 +159,7 @@ def test_no_pickle_anywhere(finished_run):
             size = int.from_bytes(content[:8], "little")
             assert isinstance(json.loads(content[8 : 8 + size]), dict), name
         else:
-            assert name.endswith((".json", ".jsonl", ".yaml", ".md", ".html", ".parquet", ".lock")), name
+            assert name.endswith((".json", ".jsonl", ".yaml", ".md", ".html", ".parquet", ".lock", ".py")), name
 
 
 def test_no_secret_of_the_environment_in_any_file(finished_run, secrets):

@@ -214,11 +214,12 @@ def test_base_that_is_no_name(refuse, write_recipe, tmp_path):
 
 
 def test_targets_that_the_base_does_not_have(refuse, write_recipe, tmp_path, command):
-    path = write_recipe(tmp_path / "in", adapter={"targets": ["q_proj"]})
+    path = write_recipe(tmp_path / "in", adapter={"targets": ["query"]})
     done = command("check", path)
     assert done.code == 2
-    assert "adapter.targets: each name must end the name of a linear layer of the base, got q_proj." in done.err
-    assert "This base has dense, key, query, value; or say all-linear or attention." in done.err
+    assert "adapter.targets: each name must end the name of a linear layer of the base, got query." in done.err
+    names = "down_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert f"This base has {names}; or say all-linear or attention." in done.err
 
 
 # The folder

@@ -28,7 +28,7 @@ from finetune.artifact.save import save_model
 from finetune.data.batches import Examples
 from finetune.data.rows import Row
 from finetune.models.base import load_tokenizer, resolve_base
-from finetune.models.classifier import list_added_modules, list_head_modules
+from finetune.models.classifier import get_padding, list_head_modules
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import AdapterSection, ModelSection, TrainSection
 from finetune.tasks.text_classification import TextClassification
@@ -56,17 +56,23 @@ TOLERANCE = 1e-5
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 LORA = {"rank": 4, "alpha": 8.0}
+NATIVE = {"architecture": "native"}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "bert, full": ("bert", {"method": "full"}, {}),
-    "bert, lora on all linear layers": ("bert", LORA, {}),
-    "bert, lora on attention": ("bert", LORA | {"targets": "attention"}, {}),
-    "bert, lora on named layers": ("bert", LORA | {"targets": ["query", "value"], "dropout": 0.1}, {}),
-    "bert, lora, mean pooling": ("bert", LORA, {"pooling": "mean"}),
-    "bert, full, mean pooling": ("bert", {"method": "full"}, {"pooling": "mean"}),
-    "roberta, lora": ("roberta", LORA, {}),
-    "distilbert, lora on attention": ("distilbert", LORA | {"targets": "attention"}, {}),
-    "distilbert, full": ("distilbert", {"method": "full"}, {}),
-    "electra, lora": ("electra", LORA, {}),
+    "triad, full": ("bert", {"method": "full"}, {}),
+    "triad, full, mean pooling": ("bert", {"method": "full"}, {"pooling": "mean"}),
+    "triad, lora on all linear layers": ("bert", LORA, {}),
+    "triad, lora on attention, mean pooling": ("bert", LORA | {"targets": "attention"}, {"pooling": "mean"}),
+    "triad, lora on named layers": ("bert", LORA | {"targets": ["q_proj", "v_proj"], "dropout": 0.1}, {}),
+    "triad of roberta, lora": ("roberta", LORA, {}),
+    "triad of distilbert, lora": ("distilbert", LORA, {}),
+    "bert, full": ("bert", {"method": "full"}, NATIVE),
+    "bert, lora on all linear layers": ("bert", LORA, NATIVE),
+    "bert, lora on attention": ("bert", LORA | {"targets": "attention"}, NATIVE),
+    "bert, lora on named layers": ("bert", LORA | {"targets": ["query", "value"], "dropout": 0.1}, NATIVE),
+    "roberta, lora": ("roberta", LORA, NATIVE),
+    "distilbert, lora on attention": ("distilbert", LORA | {"targets": "attention"}, NATIVE),
+    "distilbert, full": ("distilbert", {"method": "full"}, NATIVE),
+    "electra, lora": ("electra", LORA, NATIVE),
 }
 ADAPTERS = [case for case, (_, adapter, _) in CASES.items() if adapter.get("method") != "full"]
 
@@ -78,13 +84,20 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 torch.set_num_threads(1)
 texts = json.loads(sys.argv[1])
 for folder in map(pathlib.Path, sys.argv[2:]):
+    own_code = (folder / "modeling_triad.py").exists()
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
         name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base = AutoModelForSequenceClassification.from_pretrained(name, config=AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+        if own_code:
+            Triad = get_class_from_dynamic_module("modeling_triad.TriadForSequenceClassification", folder)
+            base = Triad.from_pretrained(name, config=config, key_mapping=config.base_key_mapping)
+        else:
+            base = AutoModelForSequenceClassification.from_pretrained(name, config=config)
         model = PeftModel.from_pretrained(base, folder)
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=own_code)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         logits = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
@@ -163,8 +176,8 @@ def train(root: Path, family: str, adapter: AdapterSection, section: ModelSectio
     base = resolve_base(f"acme/tiny-{family}")
     tokenizer = load_tokenizer(base)
     model = TASK.build_model(base, section, 0)
-    head, added = list_head_modules(model), list_added_modules(model, base)
-    model = attach_adapter(model, adapter, head, base.reference, constant=added)
+    head, pad_token_id = list_head_modules(model), get_padding(model, tokenizer)
+    model = attach_adapter(model, adapter, head, base.reference)
     examples = encode(tokenizer, write_texts(60))
     problem = Problem(
         train=examples,
@@ -174,13 +187,13 @@ def train(root: Path, family: str, adapter: AdapterSection, section: ModelSectio
         compute_metrics=partial(TASK.compute_metrics, names=[]),
         is_larger_better=lambda _name: False,
         head=head,
-        pad_token_id=0,
+        pad_token_id=pad_token_id,
     )
     recipe = TrainSection(epochs=1, tokens_per_batch=128, learning_rate=0.02, precision="float32", early_stop=None)
     with closing(build_session(recipe, root, "float32")) as session:
         fit(model, problem, recipe, session, quiet=True)
     save_model(model, tokenizer, root / "model", {"task": TASK.to_config(), "temperature": 1.0, "max_length": 64})
-    return Saved(model, root / "model", compute_logits(model, encode(tokenizer, TEXTS), 0))
+    return Saved(model, root / "model", compute_logits(model, encode(tokenizer, TEXTS), pad_token_id))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +214,8 @@ def saved(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Save
 def plain(hub: Path, saved: dict[str, Saved], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], np.ndarray]:
     """Logits out of one clean process for all cases; it runs elsewhere and can find the toolkit nowhere."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    modules = tmp_path_factory.mktemp("modules")
+    environment |= {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules)}
     subprocess.run(
         [sys.executable, "-c", PLAIN, json.dumps(TEXTS), *(str(model.folder) for model in saved.values())],
         check=True,
@@ -241,9 +255,8 @@ def test_merged(saved, case):
     merged = merge_adapter(copy.deepcopy(saved[case].model))
     assert not any("lora" in name for name, _ in merged.named_modules())
     tokenizer = load_tokenizer(resolve_base(f"acme/tiny-{CASES[case][0]}"))
-    np.testing.assert_allclose(
-        compute_logits(merged, encode(tokenizer, TEXTS), 0), saved[case].logits, atol=TOLERANCE, rtol=0
-    )
+    logits = compute_logits(merged, encode(tokenizer, TEXTS), get_padding(merged, tokenizer))
+    np.testing.assert_allclose(logits, saved[case].logits, atol=TOLERANCE, rtol=0)
 
 
 def test_merging_a_whole_model_is_the_model(saved):
@@ -263,19 +276,20 @@ def list_tensors(folder: Path) -> set[str]:
 def test_an_adapter_folder_holds_adapter_and_head_only(saved, case):
     family, _, section = CASES[case]
     names = {name.removeprefix("base_model.model.") for name in list_tensors(saved[case].folder)}
-    heads = {
+    native = {
         "bert": {"classifier.", "bert.pooler."},
         "roberta": {"classifier."},
         "distilbert": {"pre_classifier.", "classifier."},
         "electra": {"classifier."},
-    }[family]
-    added = {"bert.encoder.layer.2."} if section.get("pooling") == "mean" else set()  # no file of the base has it
+    }
+    triad = {"classifier."} if section.get("pooling") == "mean" else {"classifier.", "pooler."}
+    heads = native[family] if section == NATIVE else triad
     whole = {name for name in names if ".lora_" not in name}
-    for part in heads | added:
+    for part in heads:
         assert any(name.startswith(part) for name in whole), part
-    assert all(name.startswith(tuple(heads | added)) for name in whole), whole
+    assert all(name.startswith(tuple(heads)) for name in whole), whole
     assert any(".lora_" in name for name in names)
-    assert not any("word_embeddings" in name for name in names)
+    assert not any("word_embeddings" in name or "tokens" in name for name in names)
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
@@ -288,7 +302,9 @@ def test_an_adapter_names_its_base_as_the_recipe_does(saved, case):
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_folder_has_no_pickle_and_no_path_of_this_machine(saved, hub, case):
     folder = saved[case].folder
-    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".txt"}
+    code = {path.name for path in folder.glob("*.py")}
+    assert code == ({"modeling_triad.py", "configuration_triad.py"} if case.startswith("triad") else set())
+    assert {path.suffix for path in folder.iterdir()} - {".py"} <= {".json", ".safetensors", ".txt"}
     private = [str(part) for part in (hub, folder.parent, Path.home(), Path.cwd())]
     for path in folder.iterdir():
         content = path.read_bytes()

@@ -72,6 +72,17 @@ def test_collate_keeps_every_token_and_masks_the_rest(tokens: list[list[int]], d
         assert mask.tolist() == sorted(mask.tolist(), reverse=True)  # padding on the right
 
 
+@given(rows_of_tokens, st.data())
+def test_packed_rows_come_apart_again(tokens: list[list[int]], data: st.DataObject) -> None:
+    examples = Examples.build(tokens, range(len(tokens)))
+    rows = data.draw(st.lists(st.integers(0, len(tokens) - 1), min_size=1, max_size=10))
+    batch = collate(examples, np.array(rows), None)
+    starts = np.flatnonzero(batch["position_ids"][0] == 0)
+    parts = np.split(batch["input_ids"][0].numpy(), starts[1:])
+    assert [part.tolist() for part in parts] == [tokens[row] for row in rows]
+    assert batch["position_ids"][0].tolist() == [place for row in rows for place in range(len(tokens[row]))]
+
+
 @given(rows_of_tokens)
 @settings(deadline=None)  # it writes to the disk
 def test_examples_survive_a_round_trip(tokens: list[list[int]]) -> None:

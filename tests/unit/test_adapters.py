@@ -43,11 +43,12 @@ from finetune.training.loop import Problem
 
 TASK = TextClassification(["a", "b", "c"], {})
 HEAD = ["classifier", "bert.pooler"]
+NATIVE = ModelSection(architecture="native")  # the names in this file are BERT's
 
 
 @pytest.fixture
 def model(tiny_base: Path) -> nn.Module:
-    return build_classifier(BaseModel("tiny", tiny_base, "local folder"), TASK.labels, ModelSection(), seed=0)
+    return build_classifier(BaseModel("tiny", tiny_base, "local folder"), TASK.labels, NATIVE, seed=0)
 
 
 def attach(model: nn.Module, **section: Any) -> nn.Module:
@@ -259,7 +260,7 @@ def test_a_loaded_adapter_is_frozen_and_merges(model, tiny_base, tmp_path):
         for parameter in list_trained(trained).values():
             parameter.add_(torch.randn_like(parameter) / 5)
     trained.save_pretrained(tmp_path, save_embedding_layers=False)
-    base = build_classifier(BaseModel("tiny", tiny_base, "local folder"), TASK.labels, ModelSection(), seed=5)
+    base = build_classifier(BaseModel("tiny", tiny_base, "local folder"), TASK.labels, NATIVE, seed=5)
     loaded = load_adapter(base, tmp_path)
     assert list_trained(loaded) == {}
     examples = build_examples()
@@ -270,7 +271,7 @@ def test_a_loaded_adapter_is_frozen_and_merges(model, tiny_base, tmp_path):
 
 def test_words_for_an_adapter_of_another_size(model, tiny_base, tmp_path):
     folder = save_and_spoil(model, tmp_path, lambda tensors: {name: torch.zeros(5, 5) for name in tensors})
-    base = build_classifier(BaseModel("tiny", tiny_base, "local folder"), TASK.labels, ModelSection(), seed=0)
+    base = build_classifier(BaseModel("tiny", tiny_base, "local folder"), TASK.labels, NATIVE, seed=0)
     with pytest.raises(ModelError, match=f"^{folder}: must hold an adapter that fits its base model; .*size mismatch"):
         load_adapter(base, folder)
 
@@ -280,7 +281,7 @@ def test_words_for_an_adapter_without_its_head(model, tiny_base, tmp_path):
     folder = save_and_spoil(
         model, tmp_path, lambda tensors: {name: tensor for name, tensor in tensors.items() if "classifier" not in name}
     )
-    base = build_classifier(BaseModel("tiny", tiny_base, "local folder"), TASK.labels, ModelSection(), seed=0)
+    base = build_classifier(BaseModel("tiny", tiny_base, "local folder"), TASK.labels, NATIVE, seed=0)
     with pytest.raises(ModelError, match=f"^{folder}: must hold an adapter that fits its base model; .*classifier"):
         load_adapter(base, folder)
 
@@ -288,7 +289,7 @@ def test_words_for_an_adapter_without_its_head(model, tiny_base, tmp_path):
 def test_words_for_a_broken_adapter(model, tiny_base, tmp_path):
     folder = save_and_spoil(model, tmp_path, dict)
     (folder / "adapter_model.safetensors").write_bytes(b"\0" * 50)
-    base = build_classifier(BaseModel("tiny", tiny_base, "local folder"), TASK.labels, ModelSection(), seed=0)
+    base = build_classifier(BaseModel("tiny", tiny_base, "local folder"), TASK.labels, NATIVE, seed=0)
     with pytest.raises(ModelError, match=f"^{folder}: must hold an adapter that fits its base model; "):
         load_adapter(base, folder)
 

@@ -30,6 +30,14 @@ def test_collate_pads_on_the_right_and_masks_what_it_added():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
+def test_packed_rows_lie_end_to_end_and_their_positions_start_again():
+    batch = collate(EXAMPLES, np.array([2, 0, 1]), pad_token_id=None)
+    assert batch["input_ids"].tolist() == [[8, 9, 10, 5, 6, 7]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0]]
+    assert batch["labels"].tolist() == [-100, 0, 2]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
 def test_prediction_begins_with_the_longest_row():
     batches = plan_prediction(np.array([2, 9, 1, 4, 4]), tokens_per_batch=9)
     assert [rows.tolist() for rows in batches] == [[1], [3, 4], [0, 2]]
@@ -60,10 +68,11 @@ def test_batches_by_hand():
     assert sorted(rows.tolist() for rows in batches) == [[0, 1, 2, 3], [4, 5], [6, 7], [8], [9], [10], [11]]
 
 
-@pytest.fixture(scope="module")
-def classifier(tiny_base: Path) -> torch.nn.Module:
+@pytest.fixture(scope="module", params=["triad", "native"])
+def classifier(tiny_base: Path, request: pytest.FixtureRequest) -> torch.nn.Module:
     base = BaseModel(str(tiny_base), tiny_base, "local folder")
-    return build_classifier(base, ["a", "b", "c"], ModelSection(dropout=0.5), seed=0).eval()
+    section = ModelSection(dropout=0.5, architecture=request.param)
+    return build_classifier(base, ["a", "b", "c"], section, seed=0).eval()
 
 
 def build_random_examples(count: int) -> Examples:
@@ -83,6 +92,13 @@ def test_padding_does_not_change_logits(classifier):
             for row in np.split(examples.input_ids, examples.starts[1:-1])
         ]
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-6, rtol=0)
+
+
+def test_packing_does_not_change_logits(tiny_base):
+    base = BaseModel(str(tiny_base), tiny_base, "local folder")
+    model = build_classifier(base, ["a", "b", "c"], ModelSection(), seed=0)
+    examples = build_random_examples(12)
+    np.testing.assert_allclose(compute_logits(model, examples, None), compute_logits(model, examples, 0), atol=1e-6)
 
 
 def test_logits_come_in_the_order_of_the_rows(classifier, monkeypatch):

@@ -8,14 +8,11 @@ from pathlib import Path
 import httpx
 import huggingface_hub.constants
 import pytest
-import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from finetune.errors import ModelError
 from finetune.models import base as base_module
 from finetune.models.base import BaseModel, Wheel, find_base, load_config, load_tokenizer, resolve_base
-from finetune.models.classifier import build_classifier, build_classifier_config
-from finetune.recipe.schema import ModelSection
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -242,31 +239,3 @@ def test_words_for_a_tokenizer_without_padding(tiny_base, tmp_path):
     assert str(caught.value) == (
         "acme/writer: the tokenizer must have a padding token, got none. Take an encoder such as BERT as base."
     )
-
-
-def test_words_for_weights_that_are_none(tiny_base, tmp_path):
-    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    (folder / "model.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(ModelError, match=r": must load as a sequence classifier; .*header"):
-        build_classifier(BaseModel("acme/broken", folder, "local folder"), ["a", "b"], ModelSection(), seed=0)
-
-
-def test_the_classifier_carries_classes_dropout_and_float32(tiny_base):
-    base = BaseModel("tiny", tiny_base, "local folder")
-    model = build_classifier(base, ["low", "high"], ModelSection(dropout=0.3), seed=0)
-    assert model.config.id2label == {0: "low", 1: "high"}
-    assert model.config.label2id == {"low": 0, "high": 1}
-    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    config = build_classifier_config(base, ["low", "high"], ModelSection())
-    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.0, 0.0)
-
-
-def test_the_seed_decides_the_head_and_nothing_else(tiny_base):
-    base = BaseModel("tiny", tiny_base, "local folder")
-    first, same, other = (
-        build_classifier(base, ["a", "b"], ModelSection(), seed=seed).state_dict() for seed in (1, 1, 2)
-    )
-    assert all(torch.equal(first[name], same[name]) for name in first)
-    changed = {name for name in first if not torch.equal(first[name], other[name])}
-    assert changed == {"classifier.weight"}

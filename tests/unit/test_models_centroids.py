@@ -18,7 +18,7 @@ from finetune.models.classifier import build_classifier
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import ModelSection
 
-PAD = 0
+PACKED = None  # no padding token: rows lie end to end
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ def examples() -> Examples:
 def test_first_guess_is_the_nearest_centroid_by_cosine(model: torch.nn.Module, examples: Examples) -> None:
     head = model.classifier
     model.classifier = torch.nn.Identity()
-    features = compute_logits(model, examples, PAD)
+    features = compute_logits(model, examples, PACKED)
     model.classifier = head
     centered = features - features.mean(0)
     centroids = NearestCentroid().fit(centered, examples.labels).centroids_
     expected = cosine_similarity(centered, centroids)  # (N, K)
 
-    assert start_at_centroids(model, examples, PAD)
-    logits = compute_logits(model, examples, PAD)
+    assert start_at_centroids(model, examples, PACKED)
+    logits = compute_logits(model, examples, PACKED)
     np.testing.assert_array_equal(logits.argmax(1), expected.argmax(1))
     ratios = logits / (expected * np.linalg.norm(centered, axis=1, keepdims=True))
     np.testing.assert_allclose(ratios, ratios[0, 0], rtol=1e-3)  # the same scale for every row and class
@@ -53,7 +53,7 @@ def test_first_guess_is_the_nearest_centroid_by_cosine(model: torch.nn.Module, e
 def test_only_the_last_layer_changes_and_the_mode_stays(model: torch.nn.Module, examples: Examples) -> None:
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    start_at_centroids(model, examples, PAD)
+    start_at_centroids(model, examples, PACKED)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
     assert model.training
@@ -61,7 +61,7 @@ def test_only_the_last_layer_changes_and_the_mode_stays(model: torch.nn.Module, 
 
 def test_a_class_without_rows_starts_at_zero(model: torch.nn.Module, examples: Examples) -> None:
     two = Examples(examples.input_ids, examples.starts, np.minimum(examples.labels, 1))
-    start_at_centroids(model, two, PAD)
+    start_at_centroids(model, two, PACKED)
     assert torch.equal(model.classifier.weight[2], torch.zeros_like(model.classifier.weight[2]))
     assert torch.isfinite(model.classifier.weight).all()
 
@@ -70,5 +70,5 @@ def test_a_head_of_several_layers_is_left_alone(examples: Examples) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = RobertaForSequenceClassification(RobertaConfig(vocab_size=300, num_labels=3, **sizes))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert start_at_centroids(model, examples, PAD) is False
+    assert start_at_centroids(model, examples, 0) is False
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

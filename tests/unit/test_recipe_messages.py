@@ -55,7 +55,7 @@ CASES: list[tuple[str, str]] = [
     ("adapter: {method: lor}", "adapter.method: must be one of full, lora, got 'lor'. Did you mean 'lora'?"),
     ("adapter: {method: LoRA}", "adapter.method: must be one of full, lora, got 'LoRA'. Did you mean 'lora'?"),
     ("adapter: {method: x}", "adapter.method: must be one of full, lora, got 'x'."),
-    ("model: {architecture: triad}", "model.architecture: must be native, got 'triad'."),
+    ("model: {architecture: bert}", "model.architecture: must be one of triad, native, got 'bert'."),
     (
         "train: {trackers: [wand]}",
         "train.trackers[0]: must be one of tensorboard, wandb, trackio, got 'wand'. Did you mean",
