@@ -41,7 +41,7 @@ class Finding:
 
 
 def check_rows(
-    splits: Splits, labels: Sequence[str] | None, *, leaks: Literal["fail", "drop"]
+    splits: Splits, labels: Sequence[str] | None, *, leaks: Literal["fail", "warn", "drop"]
 ) -> tuple[Splits, list[Finding]]:
     """Look for rows that cannot be trained on and for texts that are in two splits.
 
@@ -50,8 +50,9 @@ def check_rows(
     Args:
         splits: rows whose `label` is a class name.
         labels: the classes; None for those that occur.
-        leaks: `fail`: a text in two splits is an error, a near duplicate a warning. `drop`: both are removed from the
-            split that comes first of train, validation, test, and the number of rows removed is a warning.
+        leaks: `fail`: a text in two splits is an error, a near duplicate a warning. `warn`: both are warnings, and the
+            rows stay. `drop`: both are removed from the split that comes first of train, validation, test, and the
+            number of rows removed is a warning.
 
     Returns:
         The splits without the dropped rows, and the findings, errors first. Nothing is raised: see `raise_on_errors`.
@@ -60,7 +61,7 @@ def check_rows(
     findings = [*_check_texts(splits), *_check_labels(splits, labels)]
     exact = _find_exact_leaks(entries)
     near = _find_near_leaks(entries, skip={leak.entry for leak in exact})
-    findings += _report_leaks("leak", exact, leaks, "error")
+    findings += _report_leaks("leak", exact, leaks, "error" if leaks == "fail" else "warning")
     findings += _report_leaks("near_leak", near, leaks, "warning")
     if leaks == "drop":
         dropped = {leak.entry for leak in [*exact, *near]}

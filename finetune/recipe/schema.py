@@ -91,8 +91,9 @@ class SplitSection(Section):
     """Share of rows for validation."""
     test: Ratio = 0.2
     """Share of rows for test; not read when the splits are given."""
-    leaks: Literal["fail", "drop"] = "fail"
-    """A text of the test split that is also in train or validation: stop, or drop the row outside test."""
+    leaks: Literal["fail", "warn", "drop"] = "fail"
+    """A text of the test split that is also in train or validation: stop; go on with a warning, as published figures
+    do; or drop the row outside test."""
 
     @model_validator(mode="after")
     def _check(self) -> SplitSection:

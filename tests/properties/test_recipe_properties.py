@@ -58,7 +58,9 @@ def choice(section: type, key: str) -> st.SearchStrategy[Any]:
 splits = st.one_of(
     st.fixed_dictionaries({"by": st.just("random"), "validation": shares, "test": shares}),
     st.fixed_dictionaries({"by": st.sampled_from(["group", "time"]), "column": words, "test": shares}),
-    st.fixed_dictionaries({"by": st.just("given"), "validation": ratios, "leaks": st.sampled_from(["fail", "drop"])}),
+    st.fixed_dictionaries(
+        {"by": st.just("given"), "validation": ratios, "leaks": st.sampled_from(["fail", "warn", "drop"])}
+    ),
 )
 tasks = st.fixed_dictionaries(
     {"type": st.just("text_classification"), "data": words},

@@ -96,6 +96,14 @@ def test_exact_leak_fails_the_run():
     assert len(splits["train"]) == 3
 
 
+def test_exact_leaks_may_stay_with_a_warning():
+    splits, findings = check("warn", train=[("Epsilon raises outlook! https://t.co/x", "pos")])
+    finding = only(findings)
+    assert (finding.kind, finding.severity, finding.split, finding.count) == ("leak", "warning", "train", 1)
+    assert "Set split.leaks: drop to remove them from train." in finding.message
+    assert len(splits["train"]) == 3
+
+
 def test_exact_leaks_are_dropped_from_the_earlier_split():
     splits, findings = check(
         "drop",
