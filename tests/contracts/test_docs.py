@@ -11,6 +11,7 @@ import ast
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,7 @@ def test_make_targets_exist(path: Path) -> None:
 
 
 def test_readme_python_uses_the_public_api() -> None:
-    [code] = [text for kind, text in list_blocks(ENGLISH) if kind == "python"]
+    code = "\n".join(text for kind, text in list_blocks(ENGLISH) if kind == "python")
     calls = {
         node.attr
         for node in ast.walk(ast.parse(code))
@@ -298,6 +299,8 @@ def test_readme_python_uses_the_public_api() -> None:
     named = set(re.findall(r"`finetune\.(\w+)`", read(ENGLISH)))
     assert calls | named <= set(finetune.__all__)
     assert {"run", "load"} <= calls
+    imported = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    assert all(hasattr(import_module(str(node.module)), name.name) for node in imported for name in node.names)
 
 
 # Data

@@ -22,7 +22,7 @@ from finetune.data import files
 from finetune.models import base as base_module
 from finetune.training import loop
 
-DEADLINE_SECONDS = 60
+DEADLINE_SECONDS = 240
 
 
 def read_files(folder):
