@@ -27,7 +27,9 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, settings: dict[st
         settings: what prediction needs beside the weights, plain JSON.
     """
     from transformers.dynamic_module_utils import custom_object_save
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it counts files of which there is one
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     # PEFT would ask the Hub whether the base's vocabulary was enlarged; we never enlarge it.

@@ -21,7 +21,9 @@ def compute_embeddings(base: BaseModel, parts: list[Examples], pad_token_id: int
         One (N, D) array for each part.
     """
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it counts tensors, in milliseconds
     model = AutoModel.from_pretrained(
         base.folder, attn_implementation=choose_attention(), dtype=torch.float32, use_safetensors=True
     )
