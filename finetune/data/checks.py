@@ -41,24 +41,31 @@ class Finding:
 
 
 def check_rows(
-    splits: Splits, labels: Sequence[str] | None, *, leaks: Literal["fail", "warn", "drop"]
+    splits: Splits,
+    labels: Sequence[str] | None,
+    *,
+    leaks: Literal["fail", "warn", "drop"],
+    texts: Sequence[str] = ("text",),
 ) -> tuple[Splits, list[Finding]]:
     """Look for rows that cannot be trained on and for texts that are in two splits.
 
     Texts are compared as `normalize_for_duplicates` gives them; near duplicates as `find_near_duplicates` says.
 
     Args:
-        splits: rows whose `label` is a class name.
-        labels: the classes; None for those that occur.
+        splits: rows whose `label` is a class name, where the task has labels.
+        labels: the classes; None for a task without labels, whose rows may hold anything as `label`.
         leaks: `fail`: a text in two splits is an error, a near duplicate a warning. `warn`: both are warnings, and the
             rows stay. `drop`: both are removed from the split that comes first of train, validation, test, and the
             number of rows removed is a warning.
+        texts: the roles that no row may leave empty; leaks are looked for in `text` alone.
 
     Returns:
         The splits without the dropped rows, and the findings, errors first. Nothing is raised: see `raise_on_errors`.
     """
     entries = [_Entry(name, row, normalize_for_duplicates(_text(row))) for name, rows in splits.items() for row in rows]
-    findings = [*_check_texts(splits), *_check_labels(splits, labels)]
+    findings = [finding for role in texts for finding in _check_texts(splits, role)]
+    if labels is not None:
+        findings += _check_labels(splits, labels)
     exact = _find_exact_leaks(entries)
     near = _find_near_leaks(entries, skip={leak.entry for leak in exact})
     findings += _report_leaks("leak", exact, leaks, "error" if leaks == "fail" else "warning")
@@ -67,7 +74,10 @@ def check_rows(
         dropped = {leak.entry for leak in [*exact, *near]}
         entries = [entry for entry in entries if entry not in dropped]
         splits = {name: [entry.row for entry in entries if entry.split == name] for name in splits}
-    findings += [*_check_classes(splits, labels), *_check_repeats(entries)]
+    same_texts = _group_same_texts(entries)
+    if labels is not None:
+        findings += [*_check_classes(splits, labels), *_check_conflicts(same_texts)]
+    findings += _check_duplicates(same_texts)
     order = ("error", "warning", "note")
     return splits, sorted(findings, key=lambda finding: order.index(finding.severity))
 
@@ -113,17 +123,17 @@ def findings_to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
 # Texts and labels
 
 
-def _check_texts(splits: Splits) -> Iterator[Finding]:
+def _check_texts(splits: Splits, role: str) -> Iterator[Finding]:
     for split, rows in splits.items():
-        empty = [row.id for row in rows if not _text(row).strip()]
+        empty = [row.id for row in rows if not _text(row, role).strip()]
         if empty:
             message = (
-                f"{split}: text must not be empty, is in {_rows(len(empty))} ({_some(empty)}). Fill or remove them."
+                f"{split}: {role} must not be empty, is in {_rows(len(empty))} ({_some(empty)}). Fill or remove them."
             )
-            yield Finding("empty_text", "error", split, len(empty), message, _shown(empty))
+            yield Finding(f"empty_{role}", "error", split, len(empty), message, _shown(empty))
 
 
-def _check_labels(splits: Splits, labels: Sequence[str] | None) -> Iterator[Finding]:
+def _check_labels(splits: Splits, labels: Sequence[str]) -> Iterator[Finding]:
     for split, rows in splits.items():
         missing = [row.id for row in rows if row.values.get("label") is None]
         if missing:
@@ -132,8 +142,6 @@ def _check_labels(splits: Splits, labels: Sequence[str] | None) -> Iterator[Find
                 f" ({_some(missing)}). Label or remove them."
             )
             yield Finding("missing_label", "error", split, len(missing), message, _shown(missing))
-        if labels is None:
-            continue
         unknown = [row for row in rows if row.values.get("label") not in (None, *labels)]
         if unknown:
             counts = Counter(str(row.values["label"]) for row in unknown)
@@ -146,20 +154,19 @@ def _check_labels(splits: Splits, labels: Sequence[str] | None) -> Iterator[Find
             yield Finding("unknown_label", "error", split, len(unknown), message, _shown(ids))
 
 
-def _check_classes(splits: Splits, labels: Sequence[str] | None) -> Iterator[Finding]:
+def _check_classes(splits: Splits, labels: Sequence[str]) -> Iterator[Finding]:
     counts = {
         split: Counter(str(row.values["label"]) for row in rows if row.values.get("label") is not None)
         for split, rows in splits.items()
     }
-    expected = list(labels) if labels is not None else sorted(set().union(*counts.values()))
     for split in splits:
-        absent = [label for label in expected if not counts[split][label]]
+        absent = [label for label in labels if not counts[split][label]]
         if absent:
             severity: Severity = "error" if split == "train" else "warning"
             why = "nothing can be learned about it" if split == "train" else "its score there says nothing"
             message = f"{split}: every class must have rows, got none of {_names(absent)}: {why}. Add rows of it."
             yield Finding("absent_class", severity, split, len(absent), message)
-    present = {label: count for label, count in counts.get("train", Counter()).items() if label in expected}
+    present = {label: count for label, count in counts.get("train", Counter()).items() if label in labels}
     if present:
         large, small = max(present, key=lambda label: present[label]), min(present, key=lambda label: present[label])
         ratio = present[large] / present[small]
@@ -191,14 +198,16 @@ class _Leak:
     other: _Entry
 
 
-def _check_repeats(entries: Sequence[_Entry]) -> Iterator[Finding]:
+def _group_same_texts(entries: Sequence[_Entry]) -> list[list[_Entry]]:
     rows_of: dict[str, list[_Entry]] = defaultdict(list)
     for entry in entries:
         if entry.text:
             rows_of[entry.text].append(entry)
-    conflicts = [
-        same for same in rows_of.values() if len({entry.row.values.get("label") for entry in same} - {None}) > 1
-    ]
+    return list(rows_of.values())
+
+
+def _check_conflicts(same_texts: Sequence[list[_Entry]]) -> Iterator[Finding]:
+    conflicts = [same for same in same_texts if len({entry.row.values.get("label") for entry in same} - {None}) > 1]
     if conflicts:
         ids = [entry.row.id for same in conflicts for entry in same]
         message = (
@@ -206,7 +215,10 @@ def _check_repeats(entries: Sequence[_Entry]) -> Iterator[Finding]:
             " Decide on one: they cannot both be learned."
         )
         yield Finding("conflicting_labels", "warning", "all", len(conflicts), message, _shown(ids))
-    in_train = ([entry.row.id for entry in same if entry.split == "train"] for same in rows_of.values())
+
+
+def _check_duplicates(same_texts: Sequence[list[_Entry]]) -> Iterator[Finding]:
+    in_train = ([entry.row.id for entry in same if entry.split == "train"] for same in same_texts)
     again = [row_id for ids in in_train for row_id in ids[1:]]
     if again:
         message = (
@@ -256,8 +268,8 @@ def _report_leaks(kind: str, leaks: Sequence[_Leak], action: str, severity: Seve
 # Words
 
 
-def _text(row: Row) -> str:
-    return str(row.values.get("text") or "")
+def _text(row: Row, role: str = "text") -> str:
+    return str(row.values.get(role) or "")
 
 
 def _shown(ids: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 
 from finetune.errors import DataError
-from finetune.recipe.messages import show, suggest
+from finetune.recipe.messages import show
 
 MAX_TEXT_CHARACTERS = 100_000
 MAX_UNPACKED_BYTES = 4 * 2**30
@@ -31,9 +31,9 @@ MAX_UNPACKING_RATIO = 200
 FREE_UNPACKED_BYTES = 64 * 2**20  # below this size any ratio is harmless
 BLOCK_BYTES = 2**20
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".txt.gz")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy")
-_FORMATS = "CSV, TSV, JSONL or Parquet"
+_FORMATS = "CSV, TSV, JSONL, Parquet or plain text"
 
 Record: TypeAlias = dict[str, Any]
 
@@ -67,40 +67,21 @@ def read_table(path: Path) -> list[Record]:
     Returns:
         One mapping of column -> value per row, all with the same keys in file order. Values of CSV and TSV are text as
         written ("NA" and "null" too); JSONL and Parquet keep their types, and a key that a JSONL row lacks is None.
+        Plain text has the column `text` and a row per paragraph: what stands between blank lines, with its own line
+        ends as "\n", so that "\n\n" between the rows gives the text back.
 
     Raises:
         DataError: the file is missing, empty, damaged, too large or not what its name says.
     """
     suffix = data_suffix(path)
-    with _staged(path, is_text=suffix != ".parquet") as copy:
+    with open_checked(path, is_text=suffix != ".parquet") as copy:
         if suffix == ".parquet":
             return _read_parquet(copy, path)
         if suffix.startswith(".jsonl"):
             return _read_jsonl(copy, path)
+        if suffix.startswith(".txt"):
+            return _read_paragraphs(copy, path)
         return _read_csv(copy, path, "\t" if suffix.startswith(".tsv") else ",")
-
-
-def read_json_split(path: Path, key: str, columns: tuple[str, str]) -> list[Record]:
-    """Read one list of [text, label] pairs from a file with one JSON object, split -> list of pairs.
-
-    Raises:
-        DataError: the file is damaged, lacks the key, or holds something else than pairs.
-    """
-    with _staged(path, is_text=True) as copy:
-        try:
-            content = json.loads(copy.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: must be JSON, got {_reason(error)}. Get the file again.") from None
-    if not isinstance(content, dict) or key not in content:
-        keys = list(content) if isinstance(content, dict) else []
-        raise DataError(f"{path}: must hold the key {key!r}, got {_listed(keys)}.{suggest(key, keys)}")
-    pairs = content[key]
-    if not isinstance(pairs, list) or not pairs:
-        raise DataError(f"{path}: {key} must be a list of [text, label] pairs, got {show(pairs)}.")
-    for number, pair in enumerate(pairs, start=1):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(f"{path}: {key}, entry {number}: must be a pair [text, label], got {show(pair)}.")
-    return [dict(zip(columns, pair, strict=True)) for pair in pairs]
 
 
 def to_records(dataset: datasets.Dataset) -> list[Record]:
@@ -119,8 +100,12 @@ def to_records(dataset: datasets.Dataset) -> list[Record]:
 
 
 @contextmanager
-def _staged(path: Path, *, is_text: bool) -> Iterator[Path]:
-    """A checked, unpacked copy of a file, in a temporary folder that disappears."""
+def open_checked(path: Path, *, is_text: bool) -> Iterator[Path]:
+    """A checked, unpacked copy of a file, in a temporary folder that disappears.
+
+    Raises:
+        DataError: the file is missing, empty, damaged or too large, or a text file is not UTF-8.
+    """
     if not path.is_file():
         got = "a folder" if path.is_dir() else "nothing there"
         raise DataError(f"{path}: must be a file, got {got}. Check the name.")
@@ -136,7 +121,7 @@ def _staged(path: Path, *, is_text: bool) -> Iterator[Path]:
                 else:
                     _copy_text(file, target, path, packed_bytes=None)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: must be a whole gzip file, got {_reason(error)}. Pack it again.") from None
+            raise DataError(f"{path}: must be a whole gzip file, got {quote_reason(error)}. Pack it again.") from None
         except OSError as error:
             raise DataError(f"{path}: must be readable, got '{error.strerror or error}'. Check its rights.") from None
         yield copy
@@ -168,7 +153,7 @@ def _copy_text(source: BinaryIO, target: BinaryIO, path: Path, packed_bytes: int
             _check_unpacked(path, offset, packed_bytes)
         target.write(block)
     if not has_content:
-        raise DataError(f"{path}: must hold rows, is empty. Write a header and rows.")
+        raise DataError(f"{path}: must hold rows, is empty. Write rows into it, or name another file.")
 
 
 def _place(newlines: int, block: bytes, index: int, offset: int) -> str:
@@ -254,7 +239,7 @@ def _read_jsonl(copy: Path, path: Path) -> list[Record]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}: line {number}: must be a JSON object, got {_reason(error)}.") from None
+                raise DataError(f"{path}: line {number}: must be a JSON object, got {quote_reason(error)}.") from None
             if not isinstance(record, dict):
                 raise DataError(
                     f"{path}: line {number}: must be a JSON object, got {show(record)}. Write one object per line."
@@ -268,7 +253,7 @@ def _read_parquet(copy: Path, path: Path) -> list[Record]:
     try:
         metadata = pyarrow.parquet.read_metadata(copy)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: must be a Parquet file, got {_reason(error)}. Get or write it again.") from None
+        raise DataError(f"{path}: must be a Parquet file, got {quote_reason(error)}. Get or write it again.") from None
     unpacked_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
     if unpacked_bytes > MAX_UNPACKED_BYTES:
         raise DataError(
@@ -276,8 +261,23 @@ def _read_parquet(copy: Path, path: Path) -> list[Record]:
             " Split it."
         )
     if not metadata.num_rows:
-        raise DataError(f"{path}: must hold rows, got only the columns {_listed(metadata.schema.names)}.")
+        raise DataError(f"{path}: must hold rows, got only the columns {list_names(metadata.schema.names)}.")
     return _load("parquet", copy, path)
+
+
+def _read_paragraphs(copy: Path, path: Path) -> list[Record]:
+    """The paragraphs of a text that `open_checked` gave, with `path` for messages."""
+    paragraphs: list[list[str]] = [[]]
+    with copy.open(encoding="utf-8-sig") as file:  # any line end becomes \n
+        for line in file:
+            if line.strip():
+                paragraphs[-1].append(line.removesuffix("\n"))
+            elif paragraphs[-1]:
+                paragraphs.append([])
+    records: list[Record] = [{"text": "\n".join(lines)} for lines in paragraphs if lines]
+    if not records:
+        raise DataError(f"{path}: must hold rows, got only blank lines. Write text into it, or name another file.")
+    return records
 
 
 def _load(builder: str, copy: Path, path: Path, **options: Any) -> list[Record]:
@@ -290,7 +290,7 @@ def _load(builder: str, copy: Path, path: Path, **options: Any) -> list[Record]:
             )
         except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError) as error:
             cause = error.__cause__ or error
-            raise DataError(f"{path}: must be readable as {builder}, got {_reason(cause)}.") from None
+            raise DataError(f"{path}: must be readable as {builder}, got {quote_reason(cause)}.") from None
 
 
 @contextmanager
@@ -307,14 +307,15 @@ def _quiet() -> Iterator[None]:
 
 def describe_columns(record: Mapping[str, Any]) -> str:
     """`columns text, target` for a message."""
-    return f"columns {_listed(list(record))}"
+    return f"columns {list_names(list(record))}"
 
 
-def _listed(names: list[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
+    """Up to twelve names, and how many more."""
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") if names else "none"
 
 
-def _reason(error: BaseException) -> str:
+def quote_reason(error: BaseException) -> str:
     """The first line of a library's message, without a full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return "'" + lines[0][:200].rstrip(".") + "'"

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import datasets
 
+from finetune.data.card_files import read_card_files
 from finetune.data.catalog import DATA_VARIABLE, card_names, describe_location, find_card_folder, load_card
 from finetune.data.files import (
     MAX_TEXT_CHARACTERS,
@@ -20,7 +21,6 @@ from finetune.data.files import (
     Record,
     data_suffix,
     describe_columns,
-    read_json_split,
     read_table,
     to_records,
 )
@@ -41,6 +41,8 @@ class LoadedRows:
     """The card's name, or that of the file, the folder or the repository."""
     rows: list[Row]
     card: Card | None
+    columns: dict[str, str]
+    """Role -> the column of the data that it was read from."""
     origin: str
     """Where the rows came from, for a report."""
     fingerprint: str
@@ -75,7 +77,7 @@ def load_rows(
             validation.* and test.*; or `hub:org/name@revision`. A relative path is tried against the working folder,
             then against `relative_to`.
         columns: role -> column; the card's own roles fill in what is missing, then the role's own name.
-        roles: the roles that every row must have.
+        roles: the roles that every row must have, such as `text` and `target` of a translation.
         relative_to: the folder of the recipe.
 
     Raises:
@@ -93,7 +95,7 @@ def load_rows(
         parts = _load_folder(path) if path.is_dir() else [_Part(None, _stem(path), str(path), read_table(path))]
     chosen = {role: columns.get(role) or (card.roles.get(role) if card else None) or role for role in roles}
     rows = [row for number, part in enumerate(parts) for row in _build_rows(part, chosen, _count_before(parts, number))]
-    return LoadedRows(name, rows, card, origin, _compute_fingerprint(rows), _compare_with_card(card, parts))
+    return LoadedRows(name, rows, card, chosen, origin, _compute_fingerprint(rows), _compare_with_card(card, parts))
 
 
 def load_texts(path: Path, column: str) -> tuple[list[Record], list[str]]:
@@ -155,13 +157,12 @@ def _load_card_parts(card: Card) -> list[_Part]:
     if folder is None:
         return _load_card_from_hub(card)
     parts = []
-    for key, names in card.files.items():
-        for name in [names] if isinstance(names, str) else names:
-            file, _, split_key = name.partition("#")
-            path = _check_inside(folder, file, card)
-            records = read_json_split(path, split_key, _pair_columns(card)) if split_key else read_table(path)
-            prefix = Path(file).name.partition(".")[0] if key == "all" else key
-            parts.append(_Part(None if key == "all" else key, prefix, f"{card.name}: {name}", records))
+    for split, names in card.list_files():
+        files = [name.partition("#")[0] for name in names]
+        paths = [_check_inside(folder, file, card) for file in files]
+        prefix = Path(files[0]).name.partition(".")[0] if split == "all" else split
+        records = read_card_files(card, paths, names[0].partition("#")[2])
+        parts.append(_Part(None if split == "all" else split, prefix, f"{card.name}: {' + '.join(names)}", records))
     return parts
 
 
@@ -172,11 +173,6 @@ def _check_inside(folder: Path, file: str, card: Card) -> Path:
     if not path.is_file():
         raise DataError(f"{card.name}: {file} must lie in {folder}, got nothing there. Get the whole data set.")
     return path
-
-
-def _pair_columns(card: Card) -> tuple[str, str]:
-    names = [*card.columns, "text", "label"] if len(card.columns) < 2 else list(card.columns)
-    return names[0], names[1]
 
 
 def _load_card_from_hub(card: Card) -> list[_Part]:
@@ -277,7 +273,7 @@ def _missing_column(part: _Part, role: str, column: str, columns: Mapping[str, s
     free = [name for name in there if name not in columns.values()]
     close = suggest(column, free)
     guess = close.split("'")[1] if close else free[0] if len(free) == 1 else "<column>"
-    fix = f"Set tasks.<name>.columns: {{{role}: {guess}}}."
+    fix = f"Set tasks.<name>.columns: {{{role}: {guess}}}." if free else f"Add a column {column!r} to the data."
     if len(there) == 1 and (separators := re.findall(r"[;\t|]", there[0])):
         fix = f"Its fields seem to be parted by {separators[0]!r}: save it with commas, or with tabs as .tsv."
     return DataError(f"{part.where}: column {column!r} must exist, got {describe_columns(part.records[0])}. {fix}")

@@ -27,43 +27,57 @@ class _Group:
     label: str | None
 
 
-def split_rows(rows: Sequence[Row], section: SplitSection, *, seed: int) -> Splits:
+def split_rows(
+    rows: Sequence[Row], section: SplitSection, *, seed: int, columns: Mapping[str, str] | None = None
+) -> Splits:
     """Sort rows into train, validation and test, as `section.by` says.
 
-    - random: stratified by label. Rows with the same text (see `normalize_for_duplicates`) stay together, so that no
-      text is in two splits. A class of at least three texts is in all three.
+    - random: stratified by label, where there is one. Rows with the same text (see `normalize_for_duplicates`) stay
+      together, so that no text is in two splits. A class of at least three texts is in all three.
     - group: no value of `section.column` is in two splits.
     - time: the oldest rows train, the newest test; rows of one moment stay together.
+    - order: the first of `rows` train, the last test.
     - given: by `row.split`; a missing validation split is cut from train as in `random`.
 
-    The result depends on the rows and the seed, not on the order of `rows`.
+    But for `order`, the result depends on the rows and the seed, not on the order of `rows`.
+
+    Args:
+        rows: what is split.
+        section: the recipe's `split`.
+        seed: of what is random.
+        columns: role -> the data's own name of its column; `section.column` may be either.
 
     Raises:
         DataError: a column or a split is missing, a value cannot be read, or a split would be empty.
     """
-    rows = sorted(rows, key=_file_order)
     shares = {
         "train": 1 - section.validation - section.test,
         "validation": section.validation,
         "test": section.test,
     }
+    if section.by == "order":
+        return _check_sizes(_cut([[row] for row in rows], shares))
+    rows = sorted(rows, key=_file_order)
     if section.by == "given":
         splits = _split_given(rows, section.validation, seed)
     elif section.by == "random":
         splits = _split_stratified(rows, shares, seed)
     else:
-        column = section.column or ""
-        _check_column(rows, column, section.by)
+        column = _find_column(rows, section, columns or {})
         split_by = _split_by_group if section.by == "group" else _split_by_time
         splits = split_by(rows, column, shares, seed)
+    return {name: sorted(part, key=_file_order) for name, part in _check_sizes(splits).items()}
+
+
+def _check_sizes(splits: Splits) -> Splits:
     sizes = {name: len(splits[name]) for name in SPLITS}
     if empty := [name for name, size in sizes.items() if not size]:
         got = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise DataError(
-            f"split: every split must hold rows, got {got} of {len(rows)} rows."
+            f"split: every split must hold rows, got {got} of {sum(sizes.values())} rows."
             f" Give more rows, or a larger share to {' and '.join(empty)}."
         )
-    return {name: sorted(splits[name], key=_file_order) for name in SPLITS}
+    return {name: splits[name] for name in SPLITS}
 
 
 def _file_order(row: Row) -> tuple[str, int, str]:
@@ -100,7 +114,12 @@ def _group_by(rows: Sequence[Row], key: Callable[[Row], str], seed: int) -> list
     members: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         members[key(row)].append(row)
-    return [_Group(part, _rank(seed, part[0].id), part[0].values.get("label")) for part in members.values()]
+    return [_Group(part, _rank(seed, part[0].id), _label(part[0])) for part in members.values()]
+
+
+def _label(row: Row) -> str | None:
+    label = row.values.get("label")  # of any type where it is no role of the task but another column
+    return None if label is None else str(label)
 
 
 def _allocate(
@@ -146,16 +165,22 @@ def _split_by_time(rows: Sequence[Row], column: str, shares: Mapping[str, float]
     if len(moments) < len(SPLITS):
         fix = "Split by another column, or by: random."
         raise DataError(f"split: column {column!r} must have at least 3 moments, got {len(moments)}. {fix}")
-    ordered = [moments[moment] for moment in sorted(moments)]
-    before = [0]  # rows before each moment
+    return _cut([moments[moment] for moment in sorted(moments)], shares)
+
+
+def _cut(ordered: Sequence[list[Row]], shares: Mapping[str, float]) -> Splits:
+    """Cut twice between two of the lists, where the splits come nearest to their shares and none is empty."""
+    if len(ordered) < len(SPLITS):
+        return dict(zip(SPLITS, [*ordered, [], [], []], strict=False))
+    before = [0]  # rows before each list
     for part in ordered:
         before.append(before[-1] + len(part))
-    train_rows = shares["train"] * len(rows)
+    train_rows = shares["train"] * before[-1]
     train_end = min(range(1, len(ordered) - 1), key=lambda edge: abs(before[edge] - train_rows))
-    seen_rows = (shares["train"] + shares["validation"]) * len(rows)
+    seen_rows = (shares["train"] + shares["validation"]) * before[-1]
     seen_end = min(range(train_end + 1, len(ordered)), key=lambda edge: abs(before[edge] - seen_rows))
     parts = (ordered[:train_end], ordered[train_end:seen_end], ordered[seen_end:])
-    return {name: [row for moment in part for row in moment] for name, part in zip(SPLITS, parts, strict=True)}
+    return {name: [row for rows in part for row in rows] for name, part in zip(SPLITS, parts, strict=True)}
 
 
 def _parse_moments(rows: Sequence[Row], column: str) -> list[float]:
@@ -208,15 +233,22 @@ def _split_given(rows: Sequence[Row], validation_share: float, seed: int) -> Spl
     return splits
 
 
-def _check_column(rows: Sequence[Row], column: str, by: str) -> None:
+def _find_column(rows: Sequence[Row], section: SplitSection, columns: Mapping[str, str]) -> str:
+    """The name in `Row.values` of the column to split by, where a role's column has the name of the role."""
+    column = section.column or ""
     there = {name: None for row in rows for name in row.values}
     if column not in there:
-        raise DataError(
-            f"split: column {column!r} must exist to split by {by}, got columns {', '.join(there)}."
-            f"{suggest(column, there)}"
-        )
+        roles = [role for role, own in columns.items() if own == column]
+        if not roles:
+            names = {**there, **dict.fromkeys(columns.values())}
+            raise DataError(
+                f"split: column {column!r} must exist to split by {section.by}, got columns {', '.join(names)}."
+                f"{suggest(column, names)}"
+            )
+        column = roles[0]
     if empty := [row.id for row in rows if row.values.get(column) in (None, "")]:
         raise DataError(f"split: column {column!r} must have a value in every row, is empty in {_listed(empty)}.")
+    return column
 
 
 def _listed(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import PureWindowsPath
 from typing import Annotated, Literal
 
@@ -61,11 +62,19 @@ class Card(Section):
     """Folder name under $FINETUNE_DATA; default `name`. Samples lie beside their card instead."""
     files: dict[FileKey, str | list[str]] = Field(default_factory=dict)
     """Our split -> file or files in the folder; `all` when the set is not split. With `json_splits`:
-    `file.json#key`."""
-    format: Literal["csv", "jsonl", "parquet", "json_splits"] = "csv"
-    """`json_splits`: one JSON object, split -> list of [text, label]."""
+    `file.json#key`; with `parallel`: one file per column."""
+    format: Literal[
+        "csv", "jsonl", "parquet", "paragraphs", "lines", "parallel", "headerless_tsv", "json_splits", "json_list"
+    ] = "csv"
+    """`paragraphs`: plain text in a .txt file, a row for what stands between blank lines. `lines`: a row per line.
+    `parallel`: line n of each file belongs to row n. `headerless_tsv`: fields parted by tabs, without quotes.
+    `json_splits`: one JSON object, split -> list of [text, label]. `json_list`: a list of objects; a list of texts
+    becomes the lines of one."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Column -> what it is."""
+    """Column -> what it is; in the order of the files or fields, where those do not name it. `paragraphs` and `lines`
+    have one, `text`."""
+    aliases: dict[str, str] = Field(default_factory=dict)
+    """Column -> the key that stands for it in objects of a `json_list` that lack it."""
     roles: dict[str, str] = Field(default_factory=dict)
     """Role -> column, such as `{text: text, label: category}`; a recipe's `columns` goes before."""
     labels: list[str] | dict[str, str] | None = None
@@ -99,7 +108,7 @@ class Card(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Card:
-        problems = []
+        problems = [*self._check_columns()]
         if not self.files and self.hub is None:
             problems.append("files: must name at least 1 file when there is no `hub`, got nothing.")
         parts = self.format == "json_splits"
@@ -109,6 +118,29 @@ class Card(Section):
                 problems.append(f"files.{split}: must be {form} when `format` is {self.format}, got {name!r}.")
         raise_all(problems)
         return self
+
+    def _check_columns(self) -> Iterator[str]:
+        names = list(self.columns)
+        if self.format in ("parallel", "headerless_tsv", "json_list") and not names:
+            yield f"columns: must name the columns in order when `format` is {self.format}, got nothing."
+        if self.format in ("paragraphs", "lines") and names not in ([], ["text"]):
+            yield f"columns: must name `text` alone when `format` is {self.format}, got {', '.join(names)}."
+        if self.aliases and self.format != "json_list":
+            yield f"aliases: must be left out unless `format` is json_list, got {', '.join(self.aliases)}."
+        for column in self.aliases:
+            if column not in self.columns:
+                yield f"aliases.{column}: must be one of `columns`, got {column!r}."
+        for split, files in self.files.items() if self.format == "parallel" else ():
+            count = 1 if isinstance(files, str) else len(files)
+            if names and count != len(names):
+                got = f"{count} file{'' if count == 1 else 's'} for {', '.join(names)}"
+                yield f"files.{split}: must name one file per column when `format` is parallel, got {got}."
+
+    def list_files(self) -> Iterator[tuple[FileKey, list[str]]]:
+        """Each split with the files that are read as one: a single one, or with `parallel` one per column."""
+        for split, names in self.files.items():
+            files = [names] if isinstance(names, str) else names
+            yield from [(split, files)] if self.format == "parallel" else ((split, [file]) for file in files)
 
 
 def _each(files: dict[FileKey, str | list[str]]) -> list[tuple[FileKey, str]]:

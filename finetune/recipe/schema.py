@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 SCHEMA_VERSION = 1
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
+SCRATCH_BASE = "scratch"
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 REPO_PATTERN = r"^[\w.-]+/[\w.-]+$"
@@ -37,11 +38,43 @@ def raise_all(problems: list[str]) -> None:
         raise ValueError("\n".join(problems))
 
 
+class ScratchSection(Section):
+    """Tokenizer and size of a model that starts from random weights; TriadConfig's names (models/triad)."""
+
+    tokenizer: Literal["bpe", "characters"] = "bpe"
+    """What a token is, learned from the train split: byte pairs, or single characters."""
+    vocab_size: int = Field(default=8000, ge=16, le=1_000_000)
+    """Most tokens that the tokenizer may have."""
+    hidden_size: int = Field(default=256, ge=8)
+    """Width."""
+    num_hidden_layers: int = Field(default=4, ge=1)
+    """Layers of the encoder, or of the decoder where it is the only stack."""
+    num_decoder_layers: int | None = Field(default=None, ge=1)
+    """Layers of the decoder behind an encoder; default `num_hidden_layers`."""
+    num_attention_heads: int = Field(default=4, ge=1)
+    """Heads; must divide the width."""
+    intermediate_size: int | None = Field(default=None, ge=8)
+    """Width of the feed-forward layers; default four times `hidden_size`."""
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu"] = "gelu"
+    """Of the feed-forward layers."""
+    norm_position: Literal["post", "pre"] = "pre"
+    """Behind each residual sum, as in the article, or before each sublayer, which trains at higher rates."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """How states are normalised."""
+    position: Literal["sinusoidal", "learned", "rotary"] = "rotary"
+    """How the model knows where a token stands; `sinusoidal` for seq2seq."""
+    tie_word_embeddings: bool = True
+    """One matrix for tokens in and out."""
+
+
 class ModelSection(Section):
     """The pretrained part."""
 
     base: str = Field(default=DEFAULT_BASE, min_length=1)
-    """A Hub id, `id@revision`, or a local folder."""
+    """A Hub id, `id@revision`, a local folder, a run (`runs/pretrain_mlm`), or `scratch`: random weights, and a
+    tokenizer learned from the train split."""
+    scratch: ScratchSection = Field(default_factory=ScratchSection)
+    """Tokenizer and size where `base` is `scratch`."""
     architecture: Literal["triad", "native"] = "triad"
     """`triad`: the base's weights in the project's own Transformer, which packs rows without padding. `native`: the
     base's own Hugging Face class, for families that Triad has no form of."""
@@ -82,9 +115,10 @@ def check_classes(labels: list[str] | dict[str, str]) -> None:
 class SplitSection(Section):
     """How rows become train, validation and test."""
 
-    by: Literal["random", "group", "time", "given"] = "random"
+    by: Literal["random", "group", "time", "order", "given"] = "random"
     """`random`: stratified by label. `group`: no value of `column` in two splits. `time`: oldest first by `column`.
-    `given`: the card's or folder's own splits; a missing validation split is cut from train."""
+    `order`: as the rows stand, train first and test last. `given`: the card's or folder's own splits; a missing
+    validation split is cut from train."""
     column: str | None = None
     """The column that `group` and `time` read."""
     validation: Ratio = 0.1
@@ -100,7 +134,7 @@ class SplitSection(Section):
         problems = []
         if self.by in ("group", "time") and not self.column:
             problems.append(f"column: must name a column when `by` is {self.by}, got nothing.")
-        if self.by in ("random", "given") and self.column:
+        if self.by not in ("group", "time") and self.column:
             problems.append(f"column: must be left out unless `by` is group or time, got {self.column!r}.")
         if self.by != "given":
             if self.validation + self.test >= 1:
@@ -113,16 +147,20 @@ class SplitSection(Section):
 class TaskSection(Section):
     """One problem: its shape, its data and its labels."""
 
-    type: Literal["text_classification"]
-    """The problem shape."""
+    type: Literal["text_classification", "causal_lm", "masked_lm", "seq2seq"]
+    """The problem shape: one class per text; the next token; masked tokens; a text for a text."""
     data: str = Field(min_length=1)
     """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Role -> column of the data; roles are named by the task type (`text`, `label`)."""
+    """Role -> column of the data; roles are named by the task type (`text`, and `label` or `target`)."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     clean: list[TextStep] = Field(default_factory=list)
     """Steps on each text before it is encoded: `html` decodes entities, `urls` removes links."""
+    separator: str | None = None
+    """What stands between two texts of a language model's stream; null: the tokenizer's end token."""
+    mask_ratio: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the tokens that `masked_lm` hides, arXiv:1810.04805."""
     split: SplitSection = Field(default_factory=SplitSection)
     """How rows become train, validation and test."""
 
@@ -149,6 +187,8 @@ class TrainSection(Section):
 
     epochs: int = Field(default=4, ge=1)
     """Passes over the train split."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many steps where the epochs have more; the learning rate decays to that end."""
     tokens_per_batch: int = Field(default=1024, ge=16)
     """Tokens, padding included, of one optimizer step over all processes."""
     micro_steps: int = Field(default=1, ge=1)
@@ -188,15 +228,36 @@ class TrainSection(Section):
     """Seeds the split, the order, the head's start, dropout and the bootstrap."""
 
 
+class GenerateSection(Section):
+    """How text is written."""
+
+    beams: int = Field(default=1, ge=1, le=64)
+    """Hypotheses kept at each token; 1 takes the likeliest token, or samples."""
+    max_new_tokens: int = Field(default=128, ge=1, le=8192)
+    """Tokens after which a text ends."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Sample from logits / temperature; null does not sample."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Sample among so many likeliest tokens only."""
+    length_penalty: float = Field(default=1.0, ge=-5, le=5)
+    """Beam scores are divided by length to this power."""
+
+
 class EvaluateSection(Section):
     """How the model is judged."""
 
     metrics: list[str] = Field(default_factory=lambda: ["macro_f1", "accuracy", "ece"], min_length=1)
     """Computed on validation and test; the first is the headline."""
-    baselines: list[Literal["majority", "tfidf_logreg", "frozen_logreg"]] = Field(
-        default_factory=lambda: ["majority", "tfidf_logreg", "frozen_logreg"]  # type: ignore[arg-type]
+    baselines: list[Literal["majority", "tfidf_logreg", "frozen_logreg", "unigram", "ngram", "copy", "nearest"]] = (
+        Field(
+            default_factory=lambda: ["majority", "tfidf_logreg", "frozen_logreg"]  # type: ignore[arg-type]
+        )
     )
     """What the model is compared with, each fitted on the same train split."""
+    generate: GenerateSection = Field(default_factory=GenerateSection)
+    """How a task that writes text writes it when it is judged."""
+    samples: int = Field(default=8, ge=0, le=100)
+    """Texts of the test split shown in the report with what the model writes."""
     calibrate: Literal["none", "temperature"] = "temperature"
     """Fitted on validation, arXiv:1706.04599."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
@@ -233,6 +294,44 @@ class HubSection(Section):
     """Whether the repository is private."""
 
 
+# What a task type changes of the defaults above; only where the recipe says nothing.
+_LIKELIHOOD = {"early_stop": {"metric": "loss"}}
+TYPE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "causal_lm": {
+        "train": _LIKELIHOOD,
+        "evaluate": {
+            "metrics": ["loss", "perplexity", "bits_per_byte", "token_accuracy"],
+            "baselines": ["unigram", "ngram"],
+            "calibrate": "none",
+            "slices": [],
+        },
+    },
+    "masked_lm": {
+        "adapter": {"method": "full"},
+        "train": _LIKELIHOOD,
+        "evaluate": {
+            "metrics": ["loss", "perplexity", "token_accuracy"],
+            "baselines": ["unigram"],
+            "calibrate": "none",
+            "slices": [],
+        },
+    },
+    "seq2seq": {
+        # Rotary positions say nothing about tokens of the other stack.
+        "model": {"scratch": {"position": "sinusoidal"}},
+        "train": _LIKELIHOOD,
+        "evaluate": {
+            "metrics": ["bleu", "chrf", "loss"],
+            "baselines": ["copy", "nearest"],
+            "calibrate": "none",
+            "generate": {"beams": 5},
+        },
+    },
+}
+SCRATCH_DEFAULTS: dict[str, dict[str, Any]] = {"adapter": {"method": "full"}}
+"""What `model.base: scratch` changes of them."""
+
+
 class Recipe(Section):
     """A run, as data."""
 
@@ -264,6 +363,55 @@ class Recipe(Section):
             raise ValueError(f"must be {SCHEMA_VERSION}, the version this toolkit reads, got {version!r}. {fix}")
         return version
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, recipe: Any) -> Any:
+        """Put in the defaults that depend on the task type and on the base."""
+        if not isinstance(recipe, dict):
+            return recipe
+        tasks, model = recipe.get("tasks"), recipe.get("model")
+        first = next(iter(tasks.values()), None) if isinstance(tasks, dict) else None
+        kind = first.get("type") if isinstance(first, dict) else None
+        filled = _fill_in(recipe, TYPE_DEFAULTS.get(kind, {}) if isinstance(kind, str) else {})
+        scratch = isinstance(model, dict) and model.get("base") == SCRATCH_BASE
+        return _fill_in(filled, SCRATCH_DEFAULTS) if scratch else filled
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        problems = []
+        where, task = f"tasks.{self.task_name}", self.task
+        scratch, is_classifier = self.model.base == SCRATCH_BASE, task.type == "text_classification"
+        if scratch and is_classifier:
+            problems.append(
+                "model.base: must be a pretrained base for text_classification, got 'scratch'. Pretrain one first: "
+                "finetune run pretrain_mlm, then set model.base to that run."
+            )
+        if scratch and self.adapter.method != "full":
+            problems.append(
+                f"adapter.method: must be full when model.base is scratch, got {self.adapter.method!r}: random weights "
+                "need training."
+            )
+        if scratch and self.model.architecture != "triad":
+            problems.append(
+                f"model.architecture: must be triad when model.base is scratch, got {self.model.architecture!r}."
+            )
+        if task.type == "masked_lm" and self.adapter.method != "full":
+            problems.append(
+                f"adapter.method: must be full for masked_lm, got {self.adapter.method!r}: what it trains becomes the "
+                "base of other recipes."
+            )
+        if not is_classifier:
+            if task.labels is not None:
+                problems.append(f"{where}.labels: must be left out for {task.type}, got {len(task.labels)} labels.")
+            if self.train.class_weights != "none":
+                problems.append(f"train.class_weights: must be none for {task.type}, got {self.train.class_weights!r}.")
+            if self.evaluate.calibrate != "none":
+                problems.append(f"evaluate.calibrate: must be none for {task.type}, got {self.evaluate.calibrate!r}.")
+        if task.separator is not None and task.type != "causal_lm":
+            problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
+        raise_all(problems)
+        return self
+
     @property
     def task(self) -> TaskSection:
         """The recipe's only task."""
@@ -277,3 +425,14 @@ class Recipe(Section):
     def to_dict(self) -> dict[str, Any]:
         """Every key with its resolved value, as plain YAML types."""
         return self.model_dump(mode="json")
+
+
+def _fill_in(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`given`, and what it lacks of `defaults`, at any depth; what is there stays, null too."""
+    filled = dict(given)
+    for key, value in defaults.items():
+        if key not in filled:
+            filled[key] = value
+        elif isinstance(value, dict) and isinstance(filled[key], dict):
+            filled[key] = _fill_in(filled[key], value)
+    return filled

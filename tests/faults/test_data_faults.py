@@ -12,11 +12,11 @@ from finetune.data.sources import load_rows
 from finetune.errors import DataError
 
 
-def refuse(path, words, data=None):
+def refuse(path, words, data=None, **options):
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(DataError, match=words) as caught:
-        load_rows(str(path), {})
+        load_rows(str(path), {}, **options)
     assert caught.value.exit_code == 3
     assert path.name in str(caught.value)
 
@@ -24,9 +24,14 @@ def refuse(path, words, data=None):
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("a.csv", b"", r"must hold rows, is empty\. Write a header and rows"),
+        ("a.csv", b"", r"must hold rows, is empty\. Write rows into it, or name another file"),
         ("a.csv", b"\xef\xbb\xbf\r\n \n", r"must hold rows, is empty"),
         ("a.jsonl", b"", r"must hold rows, is empty"),
+        ("a.txt", b"\n \r\n", r"must hold rows, is empty"),
+        ("a.txt", b"\n\x0c\n\xe3\x80\x80\n", r"must hold rows, got only blank lines\. Write text into it, or name ano"),
+        ("a.txt", b"one\n\ncaf\xe9\n", r"line 3, byte 9: must be UTF-8, got 0xe9\. Convert .*iconv -f WINDOWS-1252"),
+        ("a.txt", "one\n".encode("utf-16"), r"line 1, byte 4: must be text, got a NUL byte"),
+        ("a.txt.gz", gzip.compress(b"one\n" * 99)[:-20], r"must be a whole gzip file, got"),
         ("a.csv", b"text,label\n", r"must hold rows, got only the header text, label\. Add rows"),
         (
             "a.csv",
@@ -62,8 +67,12 @@ def refuse(path, words, data=None):
         ("a.csv.gz", b"text,label\n", r"must be a whole gzip file, got 'Not a gzipped file"),
         ("a.csv.gz", gzip.compress(b"text,label\na,b\n" * 99)[:-20], r"must be a whole gzip file, got"),
         ("a.csv.gz", gzip.compress(b"text,label\n\xff,x\n"), r"line 2, byte 12: must be UTF-8"),
-        ("a.pkl", pickle.dumps([1]), r"rows come as CSV, TSV, JSONL or Parquet, got '\.pkl', which can run code"),
-        ("a.bin", b"x", r"rows come as CSV, TSV, JSONL or Parquet, got '\.bin'"),
+        (
+            "a.pkl",
+            pickle.dumps([1]),
+            r"rows come as CSV, TSV, JSONL, Parquet or plain text, got '\.pkl', which can run code",
+        ),
+        ("a.bin", b"x", r"rows come as CSV, TSV, JSONL, Parquet or plain text, got '\.bin'"),
         (
             "a.json",
             b"[]",
@@ -102,16 +111,19 @@ def test_longest_text(tmp_path):
         path, r"row 1: column 'text': must have at most 100,000 characters, got 100,001\. Split or cut", line.encode()
     )
     refuse(tmp_path / "a.csv", r"line 2: a field must end and have at most", b"text,label\n" + b"x" * 200_000 + b",y\n")
+    words = r"row 2: column 'text': must have at most 100,000 characters, got 100,001\. Split or cut"
+    refuse(tmp_path / "a.txt", words, b"short\n\n" + b"x" * 50_000 + b"\n" + b"y" * 50_000, roles=("text",))
 
 
-def test_gzip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.txt.gz"])
+def test_gzip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, name):
     monkeypatch.setattr(files, "FREE_UNPACKED_BYTES", 2 * files.BLOCK_BYTES)
     written = []
     check = files._check_unpacked
     monkeypatch.setattr(
         files, "_check_unpacked", lambda path, size, packed: (written.append(size), check(path, size, packed))
     )
-    path = tmp_path / "a.csv.gz"
+    path = tmp_path / name
     with gzip.open(path, "wb") as file:
         file.write(b"text,label\n")
         for _ in range(20):

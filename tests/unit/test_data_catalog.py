@@ -31,11 +31,12 @@ def shipped(tmp_path, monkeypatch):
 def test_shipped_cards_are_valid_and_complete():
     cards = {card.name: card for card in list_cards()}
     assert {"banking77", "clinc150", "twitter_fin_sentiment"} <= set(cards)
+    assert {"multi30k_en_de", "tatoeba_en_zh", "tinyshakespeare", "chinese_poetry"} <= set(cards)
     for card in cards.values():
         assert card.licence
         assert card.notes
-        assert card.labels is not None
-        assert set(card.roles) == {"text", "label"}
+        assert (card.labels is not None) == ("label" in card.roles)
+        assert set(card.roles) in ({"text", "label"}, {"text", "target"}, {"text"})
         assert set(card.roles.values()) <= set(card.columns)
         assert set(card.rows) == set(card.files)
     assert len(cards["banking77"].labels) == 77

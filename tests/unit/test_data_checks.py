@@ -80,9 +80,41 @@ def test_class_absent_from_train_is_an_error_elsewhere_a_warning():
     )
 
 
-def test_classes_are_those_of_the_rows_when_none_are_named():
-    _, findings = check(labels=None, test=[("eta pays", "new")])
-    assert ("absent_class", "error", "train") in [(f.kind, f.severity, f.split) for f in findings]
+def test_task_without_labels():
+    """Missing, conflicting and rare labels are nothing to such a task; its texts are checked as ever."""
+    extra = {
+        "train": [("Alpha wins contract.", "neg"), ("eta pays", None), ("Epsilon raises outlook", [1]), ("", "pos")],
+        "test": [("theta buys", "new")],
+    }
+    _, findings = check(labels=None, **extra)
+    assert [(f.kind, f.severity, f.rows) for f in findings] == [
+        ("empty_text", "error", ("train:6",)),
+        ("leak", "error", ("train:5",)),
+        ("duplicates", "note", ("train:3",)),
+    ]
+
+
+def test_rows_without_the_key_label():
+    splits = {
+        name: [Row(f"{name}:1", name, 1, {"text": text, "target": "x"})]
+        for name, text in (("train", "one"), ("validation", "two"), ("test", "three"))
+    }
+    assert check_rows(splits, None, leaks="fail") == (splits, [])
+
+
+def test_empty_target():
+    pairs = {"train": ["eins", " "], "validation": ["zwei"], "test": [None, ""]}
+    splits = {
+        name: [Row(f"{name}:{i}", name, i, {"text": f"{name} {i}", "target": to}) for i, to in enumerate(targets, 1)]
+        for name, targets in pairs.items()
+    }
+    _, findings = check_rows(splits, None, leaks="fail", texts=("text", "target"))
+    assert [(f.kind, f.severity, f.rows) for f in findings] == [
+        ("empty_target", "error", ("train:2",)),
+        ("empty_target", "error", ("test:1", "test:2")),
+    ]
+    assert findings[1].message == "test: target must not be empty, is in 2 rows (test:1, test:2). Fill or remove them."
+    assert check_rows(splits, None, leaks="fail")[1] == []
 
 
 def test_exact_leak_fails_the_run():

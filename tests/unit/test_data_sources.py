@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from finetune.data import catalog, sources
-from finetune.data.sources import load_rows
+from finetune.data.sources import load_rows, load_texts
 from finetune.errors import DataError
 
 CSV = 'text,label,source\nGood news,pos,a\n"Bad, news",neg,b\n'
@@ -89,6 +89,21 @@ def test_windows_line_ends_and_blank_lines(tmp_path):
     assert [row.values["text"] for row in load_rows(str(path), {}).rows] == ["one", "two"]
 
 
+def test_paragraphs_of_a_text(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b'\xef\xbb\xbf\r\n First line\r\nsecond, line \r\n\r\n \t\r\n\r\n"Third"\r\n')
+    packed = tmp_path / "packed" / "notes.txt.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for file in (path, packed):
+        rows = load_rows(str(file), {}, roles=("text",)).rows
+        assert [(row.id, row.values) for row in rows] == [
+            ("notes:1", {"text": " First line\nsecond, line "}),
+            ("notes:2", {"text": '"Third"'}),
+        ]
+    assert load_texts(path, "text")[1] == [" First line\nsecond, line ", '"Third"']
+
+
 def test_name_with_pattern_characters_is_no_pattern(tmp_path):
     write(tmp_path / "a1.csv", CSV)
     assert load_rows(str(write(tmp_path / "a[1]*.csv", "text,label\nonly,x\n")), {}).rows[0].values["text"] == "only"
@@ -129,7 +144,44 @@ def test_folder_of_splits(tmp_path):
     assert [row.split for row in rows] == ["train", "train", "validation", "test", "test"]
 
 
+def test_folder_of_plain_texts(tmp_path):
+    for name, text in (("train", "one\n\ntwo\n"), ("validation", "three\n"), ("test", "four\n")):
+        write(tmp_path / f"{name}.txt", text)
+    rows = load_rows(str(tmp_path), {}, roles=("text",)).rows
+    assert [(row.id, row.split, row.values["text"]) for row in rows] == [
+        ("train:1", "train", "one"),
+        ("train:2", "train", "two"),
+        ("validation:1", "validation", "three"),
+        ("test:1", "test", "four"),
+    ]
+
+
 # Columns
+
+
+def test_target_is_a_text_like_the_other(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"en": "One.", "de": "Eins."}\n{"en": 2.0, "de": null, "label": [1]}')
+    loaded = load_rows(str(path), {"text": "en", "target": "de"}, roles=("text", "target"))
+    assert [dict(row.values) for row in loaded.rows] == [
+        {"text": "One.", "target": "Eins.", "label": None},
+        {"text": "2", "target": "", "label": [1]},
+    ]
+    assert loaded.columns == {"text": "en", "target": "de"}
+    with pytest.raises(
+        DataError, match=r"column 'target' must exist, got columns en, de, label\. .*{target: <column>}"
+    ):
+        load_rows(str(path), {"text": "en"}, roles=("text", "target"))
+    write(path, json.dumps({"text": "a", "target": ["b"]}))
+    with pytest.raises(DataError, match=r"row 1: column 'target': must hold text, got a list"):
+        load_rows(str(path), {}, roles=("text", "target"))
+
+
+def test_plain_text_has_no_other_column(tmp_path):
+    path = write(tmp_path / "notes.txt", "one\n")
+    with pytest.raises(
+        DataError, match=r"column 'label' must exist, got columns text\. Add a column 'label' to the data"
+    ):
+        load_rows(str(path), {})
 
 
 def test_columns_go_before_the_cards_roles(shipped, tmp_path, monkeypatch):

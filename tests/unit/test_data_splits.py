@@ -128,6 +128,61 @@ def test_missing_validation_is_cut_from_train_only():
     assert all(row.split == "test" for row in splits["test"])
 
 
+def test_order_is_that_of_the_rows():
+    rows = make_rows(labelled({"a": 12}), stem="z") + make_rows(labelled({"b": 8}), stem="a")
+    splits = split_rows(rows, SplitSection(by="order", validation=0.1, test=0.2), seed=0)
+    assert list(splits) == ["train", "validation", "test"]
+    assert [row for part in splits.values() for row in part] == rows
+    assert sizes(splits) == {"train": 14, "validation": 2, "test": 4}
+    assert split_rows(rows, SplitSection(by="order", validation=0.1, test=0.2), seed=1) == splits
+
+
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_order_leaves_no_split_empty(count):
+    rows = make_rows(labelled({"a": count}))
+    splits = split_rows(rows, SplitSection(by="order", validation=0.01, test=0.01), seed=0)
+    assert sizes(splits) == {"train": count - 2, "validation": 1, "test": 1}
+
+
+def test_order_needs_three_rows():
+    words = (
+        r"every split must hold rows, got train 1, validation 1, test 0 of 2 rows\. Give more rows, or a larger share"
+    )
+    with pytest.raises(DataError, match=words):
+        split_rows(make_rows(labelled({"a": 2})), SplitSection(by="order"), seed=0)
+
+
+@pytest.mark.parametrize("column", ["en", "text"])
+def test_column_may_have_the_name_of_the_data_or_of_its_role(column):
+    rows = make_rows([{"text": f"t{i % 12}", "target": f"z{i}"} for i in range(60)])
+    section = SplitSection(by="group", column=column)
+    splits = split_rows(rows, section, seed=3, columns={"text": "en", "target": "zh"})
+    assert splits == split_rows(rows, SplitSection(by="group", column="text"), seed=3)
+    parts = [{row.values["text"] for row in part} for part in splits.values()]
+    assert sum(len(part) for part in parts) == 12
+
+
+def test_role_goes_before_a_column_of_its_name():
+    rows = make_rows([{"text": f"t{i}", "target": f"z{i % 6}"} for i in range(60)])
+    section = SplitSection(by="group", column="text")
+    assert split_rows(rows, section, seed=3, columns={"text": "en", "target": "text"}) == split_rows(
+        rows, section, seed=3
+    )
+
+
+def test_missing_column_lists_both_names():
+    rows = make_rows([{"text": f"t{i}"} for i in range(3)])
+    section = SplitSection(by="group", column="english")
+    with pytest.raises(DataError, match=r"'english' must exist to split by group, got columns text, en\."):
+        split_rows(rows, section, seed=0, columns={"text": "en"})
+
+
+def test_label_of_another_task_may_be_anything():
+    values = [{"text": f"t{i}", "label": label} for i, label in enumerate([0, 1, "x", None, [1], 2.5] * 10)]
+    splits = split_rows(make_rows(values), SplitSection(), seed=0)
+    assert sizes(splits) == {"train": 42, "validation": 6, "test": 12}
+
+
 @pytest.mark.parametrize(
     ("section", "values", "split", "words"),
     [

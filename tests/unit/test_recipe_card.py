@@ -126,3 +126,60 @@ def test_splits_in_one_json_file(tmp_path: Path) -> None:
     assert "files.train: must be `file.json#key` when `format` is json_splits, got 'd.json'." in _message(
         tmp_path, text.replace("d.json#train", "d.json")
     )
+
+
+BARE = "name: c\ntitle: C\nlicence: MIT\n"
+
+
+def test_files_of_a_split_are_listed_as_they_are_read(tmp_path: Path) -> None:
+    card = _load(tmp_path, CARD)
+    assert list(card.list_files()) == [("train", ["train.csv"]), ("test", ["a.csv"]), ("test", ["more/b.csv"])]
+    pairs = "format: parallel\nfiles: {train: [a.en, a.de]}\ncolumns: {en: '', de: ''}\n"
+    assert list(_load(tmp_path, BARE + pairs).list_files()) == [("train", ["a.en", "a.de"])]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "format: parallel\nfiles: {train: a.en}\ncolumns: {en: '', de: ''}\n",
+            "files.train: must name one file per column when `format` is parallel, got 1 file for en, de.",
+        ),
+        (
+            "format: parallel\nfiles: {test: [a, b, c]}\ncolumns: {en: '', de: ''}\n",
+            "files.test: must name one file per column when `format` is parallel, got 3 files for en, de.",
+        ),
+        (
+            "format: parallel\nfiles: {all: [a, b]}\n",
+            "columns: must name the columns in order when `format` is parallel, got nothing.",
+        ),
+        (
+            "format: headerless_tsv\nfiles: {all: a.txt}\n",
+            "columns: must name the columns in order when `format` is headerless_tsv, got nothing.",
+        ),
+        (
+            "format: json_list\nfiles: {all: a.json}\n",
+            "columns: must name the columns in order when `format` is json_list, got nothing.",
+        ),
+        (
+            "format: lines\nfiles: {all: a}\ncolumns: {en: '', de: ''}\n",
+            "columns: must name `text` alone when `format` is lines, got en, de.",
+        ),
+        (
+            "format: paragraphs\nfiles: {all: a.txt}\ncolumns: {poem: ''}\n",
+            "columns: must name `text` alone when `format` is paragraphs, got poem.",
+        ),
+        (
+            "files: {all: a.csv}\ncolumns: {text: ''}\naliases: {text: body}\n",
+            "aliases: must be left out unless `format` is json_list, got text.",
+        ),
+        (
+            "format: json_list\nfiles: {all: a.json}\ncolumns: {text: ''}\naliases: {txt: body}\n",
+            "aliases.txt: must be one of `columns`, got 'txt'.",
+        ),
+    ],
+)
+def test_formats_need_what_their_files_do_not_say(tmp_path: Path, text: str, sentence: str) -> None:
+    message = _message(tmp_path, BARE + text)
+    assert message.startswith("card.yaml: 1 problem\n")
+    assert message.endswith(f"  {sentence}")
