@@ -45,15 +45,18 @@ class Scale:
 
     @classmethod
     def around(cls, values: Iterable[Any], *, margin: float = 0.06, within: tuple[float, float] | None = None) -> Scale:
-        """The axis that holds every finite value and `margin` of their range more, cut to `within`; (0, 1) if empty."""
+        """The axis that holds every finite value and `margin` of their range more; (0, 1) if there is none.
+
+        The margin does not cross an end of `within` unless a value does.
+        """
         finite = [max(-1e300, min(1e300, float(value))) for value in values if is_number(value)]
         if not finite:
             return cls(0.0, 1.0)
         low, high = min(finite), max(finite)
         extra = (high - low) * margin or abs(high) * 0.1 or 0.5
-        if within and within[0] <= low and high <= within[1]:
-            return cls(max(within[0], low - extra), min(within[1], high + extra))
-        return cls(low - extra, high + extra)
+        least, most = within or (-math.inf, math.inf)
+        start = max(least, low - extra) if least <= low else low - extra
+        return cls(start, min(most, high + extra) if high <= most else high + extra)
 
     def share(self, value: float) -> float:
         """Where `value` lies between the ends, cut to [0, 1]."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from finetune.errors import GateError, RecipeError
-from finetune.evaluation.metrics import check_metric_names, is_larger_better
+from finetune.evaluation.metrics import KINDS, check_metric_names, is_larger_better
 
 BEATS_BASELINES = "beats_baselines"
 
@@ -25,21 +25,21 @@ def select_gate_metrics(gates: Mapping[str, str | bool]) -> list[str]:
     return [name for name in gates if name != BEATS_BASELINES]
 
 
-def check_gate_names(gates: Mapping[str, str | bool], baselines: Iterable[str]) -> None:
-    """Every gate must be a known metric or `beats_baselines`, which must have a baseline to beat.
+def check_gate_names(gates: Mapping[str, str | bool], baselines: Iterable[str], kind: str = "labels") -> None:
+    """Every gate must be a known metric of the kind or `beats_baselines`, which must have a baseline to beat.
 
     Raises:
         RecipeError: Lists every problem; to be called before training.
     """
     problems = []
     try:
-        check_metric_names(select_gate_metrics(gates), key="evaluate.gates", also=(BEATS_BASELINES,))
+        check_metric_names(select_gate_metrics(gates), key="evaluate.gates", also=(BEATS_BASELINES,), kind=kind)
     except RecipeError as error:
         problems.append(str(error))
     if gates.get(BEATS_BASELINES) and not list(baselines):
         problems.append(
             "evaluate.gates: beats_baselines must have a baseline to beat, got none. "
-            "Add evaluate.baselines: [majority, tfidf_logreg]."
+            f"Add evaluate.baselines: [{', '.join(KINDS[kind].baselines[:2])}]."
         )
     if problems:
         raise RecipeError("\n".join(problems))
@@ -50,7 +50,7 @@ def check_gates(gates: Mapping[str, str | bool], scored: Mapping[str, Any]) -> d
 
     Args:
         gates: Metric -> condition such as ">= 0.80"; `beats_baselines` -> whether the first metric of the recipe must
-            be better than every baseline's.
+            be better than every baseline's that has one.
         scored: "metrics" and "baselines" of a split, as in evaluation/test.json. A metric without a value misses.
 
     Returns:
@@ -104,7 +104,7 @@ def _check_baselines(metrics: Mapping[str, Mapping[str, float | None]], baseline
     """The first metric against the best baseline; a tie does not beat it."""
     metric = next(iter(metrics))
     sign, word = (1, "above") if is_larger_better(metric) else (-1, "below")
-    known = {name: b["metrics"][metric]["value"] for name, b in baselines.items()}
+    known = {name: b["metrics"].get(metric, {}).get("value") for name, b in baselines.items()}
     known = {name: value for name, value in known.items() if value is not None}
     value = metrics[metric]["value"]
     if not known:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.errors import RecipeError
+from finetune.evaluation.corpus_metrics import CORPUS_METRICS
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -161,6 +162,33 @@ METRICS: dict[str, MetricInfo] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class TaskKind:
+    """What tasks that are scored alike can be scored with."""
+
+    words: str
+    """As messages call these tasks."""
+    metrics: tuple[str, ...]
+    baselines: tuple[str, ...]
+
+
+KINDS: dict[str, TaskKind] = {
+    "labels": TaskKind("tasks with class labels", tuple(METRICS), ("majority", "tfidf_logreg", "frozen_logreg")),
+    "likelihood": TaskKind(
+        "language models",
+        ("loss", "perplexity", "bits_per_byte", "token_accuracy"),
+        ("unigram", "ngram"),
+    ),
+    "masked": TaskKind("masked language models", ("loss", "perplexity", "token_accuracy"), ("unigram",)),
+    "texts": TaskKind(
+        "tasks that write a text for a text",
+        ("bleu", "bleu_zh", "chrf", "loss", "perplexity", "token_accuracy"),
+        ("copy", "nearest"),
+    ),
+}
+"""By what the metrics look at: class scores, next tokens, hidden tokens, or written texts and their references."""
+
+
 def compute_metric(name: str, references: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     """Value of a metric by name: one of `METRICS`, or one that `evaluate` can load (computed on predictions).
 
@@ -202,33 +230,49 @@ def compute_confusion(references: Ints, predictions: Ints, n_labels: int) -> Int
 
 
 def is_larger_better(name: str) -> bool:
-    """Whether a higher value is better; knows `loss` too, and takes it as given for `evaluate`'s own metrics."""
-    return METRICS[name].larger_is_better if name in METRICS else name != "loss"
+    """Whether a higher value is better; taken as given for `evaluate`'s own metrics."""
+    info = METRICS.get(name) or CORPUS_METRICS.get(name)
+    return info is None or info.larger_is_better
 
 
-def check_metric_names(names: Iterable[str], *, key: str = "evaluate.metrics", also: Sequence[str] = ()) -> None:
-    """Every name must be in `METRICS` or `also`, or be a metric that `evaluate` can load from labels.
+def check_metric_names(
+    names: Iterable[str], *, key: str = "evaluate.metrics", also: Sequence[str] = (), kind: str = "labels"
+) -> None:
+    """Every name must be a metric of the kind or in `also`; for class labels `evaluate` may have it too.
 
     Args:
         names: Names out of a recipe.
         key: The recipe's key, for the message.
         also: Further names that this key takes, such as `loss`.
+        kind: Of `KINDS`.
 
     Raises:
         RecipeError: Lists every unknown name, with the nearest known one.
     """
+    known = sorted({*KINDS[kind].metrics, *also})
     problems = []
     for name in names:
-        if name not in METRICS and name not in also:
-            try:
-                _load_metric(name)
-            except RecipeError as error:
-                known = sorted({*METRICS, *also})
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                problems.append(f"{key}: must name metrics out of {', '.join(known)}, got {name!r}.{hint} {error}")
+        reason = None if name in known else _explain_unknown(name, known, kind)
+        if reason is not None:
+            problems.append(f"{key}: must name metrics out of {', '.join(known)}, got {name!r}.{reason}")
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def _explain_unknown(name: str, known: Sequence[str], kind: str) -> str | None:
+    """Which tasks the metric is for, or the nearest known one; None if `evaluate` has it for class labels."""
+    others = [other.words for other in KINDS.values() if name in other.metrics]
+    if others:
+        return f" It is for {others[0]}."
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if kind != "labels":
+        return hint
+    try:
+        _load_metric(name)
+    except RecipeError as error:
+        return f"{hint} {error}"
+    return None
 
 
 @functools.cache

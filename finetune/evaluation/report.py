@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from markupsafe import Markup
 from finetune.evaluation import charts, wording
 from finetune.evaluation.charts import Scale, Series, is_number
 from finetune.evaluation.metrics import is_larger_better
-from finetune.evaluation.verdict import build_verdict, compute_gap, is_scaled
-from finetune.evaluation.wording import Score, format_count, format_number, name_of, part_of
+from finetune.evaluation.verdict import build_verdict, compute_gap, gate_decimals, is_scaled
+from finetune.evaluation.wording import Score, decimals_of, format_count, format_number, name_of, part_of
 
 SEVERITIES = {"error": "bad", "warning": "care", "note": "note"}
 """Severity of a finding -> how the page marks it, gravest first."""
+LOSSES = ("loss", "perplexity", "bits_per_byte")
+"""Metrics whose curve is that of the loss on another scale."""
 LEGEND = {"line": "train, smoothed", "faint": "train, each step", "dots": "validation"}
 FAR = 4.0
 """Times the axis of the score plot may grow to hold one more baseline; beyond that an arrow stands for it."""
@@ -25,8 +27,9 @@ FEW_ROWS = 30
 """A slice with fewer rows says little."""
 CONFUSION_NUMBERS_UP_TO = 12
 """Classes up to which the confusion matrix is a table of counts."""
-MOST_CONFUSED, MISTAKES_SHOWN, CLASSES_SHOWN = 15, 10, 12
-ROW_REFERENCES, TEXT_CHARACTERS = 5, 600
+MOST_CONFUSED, MISTAKES_SHOWN, SAMPLES_SHOWN, CLASSES_SHOWN = 15, 10, 10, 12
+ROW_REFERENCES, TEXT_CHARACTERS, SAMPLE_CHARACTERS = 5, 600, 2000
+SAMPLE_PARTS = {"input": "Given", "output": "Model", "reference": "Reference"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class ReportData:
     facts: dict[str, dict[str, str]]
     """Section -> label -> value."""
     recipe_yaml: str
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """What a model that writes made of rows of the test split: input, output (without the input), reference, note; each
+    may be "". With `continues` true, output and reference go on where the input ends, and are shown so."""
+    samples_title: str = ""
+    """Heading of the samples, such as "Translations"."""
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -72,6 +80,7 @@ def render_report(data: ReportData) -> str:
         "p": wording.format_p,
         "count": wording.format_count,
         "condition": wording.format_condition,
+        "decimals": decimals_of,
         "named": name_of,
         "breakable": wording.mark_breaks,
     }
@@ -83,7 +92,10 @@ def render_report(data: ReportData) -> str:
         "primary": primary,
         "verdict": build_verdict(data.test, data.findings),
         "scores": _build_scores(data, primary),
-        "gates": part_of(data.test, "gates"),
+        "gates": [
+            {"key": key, "digits": gate_decimals(key, primary), **gate}
+            for key, gate in part_of(data.test, "gates").items()
+        ],
         "training": _build_training(data.events, primary),
         "confusion": _build_confusion(data.test),
         "classes": _build_classes(part_of(data.test, "per_class")),
@@ -91,6 +103,10 @@ def render_report(data: ReportData) -> str:
         "slices": _build_slices(data.test, primary),
         "mistakes": [_build_mistake(mistake) for mistake in data.mistakes],
         "mistakes_shown": MISTAKES_SHOWN,
+        "samples": [_build_sample(sample) for sample in data.samples],
+        "samples_shown": SAMPLES_SHOWN,
+        "samples_read": _describe_samples(data.samples),
+        "digits": decimals_of(primary),
         "findings": sorted(map(_build_finding, data.findings), key=lambda finding: finding["order"]),
         "meanings": [(name_of(key), wording.MEANINGS[key]) for key in metrics if key in wording.MEANINGS],
     }
@@ -165,7 +181,7 @@ def _build_training(events: Sequence[Mapping[str, Any]], primary: str | None) ->
         if event.get("event") == "evaluation"
     ]
     loss, rates = _points(steps, "loss"), _points(steps, "learning_rate")
-    watched = primary if primary and _points(scored, primary) else _first_metric(scored)
+    watched = _choose_metric(scored, primary)
     better = "higher" if is_larger_better(watched) else "lower"
     figures = [
         _figure(
@@ -184,9 +200,10 @@ def _build_training(events: Sequence[Mapping[str, Any]], primary: str | None) ->
     return [figure for figure in figures if figure["chart"]]
 
 
-def _first_metric(records: Iterable[Mapping[str, Any]]) -> str:
-    names = (key for record in records for key in record if key not in ("step", "loss") and is_number(record[key]))
-    return next(names, "loss")
+def _choose_metric(records: Sequence[Mapping[str, Any]], primary: str | None) -> str:
+    """The metric to draw beside the loss: the first that has numbers and is no loss, the headline's before others."""
+    names = [primary or "", *(key for record in records for key in record if key != "step")]
+    return next((name for name in names if name not in LOSSES and _points(records, name)), "")
 
 
 def _points(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -288,9 +305,34 @@ def _build_slices(test: Mapping[str, Any], primary: str | None) -> list[dict[str
 
 
 def _build_mistake(mistake: Mapping[str, Any]) -> dict[str, Any]:
-    text = str(mistake.get("text") or "")
-    short = text if len(text) <= TEXT_CHARACTERS else text[:TEXT_CHARACTERS].rstrip() + " \N{HORIZONTAL ELLIPSIS}"
-    return {key: mistake.get(key) for key in ("id", "reference", "prediction", "confidence")} | {"text": short}
+    text = _shorten(mistake.get("text"), TEXT_CHARACTERS)
+    return {key: mistake.get(key) for key in ("id", "reference", "prediction", "confidence")} | {"text": text}
+
+
+def _build_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    continues = bool(sample.get("continues"))
+    start = str(sample.get("input") or "").lstrip("\n") if continues else ""
+    # An empty input or reference is none; an empty output is what the model wrote.
+    parts = [
+        {"key": key, "label": label, "start": start, "text": _shorten(sample.get(key), SAMPLE_CHARACTERS)}
+        for key, label in SAMPLE_PARTS.items()
+        if key == "output" or (sample.get(key) and not (continues and key == "input"))
+    ]
+    return {"parts": parts, "note": str(sample.get("note") or "")}
+
+
+def _describe_samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    words = ["Rows of the test split and what the model wrote."]
+    if any(sample.get("continues") for sample in samples):
+        words = ["Beginnings from the test split in grey, and how the model goes on."]
+    if any(sample.get("reference") for sample in samples):
+        words.append("A reference is one good answer, not the only one.")
+    return " ".join(words)
+
+
+def _shorten(text: Any, characters: int) -> str:
+    whole = str(text or "").rstrip("\n")
+    return whole if len(whole) <= characters else whole[:characters].rstrip() + " \N{HORIZONTAL ELLIPSIS}"
 
 
 def _build_finding(finding: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import numpy as np
 from finetune.errors import DivergedError, RecipeError
 from finetune.evaluation.baselines import BaselineResult
 from finetune.evaluation.calibration import apply_temperature, compute_reliability
-from finetune.evaluation.gates import check_gate_names, check_gates, select_gate_metrics
+from finetune.evaluation.corpus_metrics import CORPUS_METRICS
+from finetune.evaluation.gates import BEATS_BASELINES, check_gate_names, check_gates, select_gate_metrics
 from finetune.evaluation.intervals import Estimate, compute_difference, compute_estimates, compute_interval
 from finetune.evaluation.metrics import (
+    KINDS,
     Floats,
     Ints,
     check_metric_names,
@@ -26,6 +28,8 @@ from finetune.evaluation.slices import SliceRows, compute_slices
 from finetune.recipe.schema import EvaluateSection
 
 DIGITS = 6
+AFTER_TRAINING = ("bits_per_byte", *(name for name, metric in CORPUS_METRICS.items() if metric.needs == "texts"))
+"""Metrics that would cost too much while training: bytes are counted, and texts written, at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +54,21 @@ class ScoredSplit:
     """How often the test split was opened."""
 
 
-def check_section(section: EvaluateSection) -> None:
-    """Metrics and gates must exist; to be called before training. Raises RecipeError with every problem."""
+def check_section(section: EvaluateSection, kind: str = "labels") -> None:
+    """Metrics, baselines and gates must suit the task; to be called before training.
+
+    Args:
+        section: The recipe's `evaluate`.
+        kind: What the task's metrics look at, a key of `metrics.KINDS`.
+
+    Raises:
+        RecipeError: Lists every problem.
+    """
     problems = []
     checks: list[Callable[[], None]] = [
-        lambda: check_metric_names(section.metrics),
-        lambda: check_gate_names(section.gates, section.baselines),
+        lambda: check_metric_names(section.metrics, kind=kind),
+        lambda: _check_baselines(section, kind),
+        lambda: check_gate_names(section.gates, section.baselines, kind),
     ]
     for check in checks:
         try:
@@ -64,6 +77,18 @@ def check_section(section: EvaluateSection) -> None:
             problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def check_early_stop(metric: str, kind: str = "labels") -> None:
+    """The metric that stops training must suit the task and be computed while training; `loss` always is.
+
+    Raises:
+        RecipeError: It does not.
+    """
+    key = "train.early_stop.metric"
+    check_metric_names([metric], key=key, also=("loss",), kind=kind)
+    if metric in AFTER_TRAINING:
+        raise RecipeError(f"{key}: must be computed while training, got {metric!r}. Use loss.")
 
 
 def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict[str, Any]:
@@ -98,7 +123,7 @@ def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict
         **({} if split.opened is None else {"opened": split.opened}),
         "metrics": {name: compute_interval(estimate, section.confidence) for name, estimate in model.items()},
         "baselines": {
-            name: _compare(
+            name: compare_systems(
                 model,
                 compute_estimates(references, baseline.scores[split.name], names, **drawing),
                 baseline.settings,
@@ -118,10 +143,30 @@ def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict
         },
         "slices": compute_slices(rows, section.slices, names, confidence=section.confidence, **drawing),
     }
-    scored = _to_json(scored)
+    scored = round_numbers(scored)
     # After rounding, so that a reader of the file comes to the same verdict.
     scored["gates"] = check_gates(section.gates, scored) if split.name == "test" else {}
     return scored
+
+
+def _check_baselines(section: EvaluateSection, kind: str) -> None:
+    """The task must have every baseline, and gate `beats_baselines` the headline of one."""
+    known, problems = KINDS[kind].baselines, []
+    for name in section.baselines:
+        others = [other.words for other in KINDS.values() if name in other.baselines]
+        if name not in known:
+            problems.append(
+                f"evaluate.baselines: must name baselines out of {', '.join(known)}, got {name!r}. "
+                f"It is for {others[0]}."
+            )
+    headline = CORPUS_METRICS.get(section.metrics[0])
+    if section.gates.get(BEATS_BASELINES) and kind == "texts" and headline and headline.needs != "texts":
+        problems.append(
+            f"evaluate.gates: beats_baselines must have a first metric that {', '.join(known)} have, "
+            f"got {headline.name!r}. Put bleu or chrf first in evaluate.metrics."
+        )
+    if problems:
+        raise RecipeError("\n".join(problems))
 
 
 def _check_finite(name: str, logits: Floats) -> None:
@@ -133,21 +178,23 @@ def _check_finite(name: str, logits: Floats) -> None:
         )
 
 
-def _compare(
+def compare_systems(
     model: Mapping[str, Estimate], baseline: Mapping[str, Estimate], settings: Mapping[str, Any], confidence: float
 ) -> dict[str, Any]:
+    """A baseline's metrics and how far the model's lie from them, for the metrics that the baseline has."""
     return {
         "metrics": {name: compute_interval(estimate, confidence) for name, estimate in baseline.items()},
-        "difference": {name: compute_difference(model[name], baseline[name], confidence) for name in model},
+        "difference": {name: compute_difference(model[name], baseline[name], confidence) for name in baseline},
         "settings": dict(settings),
     }
 
 
-def _to_json(value: Any) -> Any:
+def round_numbers(value: Any) -> Any:
+    """What is written as JSON: numbers rounded to six digits, None for nan and infinity."""
     if isinstance(value, dict):
-        return {key: _to_json(inner) for key, inner in value.items()}
+        return {key: round_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_to_json(inner) for inner in value]
+        return [round_numbers(inner) for inner in value]
     if isinstance(value, float):
         return round(value, DIGITS) + 0.0 if math.isfinite(value) else None  # + 0.0 turns -0.0 into 0.0
     return value

@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from finetune.errors import DataError
 from finetune.evaluation.baselines import CJK
-from finetune.evaluation.intervals import compute_intervals
+from finetune.evaluation.intervals import Interval, compute_intervals
 from finetune.evaluation.metrics import Floats, Ints
 
 LENGTH = "length"  # the number of words, not a column
@@ -75,41 +75,54 @@ def compute_slices(
     Raises:
         DataError: A column does not exist.
     """
-    check_slice_columns(columns, sorted({column for values in rows.values for column in values}))
-    result: dict[str, list[dict[str, Any]]] = {}
-    for column in columns:
-        result[column] = []
-        for value, chosen in group_rows(column, rows):
-            metrics = compute_intervals(
-                rows.references[chosen],
-                rows.scores[chosen],
-                names,
-                confidence=confidence,
-                resamples=resamples,
-                seed=seed,
-            )
-            result[column].append({"value": value, "rows": len(chosen), "metrics": metrics})
-    return result
+
+    def score(chosen: Ints) -> dict[str, Interval]:
+        return compute_intervals(
+            rows.references[chosen], rows.scores[chosen], names, confidence=confidence, resamples=resamples, seed=seed
+        )
+
+    return score_slices(rows.texts, rows.values, columns, score)
 
 
-def group_rows(column: str, rows: SliceRows) -> list[tuple[str, Ints]]:
+def score_slices(
+    texts: Sequence[str],
+    values: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    score: Callable[[Ints], dict[str, Interval]],
+) -> dict[str, list[dict[str, Any]]]:
+    """The same for any way to score some of the rows: `score` takes their positions.
+
+    Raises:
+        DataError: A column does not exist.
+    """
+    check_slice_columns(columns, sorted({column for row in values for column in row}))
+    return {
+        column: [
+            {"value": value, "rows": len(chosen), "metrics": score(chosen)}
+            for value, chosen in group_rows(column, texts, values)
+        ]
+        for column in columns
+    }
+
+
+def group_rows(column: str, texts: Sequence[str], values: Sequence[Mapping[str, Any]]) -> list[tuple[str, Ints]]:
     """(value, positions of its rows): quartiles upwards, other values from the most frequent down, `other` last."""
     if column == LENGTH:
-        labels, order = _label_quartiles([float(len(WORD.findall(text))) for text in rows.texts], " words")
+        labels, order = _label_quartiles([float(len(WORD.findall(text))) for text in texts], " words")
     else:
-        values = [values.get(column) for values in rows.values]
-        numbers = [_to_number(value) for value in values]
+        found = [row.get(column) for row in values]
+        numbers = [_to_number(value) for value in found]
         if None not in numbers and len(set(numbers)) > MAX_VALUES:
             labels, order = _label_quartiles([n for n in numbers if n is not None], "")
         else:
-            labels = [MISSING if value is None or value == "" else str(value) for value in values]
+            labels = [MISSING if value is None or value == "" else str(value) for value in found]
             order = [value for value, _ in Counter(labels).most_common()]
     counts = Counter(labels)
     kept = [value for value in order if counts[value] >= MIN_ROWS and value != OTHER][:MAX_VALUES]
     positions: dict[str, list[int]] = {value: [] for value in [*kept, OTHER]}
     for position, label in enumerate(labels):
         positions[label if label in kept else OTHER].append(position)
-    return [(value, np.array(found, dtype=np.int64)) for value, found in positions.items() if found]
+    return [(value, np.array(chosen, dtype=np.int64)) for value, chosen in positions.items() if chosen]
 
 
 def _to_number(value: Any) -> float | None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.evaluation.charts import is_number
+from finetune.evaluation.gates import BEATS_BASELINES
 from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.wording import (
-    capitalised,
     count_of,
+    decimals_of,
     format_condition,
     format_interval,
     format_number,
@@ -28,6 +29,9 @@ Bin = Mapping[str, Any]
 
 WIDE_INTERVAL = 0.10
 """Above this the test split is too small to tell good models apart."""
+RELATIVE = ("bleu", "bleu_zh", "chrf", "perplexity")
+"""Metrics whose interval counts as a share of their value: 3 points are much at BLEU 10 and little at BLEU 40. A share
+of a perplexity is a difference in nats of the loss, which is why a loss is not among them."""
 LOOSE_CALIBRATION = 0.05
 """A confidence further from accuracy than this, beyond chance, is not read as a probability."""
 
@@ -61,7 +65,7 @@ def build_verdict(test: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]
     evidence = [
         _judge_score(test, primary),
         _judge_baselines(test, primary),
-        _judge_gates(part_of(test, "gates")),
+        _judge_gates(test, primary),
         _judge_calibration(test),
         _judge_leaks(findings),
         _judge_opened(test.get("opened")),
@@ -78,13 +82,15 @@ def _judge_score(test: Mapping[str, Any], primary: str | None) -> Evidence:
     if primary is None or not is_number(score.get("value")):
         return Evidence("Score", "bad", "There is no score on held-out rows.", "it has no score on held-out rows")
     rows = f" on {count_of(test['rows'], 'row')} that it never saw in training" if is_number(test.get("rows")) else ""
-    text = f"{capitalised(name_of(primary))} is {format_number(score['value'])}{rows}."
-    interval = format_interval(score)
+    value, digits = score["value"], decimals_of(primary)
+    better = "" if is_larger_better(primary) else "; lower is better"
+    text = f"Its {name_of(primary)} is {format_number(value, digits)}{rows}{better}."
+    interval = format_interval(score, digits)
     if not interval:
         return Evidence("Score", "care", f"{text} It has no interval.", "the score has no interval")
     level = test.get("confidence")
     text += f" The {f'{100 * level:g}% ' if is_number(level) else ''}interval is {interval}."
-    if score["high"] - score["low"] > WIDE_INTERVAL:
+    if score["high"] - score["low"] > WIDE_INTERVAL * (value if primary in RELATIVE else 1):
         return Evidence("Score", "care", f"{text} It is wide: more test rows would tell more.", "the interval is wide")
     return Evidence("Score", "good", text)
 
@@ -106,10 +112,11 @@ def _judge_baselines(test: Mapping[str, Any], primary: str | None) -> Evidence:
     states = [one[1] for one in found]
     _, _, strongest, gap = found[0]
     won = "all" if states.count("good") == len(states) > 1 else f"{states.count('good')} of"
-    interval = f" ({format_interval(gap)})" if format_interval(gap) else ""
+    digits = decimals_of(primary)
+    interval = f" ({format_interval(gap, digits)})" if format_interval(gap, digits) else ""
     text = (
         f"Clearly better than {won} {count_of(len(found), 'simpler method')}. The difference to the strongest, "
-        f"{quoted(strongest)}, is {format_signed(gap['value'])}{interval}."
+        f"{quoted(strongest)}, is {format_signed(gap['value'], digits)}{interval}."
     )
     if "bad" in states:
         return Evidence("Baselines", "bad", text, "a simpler method does as well")
@@ -118,17 +125,24 @@ def _judge_baselines(test: Mapping[str, Any], primary: str | None) -> Evidence:
     return Evidence("Baselines", "good", text)
 
 
-def _judge_gates(gates: Mapping[str, Mapping[str, Any]]) -> Evidence | None:
+def _judge_gates(test: Mapping[str, Any], primary: str | None) -> Evidence | None:
+    gates: Mapping[str, Mapping[str, Any]] = part_of(test, "gates")
     if not gates:
         return None
-    failed = [_gate_words(key, gate) for key, gate in gates.items() if not gate.get("passed")]
+    words = {key: _gate_words(key, gate, primary) for key, gate in gates.items()}
+    failed = [words[key] for key, gate in gates.items() if not gate.get("passed")]
     if failed:
         text = f"{len(failed)} of {len(gates)} failed: {listed(failed)}."
         return Evidence("Gates", "bad", text, f"it fails {'a gate' if len(failed) == 1 else f'{len(failed)} gates'}")
-    return Evidence("Gates", "good", f"Passed: {listed([_gate_words(key, gate) for key, gate in gates.items()])}.")
+    return Evidence("Gates", "good", f"Passed: {listed(list(words.values()))}.")
 
 
-def _gate_words(key: str, gate: Mapping[str, Any]) -> str:
+def gate_decimals(key: str, primary: str | None) -> int:
+    """How many decimals a gate's value has: `beats_baselines` is about the first metric, others are named by theirs."""
+    return decimals_of(primary if key == BEATS_BASELINES else key)
+
+
+def _gate_words(key: str, gate: Mapping[str, Any], primary: str | None) -> str:
     condition = format_condition(gate.get("condition"))
     # A gate whose name is already a sentence says its condition only in the table of gates.
     words = (
@@ -139,7 +153,7 @@ def _gate_words(key: str, gate: Mapping[str, Any]) -> str:
     return (
         words
         if gate.get("passed") or not is_number(gate.get("value"))
-        else f"{words} (got {format_number(gate['value'])})"
+        else f"{words} (got {format_number(gate['value'], gate_decimals(key, primary))})"
     )
 
 

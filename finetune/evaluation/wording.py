@@ -23,9 +23,16 @@ NAMES = {
     "ece": "calibration error (ECE)",
     "brier": "Brier score",
     "log_loss": "log loss",
+    "bleu": "BLEU",
+    "bleu_zh": "BLEU (Chinese)",
+    "chrf": "chrF",
     "majority": "Always the most frequent class",
     "tfidf_logreg": "TF-IDF + logistic regression",
     "frozen_logreg": "Frozen base + logistic regression",
+    "unigram": "Token frequencies",
+    "ngram": "n-gram model",
+    "copy": "The input, copied",
+    "nearest": "The target of the nearest input in train",
     "beats_baselines": "beats the baselines",
 }
 MEANINGS = {
@@ -37,7 +44,16 @@ MEANINGS = {
     "ece": "how far confidence lies from accuracy, on average; lower is better",
     "brier": "the squared distance of the scores from the truth; lower is better",
     "log_loss": "the surprise at the truth; lower is better",
+    "loss": "the surprise at each token, in nats; lower is better",
+    "perplexity": "among how many equally likely tokens the model would be as unsure; lower is better",
+    "bits_per_byte": "the bits that a byte of the text would take up if the model packed it; lower is better",
+    "token_accuracy": "the share of tokens that were the model\N{RIGHT SINGLE QUOTATION MARK}s first guess",
+    "bleu": "words and phrases shared with the reference, from 0 to 100 (sacreBLEU, tok:13a)",
+    "bleu_zh": "characters and phrases shared with the reference, from 0 to 100 (sacreBLEU, tok:zh)",
+    "chrf": "runs of up to six characters shared with the reference, from 0 to 100 (sacreBLEU, chrF2)",
 }
+DECIMALS = {"bleu": 1, "bleu_zh": 1, "chrf": 1, "perplexity": 2}
+"""Metric -> decimals, for those that do not live between 0 and 1; three for all others."""
 
 
 def name_of(key: Any) -> str:
@@ -45,17 +61,22 @@ def name_of(key: Any) -> str:
     return NAMES.get(str(key), str(key).replace("_", " "))
 
 
+def decimals_of(metric: Any) -> int:
+    """How many decimals a value of the metric is written with."""
+    return DECIMALS.get(str(metric), 3)
+
+
 def format_number(value: Any, digits: int = 3) -> str:
-    """A number with `digits` decimals, or a dash; the minus is typographic."""
+    """A number with `digits` decimals and thousands separated, or a dash; the minus is typographic."""
     if not is_number(value):
         return DASH
     # "z" turns a minus before nothing but zeros into none.
-    return f"{value:z.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:z,.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def format_signed(value: Any) -> str:
+def format_signed(value: Any, digits: int = 3) -> str:
     """A difference with its sign, such as `+0.021`."""
-    text = format_number(value)
+    text = format_number(value, digits)
     return text if text.startswith((DASH, "\N{MINUS SIGN}")) else f"+{text}"
 
 
@@ -64,16 +85,18 @@ def format_count(value: Any) -> str:
     return f"{value:,}" if is_number(value) else DASH
 
 
-def format_interval(score: Score) -> str:
+def format_interval(score: Score, digits: int = 3) -> str:
     """`0.821 to 0.861`, or nothing when an end is missing."""
     low, high = score.get("low"), score.get("high")
-    return f"{format_number(low)} to {format_number(high)}" if is_number(low) and is_number(high) else ""
+    if not is_number(low) or not is_number(high):
+        return ""
+    return f"{format_number(low, digits)} to {format_number(high, digits)}"
 
 
-def format_score(score: Score) -> str:
+def format_score(score: Score, digits: int = 3) -> str:
     """`0.842 (0.821 to 0.861)`."""
-    interval = format_interval(score)
-    return format_number(score.get("value")) + (f" ({interval})" if interval else "")
+    interval = format_interval(score, digits)
+    return format_number(score.get("value"), digits) + (f" ({interval})" if interval else "")
 
 
 def format_p(value: Any) -> str:
@@ -88,6 +111,10 @@ def format_condition(condition: Any) -> str:
     text = str(condition if condition is not None else "")
     if text.lower() in ("true", "false"):
         return ""
+    found = re.fullmatch(r"(\w+) (above|below) (\w+)'s (\S+)", text)  # such as `bleu above nearest's 6.21345`
+    if found:
+        metric, word, baseline, value = found.groups()
+        return f"{name_of(metric)} {word} {format_number(float(value), decimals_of(metric))} ({name_of(baseline)})"
     text = re.sub(r"[a-z0-9_]+", lambda found: NAMES.get(found[0], found[0]), text)
     return text.replace(">=", "\N{GREATER-THAN OR EQUAL TO}").replace("<=", "\N{LESS-THAN OR EQUAL TO}")
 
@@ -109,11 +136,6 @@ def mark_breaks(text: Any) -> Markup:
 def count_of(count: int, one: str) -> str:
     """`1 row`, `1,234 rows`."""
     return f"{count:,} {one}{'' if count == 1 else 's'}"
-
-
-def capitalised(text: str) -> str:
-    """The text with its first letter large and the others as they are."""
-    return text[:1].upper() + text[1:]
 
 
 def listed(words: Sequence[str]) -> str:

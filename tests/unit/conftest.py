@@ -1,10 +1,12 @@
-"""A model and a problem so small that the loop can be followed weight by weight."""
+"""A model and a problem so small that the loop can be followed weight by weight, and a reader of report pages."""
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,3 +97,55 @@ def tiny_classifier() -> type[TinyClassifier]:
 def training(tmp_path: Path) -> TinyTraining:
     """Problems, sections, sessions and `fit` for a `tiny_classifier`."""
     return TinyTraining(tmp_path)
+
+
+class Page(HTMLParser):
+    """Reads a page, or a part of one, and fails on a tag that is closed in the wrong place or a number that is none."""
+
+    VOID = ("meta", "link", "br", "img", "input", "hr", "wbr")
+    GEOMETRY = (
+        *("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "r", "width", "height"),
+        *("d", "dx", "rx", "fill-opacity", "viewbox"),
+    )
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        for _, attributes in self.tags:
+            for key in self.GEOMETRY:
+                assert not re.search(r"nan|inf|None|e[+]?\d\d\d", attributes.get(key) or "", re.IGNORECASE)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        """All words, one space between them."""
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        """The attributes of each tag of that name."""
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="session")
+def read_page() -> type[Page]:
+    """`read_page(html)` gives the page's text and tags."""
+    return Page

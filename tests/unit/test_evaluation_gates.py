@@ -55,6 +55,13 @@ def test_baselines_without_a_value_are_not_beaten() -> None:
     assert result == {"condition": "macro_f1 above every baseline, and there is none", "value": 0.9, "passed": False}
 
 
+def test_a_baseline_without_the_metric_is_passed_over() -> None:
+    scored = make_scored(0.8, {"a": 0.7})
+    scored["baselines"]["b"] = {"metrics": {"accuracy": {"value": 0.95}}}
+    result = check_gates({"beats_baselines": True}, scored)["beats_baselines"]
+    assert result == {"condition": "macro_f1 above a's 0.7", "value": 0.8, "passed": True}
+
+
 def test_every_missed_gate_is_named() -> None:
     scored = make_scored(0.71, {"tfidf_logreg": 0.76})
     results = check_gates({"macro_f1": ">= 0.80", "accuracy": "> 0.5", "beats_baselines": True}, scored)
@@ -96,7 +103,7 @@ def test_names_are_checked_before_training(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gates, "check_metric_names", refuse)
     with pytest.raises(RecipeError) as caught:
         check_gate_names({"makro_f1": ">= 0.8", "beats_baselines": True}, [])
-    assert asked == [(["makro_f1"], {"key": "evaluate.gates", "also": ("beats_baselines",)})]
+    assert asked == [(["makro_f1"], {"key": "evaluate.gates", "also": ("beats_baselines",), "kind": "labels"})]
     assert str(caught.value).splitlines() == [
         "evaluate.gates: must name metrics out of ..., got 'makro_f1'.",
         "evaluate.gates: beats_baselines must have a baseline to beat, got none. "

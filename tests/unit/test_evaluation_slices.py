@@ -20,7 +20,7 @@ def make_rows(column: str, values: list[Any], texts: list[str] | None = None) ->
 
 
 def sizes(column: str, rows: SliceRows) -> dict[str, int]:
-    return {value: len(chosen) for value, chosen in group_rows(column, rows)}
+    return {value: len(chosen) for value, chosen in group_rows(column, rows.texts, rows.values)}
 
 
 def test_metrics_are_those_of_the_rows_of_the_value() -> None:
@@ -89,7 +89,8 @@ def test_missing_values_are_a_slice() -> None:
 
 def test_every_row_is_in_one_slice() -> None:
     values = [i % 17 for i in range(200)]
-    positions = np.concatenate([chosen for _, chosen in group_rows("n", make_rows("n", values))])
+    groups = group_rows("n", ["a text"] * 200, [{"n": value} for value in values])
+    positions = np.concatenate([chosen for _, chosen in groups])
     assert sorted(positions) == list(range(200))
 
 
