@@ -93,7 +93,7 @@ def save_models(setting: Setting, folder: Path) -> None:
     settings = {"task": task.to_config(), "temperature": 1.0, "max_length": 128}
     # The second is built from the folder of the first: the same weights, head included.
     for architecture in ("native", "triad"):
-        model = task.build_model(base, ModelSection(architecture=architecture, pooling="first"), SEED)
+        model = task.build_model(base, ModelSection(architecture=architecture, pooling="first"), tokenizer, SEED)
         save_model(model, tokenizer, folder / architecture, settings)
         base = BaseModel(architecture, folder / architecture, "local folder")
 

@@ -125,7 +125,7 @@ def train_with_trainer(setting: Setting, *, best: bool) -> Outcome:
 
     prepared = prepare(setting)
     native = ModelSection(architecture="native", pooling="first", dropout=0.0 if best else 0.1)
-    model = prepared.task.build_model(prepared.base, native, SEED)
+    model = prepared.task.build_model(prepared.base, native, prepared.tokenizer, SEED)
     model.set_attn_implementation("sdpa")
     section, head = build_section(setting.targets, "native"), list_head_modules(model)
     if section.method == "lora":
@@ -184,7 +184,7 @@ def train_with_finetune(setting: Setting, *, architecture: str) -> Outcome:
 
     prepared = prepare(setting)
     task, train, rate = prepared.task, prepared.train, LEARNING_RATES[setting.targets]
-    model = task.build_model(prepared.base, ModelSection(architecture=architecture), SEED)
+    model = task.build_model(prepared.base, ModelSection(architecture=architecture), prepared.tokenizer, SEED)
     new, pad_token_id = list_new_modules(model), get_padding(model, prepared.tokenizer)
     adapter = build_section(setting.targets, architecture)
     model = attach_adapter(model, adapter, list_head_modules(model), prepared.base.reference)

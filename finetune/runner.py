@@ -23,6 +23,7 @@ from finetune.artifact.run_folder import (
     create_run_folder,
     describe_host,
     find_run,
+    is_run,
     load_json,
     save_json,
 )
@@ -31,23 +32,17 @@ from finetune.data.batches import Examples
 from finetune.data.checks import findings_to_json
 from finetune.errors import DataError, GateError, Interrupted, ResourceError, UsageError
 from finetune.evaluation.gates import raise_on_failed_gates
-from finetune.evaluation.metrics import check_metric_names, is_larger_better
-from finetune.evaluation.scoring import check_section
-from finetune.models.base import BaseModel, load_tokenizer, resolve_base
-from finetune.models.centroids import start_at_centroids
-from finetune.models.classifier import (
-    build_classifier_shape,
-    get_padding,
-    list_head_modules,
-    list_new_modules,
-)
+from finetune.evaluation.metrics import is_larger_better
+from finetune.evaluation.scoring import check_early_stop, check_section
+from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
+from finetune.models.classifier import get_padding
 from finetune.recipe import dump_recipe, find_recipe, load_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
 from finetune.tasks import TASKS
 from finetune.tasks.preparation import Prepared, prepare
 from finetune.training.checkpoint import has_checkpoint, prune_checkpoints
-from finetune.training.loop import Problem, fit
+from finetune.training.loop import Problem, count_steps, fit
 from finetune.training.precision import choose_precision
 from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
 from finetune.training.session import build_session
@@ -66,6 +61,11 @@ class Run:
     def test(self) -> dict[str, Any]:
         """The content of evaluation/test.json."""
         return load_json(self.folder.evaluation / "test.json")
+
+    @property
+    def task_type(self) -> str:
+        """The problem shape, as in the recipe."""
+        return str(load_json(self.folder.data / "task.json")["type"])
 
     def evaluate(self, data: str | None = None) -> dict[str, Any]:
         """Score the test split again (counted), or another held-out set."""
@@ -100,7 +100,7 @@ def run(
         FinetuneError: see `finetune.errors`; a missed gate is raised after everything was written.
     """
     path = find_recipe(recipe)
-    loaded = load_recipe(path, overrides)
+    loaded = _settle_base(load_recipe(path, overrides))
     ready: list[Ready] = []
 
     def begin() -> str:
@@ -130,11 +130,10 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         Findings, rows and tokens of each split, steps, parameters and an estimate of the memory for training.
     """
     path = find_recipe(recipe)
-    loaded = load_recipe(path, overrides)
+    loaded = _settle_base(load_recipe(path, overrides))
     base, prepared = _prepare(loaded, path.parent)
-    model = build_classifier_shape(base, prepared.task.labels, loaded.model)
-    count = plan_parameters(model, loaded.adapter, list_head_modules(model))
-    steps = -(-int(prepared.examples["train"].lengths.sum()) // loaded.train.tokens_per_batch) * loaded.train.epochs
+    model = prepared.task.build_shape(base, loaded.model, prepared.tokenizer)
+    count = plan_parameters(model, loaded.adapter, prepared.task.list_modules(model)[1])
     return {
         "recipe": str(path),
         "name": loaded.name,
@@ -147,7 +146,7 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         },
         "findings": findings_to_json(prepared.findings),
         "parameters": {"trained": count.trained, "total": count.total},
-        "steps": steps,
+        "steps": count_steps(prepared.examples["train"], loaded.train),
         # float32 weights, and for each trained one a gradient and AdamW's two moments; activations come on top.
         "memory_mb": round((4 * count.total + 12 * count.trained) / 2**20),
     }
@@ -184,6 +183,8 @@ def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFol
     save_json(folder.data / "ids.json", {name: [row.id for row in rows] for name, rows in prepared.splits.items()})
     save_json(folder.data / "findings.json", findings_to_json(prepared.findings))
     save_json(folder.data / "task.json", prepared.task.to_config())
+    if base.reference == SCRATCH.reference:
+        prepared.tokenizer.save_pretrained(folder.tokenizer)
     for split, examples in prepared.examples.items():
         examples.save(folder.examples(split))
     save_json(
@@ -206,13 +207,14 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
     lock = load_json(folder.lock)
     task = TASKS[recipe.task.type].from_config(load_json(folder.data / "task.json"))
     base = resolve_base(recipe.model.base)
-    tokenizer = load_tokenizer(base)
+    tokenizer = _load_tokenizer(folder) or task.build_tokenizer(base, [], recipe.model)
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
-    model = task.build_model(base, recipe.model, recipe.train.seed)
+    model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
+    pad_token_id = get_padding(model, tokenizer)
     if not has_checkpoint(folder.checkpoints):
-        start_at_centroids(model, train_rows, get_padding(model, tokenizer))
-    new, head = list_new_modules(model), list_head_modules(model)
-    model = attach_adapter(model, recipe.adapter, head, base.reference)
+        task.start(model, train_rows, pad_token_id)
+    new, head = task.list_modules(model)
+    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type)
     count = count_parameters(model)
     problem = Problem(
         train=train_rows,
@@ -221,15 +223,21 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
         compute_losses=lambda model, batch: task.compute_losses(model, batch, recipe.train.label_smoothing),
         compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
         is_larger_better=is_larger_better,
+        compute_outputs=task.compute_outputs,
         head=new,
-        pad_token_id=get_padding(model, tokenizer),
+        pad_token_id=pad_token_id,
     )
     with closing(build_session(recipe.train, folder.path, lock["precision"])) as session:
         if session.accelerator.is_main_process and not quiet:
             _narrate(quiet, str(count))
         state = fit(model, problem, recipe.train, session, quiet=quiet)
         if session.accelerator.is_main_process:
-            settings = {"task": task.to_config(), "temperature": 1.0, "max_length": recipe.model.max_length}
+            settings = {
+                "task": task.to_config(),
+                "temperature": 1.0,
+                "max_length": recipe.model.max_length,
+                "generate": recipe.evaluate.generate.model_dump(mode="json"),
+            }
             save_model(model, tokenizer, folder.model, settings)
             prune_checkpoints(folder.checkpoints, 1, state.best_step)
             folder.update_status(
@@ -325,12 +333,36 @@ def _train_in_workers(folder: RunFolder, processes: int, quiet: bool) -> None:
         )
 
 
-def _prepare(recipe: Recipe, recipe_folder: Path) -> Ready:
-    check_section(recipe.evaluate)
+def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Ready:
+    task = TASKS[recipe.task.type]
+    check_section(recipe.evaluate, task.scored_by)
     if recipe.train.early_stop:
-        check_metric_names([recipe.train.early_stop.metric], key="train.early_stop.metric", also=("loss",))
+        check_early_stop(recipe.train.early_stop.metric, task.scored_by)
     base = resolve_base(recipe.model.base)
-    return base, prepare(recipe.task, recipe.model, base, seed=recipe.train.seed, relative_to=recipe_folder)
+    prepared = prepare(
+        recipe.task,
+        recipe.model,
+        base,
+        seed=recipe.train.seed,
+        relative_to=recipe_folder,
+        tokenizer=tokenizer,
+    )
+    return base, prepared
+
+
+def _settle_base(recipe: Recipe) -> Recipe:
+    """A recipe whose base is a run, with that run's model in its place: its name may mean another run tomorrow."""
+    path = Path(recipe.model.base).expanduser()
+    if not is_run(path):
+        return recipe
+    folder = str(find_run(path).model.resolve())
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": folder})})
+
+
+def _load_tokenizer(folder: RunFolder) -> Any:
+    """The tokenizer that a run learned at its start; None where it uses its base's."""
+    path = folder.tokenizer
+    return load_tokenizer(BaseModel(str(path), path, "this run")) if path.is_dir() else None
 
 
 def _prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
@@ -339,7 +371,8 @@ def _prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
     Raises:
         DataError: the data changed since.
     """
-    base, prepared = _prepare(recipe, Path(folder.load_status().get("recipe_folder", ".")))
+    recipe_folder = Path(folder.load_status().get("recipe_folder", "."))
+    base, prepared = _prepare(recipe, recipe_folder, _load_tokenizer(folder))
     expected, found = load_json(folder.lock)["data"]["sha256"], prepared.source.fingerprint
     if expected != found:
         raise DataError(

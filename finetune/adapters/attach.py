@@ -37,6 +37,7 @@ def attach_adapter(
     section: AdapterSection,
     head: Sequence[str],
     base_reference: str,
+    task_type: str = "SEQ_CLS",
 ) -> nn.Module:
     """Make a model trainable in the way that the recipe asks for.
 
@@ -45,6 +46,7 @@ def attach_adapter(
         section: the recipe's `adapter`.
         head: names of the head's modules; always trained and saved whole.
         base_reference: what a saved adapter names as its base (a Hub id or a folder).
+        task_type: PEFT's name for what the model does.
 
     Returns:
         The model itself (`full`) or a `PeftModel` around it (`lora`).
@@ -59,7 +61,7 @@ def attach_adapter(
     from finetune.adapters.fast_lora import speed_up_lora
 
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType[task_type],
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,

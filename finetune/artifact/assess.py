@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -15,21 +14,15 @@ from finetune.artifact.card import build_model_card
 from finetune.artifact.load import load
 from finetune.artifact.run_folder import RunFolder, load_json, now, save_json
 from finetune.artifact.save import SETTINGS
-from finetune.data.batches import Examples
 from finetune.data.checks import findings_to_json
 from finetune.data.rows import Row
-from finetune.evaluation.baselines import BaselineData, BaselineResult, compute_baselines
-from finetune.evaluation.calibration import fit_temperature
 from finetune.evaluation.report import ReportData, write_report
-from finetune.evaluation.scoring import ScoredSplit, score_split
 from finetune.models.base import BaseModel
-from finetune.models.embedding import compute_embeddings
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
+from finetune.tasks import HeldOut, Judgement
 from finetune.tasks.preparation import Prepared, load_held_out
 from finetune.training.events import load_events
-
-MISTAKES = 50
 
 
 def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseModel) -> dict[str, Any]:
@@ -46,50 +39,16 @@ def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseMode
     Returns:
         The content of evaluation/test.json.
     """
-    predictor = load(folder.model)
-    splits = prepared.splits
-    logits = {name: predictor.compute_logits(splits[name]).astype(np.float64) for name in ("validation", "test")}
-    references = {name: prepared.examples[name].labels for name in splits}
-    temperature = 1.0
-    if recipe.evaluate.calibrate == "temperature":
-        temperature = fit_temperature(logits["validation"], references["validation"])
-    save_json(folder.model / SETTINGS, load_json(folder.model / SETTINGS) | {"temperature": temperature})
-    baselines = _compute_baselines(recipe, prepared, base, prepared.examples["test"], splits["test"])
     opened = (
         load_json(folder.evaluation / "test.json")["opened"] + 1 if (folder.evaluation / "test.json").exists() else 1
     )
-    scored = {
-        name: score_split(
-            ScoredSplit(
-                name=name,
-                labels=prepared.task.labels,
-                references=references[name],
-                logits=logits[name],
-                texts=[row.values["text"] for row in splits[name]],
-                values=[row.values for row in splits[name]],
-                temperature=temperature,
-                baselines=baselines,
-                opened=opened if name == "test" else None,
-            ),
-            recipe.evaluate,
-            recipe.train.seed,
-        )
-        for name in ("validation", "test")
-    }
-    for name, content in scored.items():
+    judgement = _judge(folder, recipe, prepared, base, opened=opened)
+    save_json(folder.model / SETTINGS, load_json(folder.model / SETTINGS) | dict(judgement.settings))
+    for name, content in judgement.scored.items():
         save_json(folder.evaluation / f"{name}.json", content)
-    scores = prepared.task.compute_scores(logits["test"], temperature)
-    _save_predictions(
-        folder.evaluation / "predictions.parquet", splits["test"], references["test"], scores, prepared.task.labels
-    )
-    _write_pages(
-        folder,
-        recipe,
-        prepared,
-        scored,
-        _list_mistakes(splits["test"], references["test"], scores, prepared.task.labels),
-    )
-    return scored["test"]
+    _save_predictions(folder.evaluation / "predictions.parquet", judgement.predictions)
+    _write_pages(folder, recipe, prepared, judgement)
+    return judgement.scored["test"]
 
 
 def assess_held_out(
@@ -102,24 +61,17 @@ def assess_held_out(
         test.json, with the rows shared with train in `findings`.
     """
     source, rows, findings = load_held_out(prepared.task, data, recipe.task.columns, prepared.splits["train"])
-    predictor = load(folder.model)
-    examples = prepared.task.build_examples(rows, prepared.tokenizer, recipe.model.max_length)
-    scored = score_split(
-        ScoredSplit(
-            name="test",
-            labels=prepared.task.labels,
-            references=examples.labels,
-            logits=predictor.compute_logits(rows).astype(np.float64),
-            texts=[row.values["text"] for row in rows],
-            values=[row.values for row in rows],
-            temperature=predictor.temperature,
-            baselines=_compute_baselines(recipe, prepared, base, examples, rows),
-        ),
-        recipe.evaluate.model_copy(
-            update={"slices": [name for name in recipe.evaluate.slices if _has_column(rows, name)]}
-        ),
-        recipe.train.seed,
+    task = prepared.task
+    examples = task.build_examples(rows, prepared.tokenizer, recipe.model.max_length)
+    other = replace(
+        prepared,
+        splits=prepared.splits | {"test": rows},
+        examples=prepared.examples | {"test": examples},
     )
+    slices = [name for name in recipe.evaluate.slices if _has_column(rows, name)]
+    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"slices": slices})})
+    settings = load_json(folder.model / SETTINGS)
+    scored = _judge(folder, recipe, other, base, opened=None, settings=settings).scored["test"]
     # A file called test.csv must not take the place of the run's own scores.
     name = f"other-{source.name}" if source.name in prepared.splits else source.name
     scored = scored | {"split": name, "data": source.origin, "findings": findings_to_json(findings)}
@@ -131,87 +83,46 @@ def _has_column(rows: Sequence[Row], name: str) -> bool:
     return name == "length" or (bool(rows) and name in rows[0].values)
 
 
-def _compute_baselines(
-    recipe: Recipe, prepared: Prepared, base: BaseModel, test: Examples, test_rows: Sequence[Row]
-) -> dict[str, BaselineResult]:
-    """Fit the recipe's baselines on train, tune them on validation, and score both held-out splits."""
-    examples = {"train": prepared.examples["train"], "validation": prepared.examples["validation"], "test": test}
-    rows = {"train": prepared.splits["train"], "validation": prepared.splits["validation"], "test": test_rows}
-    embedded: dict[str, npt.NDArray[np.float32]] = {}
-
-    def embed(name: str) -> Callable[[], npt.NDArray[np.float32]]:
-        def features() -> npt.NDArray[np.float32]:
-            if not embedded:  # the base is loaded once, for all splits
-                parts = compute_embeddings(base, list(examples.values()), prepared.tokenizer.pad_token_id)
-                embedded.update(zip(examples, parts, strict=True))
-            return embedded[name]
-
-        return features
-
-    data = {
-        name: BaselineData(
-            texts=[row.values["text"] for row in rows[name]],
-            labels=None if name == "test" else examples[name].labels,
-            features=embed(name),
+def _judge(
+    folder: RunFolder,
+    recipe: Recipe,
+    prepared: Prepared,
+    base: BaseModel,
+    *,
+    opened: int | None,
+    settings: Mapping[str, Any] | None = None,
+) -> Judgement:
+    predictor = load(folder.model)
+    return prepared.task.judge(
+        HeldOut(
+            model=predictor.model,
+            tokenizer=predictor.tokenizer,
+            rows=prepared.splits,
+            examples=prepared.examples,
+            base=base,
+            section=recipe.evaluate,
+            max_length=predictor.max_length,
+            seed=recipe.train.seed,
+            opened=opened,
+            settings=settings,
         )
-        for name in examples
-    }
-    return compute_baselines(
-        recipe.evaluate.baselines,
-        data["train"],
-        data["validation"],
-        data["test"],
-        n_labels=len(prepared.task.labels),
-        seed=recipe.train.seed,
     )
 
 
-def _save_predictions(
-    path: Path,
-    rows: Sequence[Row],
-    references: npt.NDArray[np.int64],
-    scores: npt.NDArray[np.float64],
-    labels: Sequence[str],
-) -> None:
-    columns: dict[str, Any] = {
-        "id": [row.id for row in rows],
-        "text": [row.values["text"] for row in rows],
-        "reference": [labels[i] for i in references],
-        "prediction": [labels[i] for i in scores.argmax(axis=1)],
-    }
-    columns |= {f"score_{label}": scores[:, i] for i, label in enumerate(labels)}
+def _save_predictions(path: Path, columns: Mapping[str, Any]) -> None:
     sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(pa.table(columns), sink)
+    pyarrow.parquet.write_table(pa.table(dict(columns)), sink)
     write_file_atomically(path, sink.getvalue().to_pybytes())
-
-
-def _list_mistakes(
-    rows: Sequence[Row], references: npt.NDArray[np.int64], scores: npt.NDArray[np.float64], labels: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Wrong predictions, most confident first."""
-    predictions, confidences = scores.argmax(axis=1), scores.max(axis=1)
-    wrong = np.flatnonzero(predictions != references)
-    return [
-        {
-            "id": rows[i].id,
-            "text": rows[i].values["text"],
-            "reference": labels[references[i]],
-            "prediction": labels[predictions[i]],
-            "confidence": float(confidences[i]),
-        }
-        for i in wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES]
-    ]
 
 
 def _write_pages(
     folder: RunFolder,
     recipe: Recipe,
     prepared: Prepared,
-    scored: Mapping[str, dict[str, Any]],
-    mistakes: list[dict[str, Any]],
+    judgement: Judgement,
 ) -> None:
     status, lock = folder.load_status(), load_json(folder.lock)
-    card = prepared.source.card
+    card, scored = prepared.source.card, judgement.scored
     report = ReportData(
         name=recipe.name,
         created=now(),
@@ -219,7 +130,9 @@ def _write_pages(
         validation=scored["validation"],
         events=load_events(folder.events),
         findings=findings_to_json(prepared.findings),
-        mistakes=mistakes,
+        mistakes=judgement.mistakes,
+        samples=judgement.samples,
+        samples_title=judgement.samples_title,
         facts=_build_facts(recipe, prepared, status["training"], lock),
         recipe_yaml=folder.recipe.read_text(encoding="utf-8"),
     )

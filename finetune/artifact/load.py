@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,15 @@ from finetune.data.rows import Row
 from finetune.errors import ModelError, UsageError
 from finetune.models.base import resolve_base
 from finetune.models.classifier import get_padding
+from finetune.models.generation import generate_texts
 from finetune.models.prediction import compute_logits
 from finetune.recipe.files import compute_sha256
-from finetune.tasks import TASKS, Task
+from finetune.recipe.schema import GenerateSection
+from finetune.tasks import TASKS, Task, TextClassification
+
+WRITING = ("causal_lm", "seq2seq")
+"""Task types whose models write text."""
+USE_AS_BASE = "It is a base for other recipes: set model.base to this run, and train a task on it."
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Predictor:
         task: labels and text cleaning.
         temperature: fitted on validation; 1 where not calibrated.
         max_length: tokens after which a text is cut.
+        writing: how text is written, where the task writes text.
     """
 
     model: nn.Module
@@ -56,6 +63,12 @@ class Predictor:
     task: Task
     temperature: float
     max_length: int
+    writing: GenerateSection = field(default_factory=GenerateSection)
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes, in the order of the logits; UsageError where the task gives none."""
+        return self._classify().labels
 
     def predict(self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None) -> list[Prediction]:
         """Score texts, in order.
@@ -66,29 +79,76 @@ class Predictor:
         """
         if isinstance(texts, str):
             raise UsageError("predict: texts must be a list of texts, got one text. Write predict([text]).")
-        scores = self.compute_scores(texts, advance=advance)
+        task = self._classify()
         return [
             Prediction(
-                label=self.task.labels[int(row.argmax())],
+                label=task.labels[int(row.argmax())],
                 confidence=float(row.max()),
-                scores={label: float(score) for label, score in zip(self.task.labels, row, strict=True)},
+                scores={label: float(score) for label, score in zip(task.labels, row, strict=True)},
             )
-            for row in scores
+            for row in self.compute_scores(texts, advance=advance)
         ]
 
     def compute_scores(
         self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
     ) -> npt.NDArray[np.float64]:
         """Calibrated probabilities, (N, K)."""
+        task = self._classify()
         rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
-        return self.task.compute_scores(self.compute_logits(self.task.prepare_rows(rows), advance), self.temperature)
+        return task.compute_scores(self.compute_logits(task.prepare_rows(rows), advance), self.temperature)
 
     def compute_logits(
         self, rows: Sequence[Row], advance: Callable[[int], None] = lambda _rows: None
     ) -> npt.NDArray[np.float32]:
-        """Raw outputs for prepared rows, (N, K)."""
-        examples = self.task.build_examples(rows, self.tokenizer, self.max_length)
+        """Raw outputs of a classifier for prepared rows, (N, K)."""
+        examples = self._classify().build_examples(rows, self.tokenizer, self.max_length)
         return compute_logits(self.model, examples, get_padding(self.model, self.tokenizer), advance=advance)
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        section: GenerateSection | None = None,
+        *,
+        seed: int = 0,
+        advance: Callable[[int], None] = lambda _rows: None,
+    ) -> list[str]:
+        """Translate texts, or go on with them.
+
+        Args:
+            texts: any number, as they come; the cleaning of the recipe is applied.
+            section: how tokens are chosen; default the recipe's `evaluate.generate`.
+            seed: of the sampling.
+            advance: called with the number of texts after each batch.
+        """
+        self.check_writes()
+        rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
+        return generate_texts(
+            self.model,
+            self.tokenizer,
+            [row.values["text"] for row in self.task.prepare_rows(rows)],
+            section or self.writing,
+            kind=self.task.type,
+            max_length=self.max_length,
+            seed=seed,
+            advance=advance,
+        )
+
+    def check_writes(self) -> None:
+        """Raise UsageError unless the task writes text."""
+        if self.task.type not in WRITING:
+            raise UsageError(
+                f"generate: must get a run that writes text ({', '.join(WRITING)}), got {self.task.type}. "
+                + ("Use finetune predict." if isinstance(self.task, TextClassification) else USE_AS_BASE)
+            )
+
+    def _classify(self) -> TextClassification:
+        """The task; UsageError unless it gives labels."""
+        if isinstance(self.task, TextClassification):
+            return self.task
+        raise UsageError(
+            f"predict: must get a run that gives labels, got {self.task.type}. "
+            + ("Use finetune generate." if self.task.type in WRITING else USE_AS_BASE)
+        )
 
 
 def load(reference: str | Path) -> Predictor:
@@ -125,6 +185,7 @@ def load(reference: str | Path) -> Predictor:
         task=task,
         temperature=settings["temperature"],
         max_length=settings["max_length"],
+        writing=GenerateSection(**settings.get("generate", {})),
     )
 
 

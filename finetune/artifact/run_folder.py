@@ -51,6 +51,11 @@ class RunFolder:
         return self.path / "data"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that a run without a base learned from its train split."""
+        return self.data / "tokenizer"
+
+    @property
     def checkpoints(self) -> Path:
         """States to resume from."""
         return self.path / "checkpoints"
@@ -129,6 +134,11 @@ def create_run_folder(name: str, recipe_text: str, root: Path | None = None) -> 
         folder.evaluation.mkdir()
         return folder
     raise ResourceError(f"{parent}: 100 runs were started in this second. Try again.")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run, or holds the runs of one name."""
+    return (path / "status.json").is_file() or next(path.glob("*/status.json"), None) is not None
 
 
 def find_run(reference: str | Path, *, finished: bool = True) -> RunFolder:

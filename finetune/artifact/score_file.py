@@ -1,11 +1,12 @@
-"""Score the rows of a file: `finetune predict RUN --input rows.csv --output scored.csv`."""
+"""Answer the rows of a file: `finetune predict RUN --input rows.csv --output scored.csv`, and `finetune generate`."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,55 @@ def score_file(run: str | Path, source: Path, output: Path, *, column: str = "te
         DataError: rows that cannot be read, a column called like one of those that are added, or values that the
             format of the output cannot hold.
     """
-    if output.suffix not in FORMATS:
-        raise UsageError(f"{output}: must end in {', '.join(FORMATS)}, got {output.suffix or 'no ending'!r}.")
-    if output.resolve() == source.resolve():
-        raise UsageError(f"{output}: must be another file than the input, got the same. Choose another --output.")
-    records, texts = load_texts(source, column)
+    records, texts = _read(source, output, column)
     predictor = load(run)
-    added = ["predicted_label", "confidence", *(f"score_{label}" for label in predictor.task.labels)]
-    if taken := [name for name in added if name in records[0]]:
-        raise DataError(f"{source}: {', '.join(taken)} must be free, got columns of that name. Rename them.")
-    with Progress(console=Console(stderr=True), disable=quiet) as progress:
-        task = progress.add_task("predict", total=len(texts))
-        predictions = predictor.predict(texts, advance=lambda count: progress.advance(task, count))
+    added = ["predicted_label", "confidence", *(f"score_{label}" for label in predictor.labels)]
+    _check_free(source, records[0], added)
+    with _show_progress("predict", len(texts), quiet) as advance:
+        predictions = predictor.predict(texts, advance=advance)
     scored = [
         record | dict(zip(added, [prediction.label, prediction.confidence, *prediction.scores.values()], strict=True))
         for record, prediction in zip(records, predictions, strict=True)
     ]
     _write(scored, output)
     return len(scored)
+
+
+def generate_file(
+    generate: Callable[..., list[str]], source: Path, output: Path, *, column: str = "text", quiet: bool = False
+) -> int:
+    """Write every row of `source` with what a model writes to its text, as column `generated`.
+
+    Args:
+        generate: (texts, advance=...) -> what is written to each, such as a `Predictor`'s.
+        source, output, column, quiet: as in `score_file`, with what it returns and raises.
+    """
+    records, texts = _read(source, output, column)
+    _check_free(source, records[0], ["generated"])
+    with _show_progress("generate", len(texts), quiet) as advance:
+        written = generate(texts, advance=advance)
+    _write([record | {"generated": text} for record, text in zip(records, written, strict=True)], output)
+    return len(records)
+
+
+def _read(source: Path, output: Path, column: str) -> tuple[list[dict[str, Any]], list[str]]:
+    if output.suffix not in FORMATS:
+        raise UsageError(f"{output}: must end in {', '.join(FORMATS)}, got {output.suffix or 'no ending'!r}.")
+    if output.resolve() == source.resolve():
+        raise UsageError(f"{output}: must be another file than the input, got the same. Choose another --output.")
+    return load_texts(source, column)
+
+
+def _check_free(source: Path, names: Container[str], added: Sequence[str]) -> None:
+    if taken := [name for name in added if name in names]:
+        raise DataError(f"{source}: {', '.join(taken)} must be free, got columns of that name. Rename them.")
+
+
+@contextmanager
+def _show_progress(verb: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    with Progress(console=Console(stderr=True), disable=quiet) as progress:
+        task = progress.add_task(verb, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 def _write(records: list[dict[str, Any]], output: Path) -> None:

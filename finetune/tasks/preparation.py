@@ -14,7 +14,7 @@ from finetune.data.checks import Finding, check_lengths, check_rows, raise_on_er
 from finetune.data.rows import Row, Splits
 from finetune.data.sources import LoadedRows, load_rows
 from finetune.data.splits import split_rows
-from finetune.models.base import BaseModel, load_tokenizer
+from finetune.models.base import BaseModel
 from finetune.recipe.schema import ModelSection, TaskSection
 from finetune.tasks import TASKS
 from finetune.tasks.task import Task
@@ -30,7 +30,7 @@ class Prepared:
         splits: train, validation and test rows, prepared by the task.
         examples: the same, encoded.
         findings: what the checks saw; none of them an error.
-        tokenizer: the base's.
+        tokenizer: the base's, or the one learned from the train split.
     """
 
     task: Task
@@ -42,7 +42,13 @@ class Prepared:
 
 
 def prepare(
-    section: TaskSection, model: ModelSection, base: BaseModel, *, seed: int, relative_to: Path | None = None
+    section: TaskSection,
+    model: ModelSection,
+    base: BaseModel,
+    *,
+    seed: int,
+    relative_to: Path | None = None,
+    tokenizer: Any = None,
 ) -> Prepared:
     """Load, clean, split, check and encode a task's rows.
 
@@ -52,6 +58,7 @@ def prepare(
         base: whose tokenizer encodes.
         seed: of the split.
         relative_to: the recipe's folder, for relative paths.
+        tokenizer: of a run that goes on; None to take the base's, or to learn one.
 
     Raises:
         DataError: unreadable data, or rows that fail a check; the message lists every failure.
@@ -59,24 +66,32 @@ def prepare(
     shape = TASKS[section.type]
     source = load_rows(section.data, section.columns, roles=shape.roles, relative_to=relative_to)
     task = shape.build(section, source.card.labels if source.card else None, source.rows)
-    splits = split_rows(task.prepare_rows(source.rows), section.split, seed=seed)
-    splits, findings = check_rows(splits, task.labels, leaks=section.split.leaks)
+    splits = split_rows(task.prepare_rows(source.rows), section.split, seed=seed, columns=source.columns)
+    splits, findings = check_rows(splits, task.labels, leaks=section.split.leaks, texts=list_texts(task))
     raise_on_errors(findings, source.origin)
-    tokenizer = load_tokenizer(base)
+    tokenizer = tokenizer or task.build_tokenizer(base, splits["train"], model)
+    task = task.bind(tokenizer)
     examples = {name: task.build_examples(rows, tokenizer, model.max_length) for name, rows in splits.items()}
     lengths = {
-        name: _measure_lengths(task, rows, examples[name], tokenizer, model.max_length) for name, rows in splits.items()
+        name: _measure_lengths(task, rows, examples[name], tokenizer, model.max_length)
+        for name, rows in splits.items()
+        if task.cuts_rows
     }
     notes = [Finding("row_count", "note", "all", 1, note) for note in source.notes]
     findings = [*findings, *check_lengths(lengths, model.max_length), *notes]
     return Prepared(task, source, splits, examples, findings, tokenizer)
 
 
+def list_texts(task: Task) -> list[str]:
+    """The roles of a task that are texts."""
+    return [role for role in task.roles if role != "label"]
+
+
 def _measure_lengths(task: Task, rows: Sequence[Row], examples: Examples, tokenizer: Any, max_length: int) -> Indices:
     """Tokens of each row before it was cut, counted up to `max_length` + 1: one more than fits says that it was."""
-    lengths = examples.lengths
+    lengths = examples.sizes
     full = np.flatnonzero(lengths == max_length).tolist()
-    lengths[full] = task.build_examples([rows[i] for i in full], tokenizer, max_length + 1).lengths
+    lengths[full] = task.build_examples([rows[i] for i in full], tokenizer, max_length + 1).sizes
     return lengths
 
 
@@ -92,7 +107,7 @@ def load_held_out(
     rows = task.prepare_rows(source.rows)
     if any(row.split == "test" for row in rows):
         rows = [row for row in rows if row.split == "test"]
-    _, own = check_rows({"test": rows}, task.labels, leaks="fail")
+    _, own = check_rows({"test": rows}, task.labels, leaks="fail", texts=list_texts(task))
     raise_on_errors([finding for finding in own if finding.kind != "absent_class"], source.origin)
     # A new set may repeat training texts; that is for the reader to know, and no reason to refuse.
     _, together = check_rows({"train": list(train), "test": rows}, task.labels, leaks="warn")

@@ -34,7 +34,9 @@ class Problem:
         train, validation: encoded rows.
         row_weights: weight of each training row in the loss, (N,).
         compute_losses: (model, batch) -> loss of each row, (B,).
-        compute_metrics: (logits (N, K), references (N,)) -> point values, `loss` among them.
+        compute_outputs: (model, encoded rows, padding token, share of the batches) -> what the metrics need of each
+            row, (N, K), zeros for rows of others' shares.
+        compute_metrics: (those outputs, references (N,)) -> point values, `loss` among them.
         is_larger_better: metric name -> which way is up.
         head: names of the modules that start at random and take the head's learning rate.
         pad_token_id: the tokenizer's; None for a model that takes packed rows.
@@ -44,10 +46,11 @@ class Problem:
     validation: Examples
     row_weights: npt.NDArray[np.float32]
     compute_losses: Callable[[nn.Module, Batch], torch.Tensor]
-    compute_metrics: Callable[[npt.NDArray[np.float32], npt.NDArray[np.int64]], dict[str, float]]
+    compute_metrics: Callable[[npt.NDArray[np.floating[Any]], npt.NDArray[np.int64]], dict[str, float]]
     is_larger_better: Callable[[str], bool]
     head: Sequence[str]
     pad_token_id: int | None
+    compute_outputs: Callable[..., npt.NDArray[np.floating[Any]]] = compute_logits
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def fit(
     replica, optimizer = accelerator.prepare(model, build_optimizer(trained, problem.head, section))
     average = WeightAverage(trained, section.ema_decay)
     state = session.restore(trained, optimizer, average) or LoopState(micro_steps=section.micro_steps)
-    total = sum(len(_plan(problem, section, epoch)) for epoch in range(section.epochs))
+    total = count_steps(problem.train, section)
     model.train()
 
     with (
@@ -97,7 +100,7 @@ def fit(
         TrainingProgress(total, state.step, quiet or not accelerator.is_main_process) as progress,
     ):
         started = time.monotonic() - state.seconds
-        for step in _iterate_steps(problem, section, after=state.step):
+        for step in _iterate_steps(problem, section, after=state.step, total=total):
             if state.stopped_early:
                 break
             rate = set_learning_rate(
@@ -170,21 +173,29 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def _plan(problem: Problem, section: TrainSection, epoch: int) -> list[Indices]:
-    return plan_batches(problem.train.lengths, section.tokens_per_batch, seed=section.seed, epoch=epoch)
+def count_steps(train: Examples, section: TrainSection) -> int:
+    """Optimizer steps of the whole run."""
+    steps = sum(len(_plan(train, section, epoch)) for epoch in range(section.epochs))
+    return steps if section.max_steps is None else min(steps, section.max_steps)
 
 
-def _iterate_steps(problem: Problem, section: TrainSection, *, after: int) -> Iterator[Step]:
+def _plan(train: Examples, section: TrainSection, epoch: int) -> list[Indices]:
+    return plan_batches(train.sizes, section.tokens_per_batch, seed=section.seed, epoch=epoch)
+
+
+def _iterate_steps(problem: Problem, section: TrainSection, *, after: int, total: int) -> Iterator[Step]:
     """The plan of the whole run from a step on; the step count alone says where in the data it is."""
     number = 0
     for epoch in range(section.epochs):
-        plan = _plan(problem, section, epoch)
+        plan = _plan(problem.train, section, epoch)
         parts = min(section.evaluations_per_epoch, len(plan))
         due = {math.ceil(len(plan) * part / parts) for part in range(1, parts + 1)}
         for position, rows in enumerate(plan, start=1):
             number += 1
+            if number > total:
+                return
             if number > after:
-                yield Step(number, epoch, rows, evaluate=position in due)
+                yield Step(number, epoch, rows, evaluate=position in due or number == total)
 
 
 def _compute_gradients(  # noqa: PLR0913  (the loop's own inner part: everything it needs is named, nothing is hidden)
@@ -251,8 +262,8 @@ def _evaluate(model: nn.Module, problem: Problem, session: Session) -> dict[str,
     """
     accelerator = session.accelerator
     share = (accelerator.process_index, accelerator.num_processes)
-    logits = compute_logits(model, problem.validation, problem.pad_token_id, share=share)
-    summed = accelerator.reduce(torch.from_numpy(logits).to(accelerator.device), "sum").cpu().numpy()
+    outputs = problem.compute_outputs(model, problem.validation, problem.pad_token_id, share=share)
+    summed = accelerator.reduce(torch.from_numpy(outputs).to(accelerator.device), "sum").cpu().numpy()
     return problem.compute_metrics(summed, problem.validation.labels)
 
 

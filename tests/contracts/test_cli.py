@@ -16,22 +16,19 @@ import safetensors.torch
 import torch
 import transformers
 import typer
-from ruamel.yaml import YAML
 
 from finetune import runner
 from finetune.cli.main import app
-from finetune.recipe import list_recipes
-from finetune.recipe.loading import recipe_json_schema
-from finetune.training import precision
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["run", "check", "resume", "evaluate", "predict", "recipes", "data", "schema", "doctor"]
+VERBS = ["run", "check", "resume", "evaluate", "predict", "generate", "recipes", "data", "schema", "doctor"]
 COMMANDS = [
     "run",
     "check",
     "resume",
     "evaluate",
     "predict",
+    "generate",
     "recipes list",
     "recipes show",
     "recipes copy",
@@ -260,15 +257,6 @@ def test_check_speaks_json(command, write_recipe, tmp_path):
     assert plan["steps"] % 3 == 0
 
 
-@pytest.mark.parametrize(
-    "words", ["recipes list", "recipes show sentiment", "data list", "data show banking77", "schema"]
-)
-def test_what_only_shows_speaks_json(command, words):
-    done = command(*words.split(), "--json")
-    assert (done.code, done.err) == (0, "")
-    assert json.loads(done.out)
-
-
 @pytest.mark.parametrize("words", ["check nowhere", "data show nothing", "predict nowhere text", "run"])
 def test_errors_speak_json_too(command, words):
     done = command(*words.split(), "--json")
@@ -327,102 +315,6 @@ def test_check_shows_findings(command, write_recipe, tmp_path):
     done = command("check", path)
     assert done.code == 0
     assert re.search(r"(note|warning) +\w+: 1 row of \d+ \(\d+\.\d%\) must be cut to 32 tokens\.", done.out)
-
-
-def test_recipes_are_listed_shown_and_copied(command, tmp_path):
-    listed = json.loads(command("recipes", "list", "--json").out)
-    assert {one["name"]: one["description"] for one in listed} == {r.name: r.description for r in list_recipes()}
-    assert all(one["description"] in re.sub(r"\s+", " ", command("recipes", "list").out) for one in listed[:1])
-    source = (ROOT / "recipes" / "sentiment.yaml").read_text(encoding="utf-8")
-    assert command("recipes", "show", "sentiment").out == source
-    target = tmp_path / "new" / "mine.yaml"
-    done = command("recipes", "copy", "sentiment", target)
-    assert done.out == f"{target}: written. Edit it, then: finetune check {target}\n"
-    assert target.read_text(encoding="utf-8") == source
-    target.write_text("mine")
-    again = command("recipes", "copy", "sentiment", target)
-    assert again.code == 2
-    assert f"{target}: must not exist yet, got a file." in again.err
-    assert target.read_text() == "mine"
-    assert json.loads(command("recipes", "copy", "sentiment", tmp_path, "--json").out) == {
-        "path": str(tmp_path / "sentiment.yaml")
-    }
-
-
-def test_cards_are_listed_and_shown(command, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("FINETUNE_DATA", raising=False)
-    listed = command("data", "list").out
-    assert re.search(r"^financial_headlines +800 +Apache-2\.0 +folder data/samples/financial_headlines", listed, re.M)
-    assert re.search(r"^banking77 +13,083 +CC-BY-4\.0 +Hub mteb/banking77@0fd18e25b25c", listed, re.M)
-    shown = command("data", "show", "banking77").out
-    assert "train 10,003, test 3,080" in shown
-    assert "and 65 more" in shown
-    unknown = command("data", "show", "bankng77")
-    assert unknown.code == 3
-    assert "data: must name a card, got 'bankng77'. Did you mean 'banking77'?" in unknown.err
-
-
-def list_keys(value, schema, definitions, at=""):
-    """Each key of a recipe, and whether the schema knows it."""
-    options = [schema, *schema.get("anyOf", [])]
-    options = [definitions[one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in options]
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        named = [one["properties"][key] for one in options if key in one.get("properties", {})]
-        free = [one["additionalProperties"] for one in options if one.get("additionalProperties")]
-        matched = [
-            child
-            for one in options
-            for pattern, child in one.get("patternProperties", {}).items()
-            if re.search(pattern, key)
-        ]
-        children = [*named, *matched] or free
-        yield f"{at}{key}", bool(children)
-        for child in children:
-            yield from list_keys(inner, child, definitions, f"{at}{key}.")
-
-
-def test_the_schema_knows_every_key_of_the_shipped_recipes(command):
-    schema = json.loads(command("schema").out)
-    assert schema == recipe_json_schema()
-    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert (schema["type"], schema["additionalProperties"]) == ("object", False)
-    assert set(schema["required"]) == {"recipe", "name", "tasks"}
-    for recipe in list_recipes():
-        keys = dict(list_keys(YAML(typ="safe").load(recipe.path), schema, schema["$defs"]))
-        assert len(keys) > 10
-        assert [key for key, known in keys.items() if not known] == []
-    wrong = {"train": {"epoch": 1}, "tasks": {"-": {}}}
-    assert dict(list_keys(wrong, schema, schema["$defs"])) == {
-        "train": True,
-        "train.epoch": False,
-        "tasks": True,
-        "tasks.-": False,
-    }
-    # Each reference leads somewhere, and each key says what it means, or the section that it refers to does.
-    parts = [schema, *schema["$defs"].values()]
-    assert set(re.findall(r'"#/\$defs/(\w+)"', json.dumps(schema))) <= set(schema["$defs"])
-    assert all("description" in part for part in schema["$defs"].values())
-    assert [
-        key for part in parts for key, one in part["properties"].items() if not one.keys() & {"description", "$ref"}
-    ] == []
-
-
-def test_doctor_looks_at_everything_a_run_needs(command, monkeypatch):
-    monkeypatch.setattr(precision, "measure_bf16_ratio", lambda: 2.0)  # on a slow core it takes seconds
-    found = json.loads(command("doctor", "--json").out)
-    assert list(found) == ["machine", "devices", "precision", "versions", "base models", "data"]
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["base models"].keys() == {"sentence-transformers/all-MiniLM-L6-v2"}
-    assert found["data"]["financial_headlines"] == "folder data/samples/financial_headlines"
-    assert found["precision"] == {
-        "bf16 over float32 on this CPU": "2.00 times as fast",
-        "`precision: auto` means": "bf16",
-    }
-    text = command("doctor").out
-    for section, facts in found.items():
-        assert section in text.splitlines()
-        assert all(re.search(rf"^  {re.escape(fact)} ", text, re.MULTILINE) for fact in facts)
 
 
 def test_sigterm_before_training_exits_with_75(command, monkeypatch):

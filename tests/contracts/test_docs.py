@@ -24,6 +24,7 @@ from finetune.cli.main import app
 from finetune.data.rows import Row
 from finetune.data.sources import load_rows
 from finetune.data.splits import split_rows
+from finetune.evaluation.corpus_metrics import CORPUS_METRICS
 from finetune.evaluation.metrics import METRICS
 from finetune.recipe import Card, HubSource, Recipe, Section, TaskSection, load_recipe
 from finetune.recipe.schema import SplitSection
@@ -220,7 +221,7 @@ def build_tables(section: type[Section], title: str, prefix: str = "") -> Iterat
 def build_metrics() -> str:
     rows = (
         f"| `{info.name}` | {'larger' if info.larger_is_better else 'smaller'} | {escape(info.formula)} |\n"
-        for info in METRICS.values()
+        for info in [*METRICS.values(), *CORPUS_METRICS.values()]
     )
     return "| name | better | formula |\n|---|---|---|\n" + "".join(rows)
 

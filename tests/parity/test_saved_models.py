@@ -175,7 +175,7 @@ def encode(tokenizer: Any, texts: list[str]) -> Examples:
 def train(root: Path, family: str, adapter: AdapterSection, section: ModelSection) -> Saved:
     base = resolve_base(f"acme/tiny-{family}")
     tokenizer = load_tokenizer(base)
-    model = TASK.build_model(base, section, 0)
+    model = TASK.build_model(base, section, tokenizer, 0)
     head, pad_token_id = list_head_modules(model), get_padding(model, tokenizer)
     model = attach_adapter(model, adapter, head, base.reference)
     examples = encode(tokenizer, write_texts(60))

@@ -68,21 +68,37 @@ def test_the_sentiment_recipe_passes_check():
     assert 0 < plan["parameters"]["trained"] < 0.05 * plan["parameters"]["total"]
 
 
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if not recipe.benchmark], ids=lambda one: one.name)
+def test_a_recipe_on_a_sample_set_passes_check(recipe):
+    plan = check(recipe.path)
+    assert [finding for finding in plan["findings"] if finding["severity"] == "error"] == []
+    assert min(split["rows"] for split in plan["splits"].values()) >= 30
+    assert plan["steps"] < 3000
+
+
 @pytest.mark.parametrize("name", [card.name for card in list_cards() if card.illustrative])
 def test_a_sample_set_is_what_its_card_says(name):
     card = load_card(name)
     folder = shipped_folder("data") / "samples" / name
-    rows = load_rows(name, {}).rows
-    assert len(rows) == sum(card.rows.values()) >= 700
-    assert {row.values["label"] for row in rows} == set(card.labels)
-    assert len(card.labels) == 3
-    assert min(Counter(row.values["label"] for row in rows).values()) > 0.2 * len(rows)
-    texts = Counter(normalize_for_duplicates(row.values["text"]) for row in rows)
-    assert [text for text, count in texts.items() if count > 1] == []
+    roles = tuple(card.roles) or ("text",)
+    rows = load_rows(name, {}, roles=roles).rows
+    assert len(rows) == sum(card.rows.values()) >= 300
+    for role in set(roles) - {"label"}:
+        texts = Counter(normalize_for_duplicates(row.values[role]) for row in rows)
+        assert [text for text, count in texts.items() if count > 1 or not text] == []
     assert card.licence
     assert "says nothing about real" in card.notes
-    with (folder / card.files["all"]).open(encoding="utf-8", newline="") as file:
-        assert set(csv.DictReader(file).fieldnames or []) == set(card.columns)
+    if card.format == "csv":
+        with (folder / card.files["all"]).open(encoding="utf-8", newline="") as file:
+            assert set(csv.DictReader(file).fieldnames or []) == set(card.columns)
+
+
+def test_headlines_hold_enough_of_each_class():
+    card = load_card("financial_headlines")
+    labels = Counter(row.values["label"] for row in load_rows("financial_headlines", {}).rows)
+    assert sum(labels.values()) >= 700
+    assert set(labels) == set(card.labels)
+    assert min(labels.values()) > 0.2 * sum(labels.values())
 
 
 def test_every_sample_set_is_marked_as_illustrative():

@@ -781,11 +781,16 @@ class TriadForMaskedLM(TriadLanguageModel):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        logits_to_keep: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """Logits (B, T, V), and the loss over labels (B, T) that are not -100."""
+        """Logits (B, T, V), and the loss over labels (B, T) that are not -100.
+
+        With `logits_to_keep` (M,), indices of the positions that are asked for, both are (B, M).
+        """
         outputs = self.model(input_ids, attention_mask, token_type_ids, position_ids, **_split_loss(kwargs))
-        states = self.transform_norm(self.activate(self.transform(outputs.last_hidden_state)))
+        states = outputs.last_hidden_state if logits_to_keep is None else outputs.last_hidden_state[:, logits_to_keep]
+        states = self.transform_norm(self.activate(self.transform(states)))
         logits = self.lm_head(states)
         loss = None
         if labels is not None:

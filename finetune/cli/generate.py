@@ -1,0 +1,135 @@
+"""`finetune generate`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune.cli.output import AsJson, RunArgument, print_json, print_text
+
+if TYPE_CHECKING:
+    from finetune.artifact.load import Predictor
+    from finetune.recipe.schema import GenerateSection
+
+
+def generate_command(
+    run: RunArgument,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="A text to go on with, or to answer; repeatable.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help="A CSV, JSONL or Parquet file with a text column.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Where the rows of --input go, with a column `generated`.")
+    ] = None,
+    column: Annotated[str, typer.Option("--column", help="The text column of --input.")] = "text",
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Tokens to write at most.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Sample from logits / this; 0 takes the likeliest token.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Sample among so many likeliest tokens.")] = None,
+    beams: Annotated[int | None, typer.Option("--beams", help="Search with so many beams.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seeds the sampling.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Let a finished run write: go on with a prompt, or answer it. The recipe says how; options change that."""
+    from finetune.errors import UsageError
+
+    if bool(prompts) == bool(source):
+        got, fix = ("both", "Leave one out.") if prompts else ("neither", 'Add --prompt "some text".')
+        raise UsageError(f"generate: must get either --prompt TEXT or --input FILE, got {got}. {fix}")
+    if source and not output:
+        raise UsageError(f"generate: --input must come with --output, got none. Add --output generated{source.suffix}")
+    if output and not source:
+        raise UsageError("generate: --output must come with --input, got none. Add --input FILE, or leave it out.")
+    from finetune.artifact.load import load
+    from finetune.artifact.score_file import generate_file
+
+    predictor = load(run)
+    predictor.check_writes()
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "beams": beams}
+    given = {name: value for name, value in options.items() if value is not None}
+    section = _build_section(predictor.writing, given)
+    if not (source and output):
+        _answer_prompts(predictor, prompts or [], section, seed, as_json)
+        return
+    generate = partial(predictor.generate, section=section, seed=seed)
+    rows = generate_file(generate, source, output, column=column, quiet=as_json)
+    if as_json:
+        print_json({"output": str(output), "rows": rows})
+    else:
+        print_text(f"{output}: {rows:,} rows written.")
+
+
+def _answer_prompts(
+    predictor: Predictor, prompts: list[str], section: GenerateSection, seed: int, as_json: bool
+) -> None:
+    """One after another: a sampled text depends on what shares its batch."""
+    from finetune.errors import UsageError
+
+    goes_on = predictor.task.type == "causal_lm"
+    if not goes_on and not all(prompts):
+        raise UsageError("generate: --prompt must hold a text to answer, got an empty one.")
+    # A text begins where one does in training: behind what separates two.
+    beginning = getattr(predictor.task, "separator", None) or ""
+    if as_json:
+        written = [predictor.generate([prompt or beginning], section, seed=seed)[0] for prompt in prompts]
+        print_json([{"prompt": prompt, "generated": text} for prompt, text in zip(prompts, written, strict=True)])
+        return
+    for number, prompt in enumerate(prompts):
+        if goes_on:
+            _show("\n" * (number > 0) + prompt)
+        try:
+            _stream(predictor, prompt or beginning, section, seed)
+        finally:
+            _show("\n")
+
+
+def _stream(predictor: Predictor, prompt: str, section: GenerateSection, seed: int) -> None:
+    from finetune.data.rows import Row
+    from finetune.models.generation import stream_text
+
+    (row,) = predictor.task.prepare_rows([Row(id="1", split=None, number=1, values={"text": prompt})])
+    stream_text(
+        predictor.model,
+        predictor.tokenizer,
+        row.values["text"],
+        section,
+        _show,
+        kind=predictor.task.type,
+        max_length=predictor.max_length,
+        seed=seed,
+    )
+
+
+def _build_section(default: GenerateSection, given: dict[str, Any]) -> GenerateSection:
+    """The recipe's way to write, with what is given on the command line."""
+    from finetune.errors import UsageError
+    from finetune.recipe.messages import explain
+    from finetune.recipe.schema import GenerateSection
+
+    # Beams and sampling are two ways to choose tokens: who asks for one does not mean the recipe's other one too.
+    if "beams" in given:
+        given = {"temperature": None} | given
+    if "temperature" in given:
+        given = {"beams": 1} | given | {"temperature": given["temperature"] or None}
+    try:
+        section = GenerateSection(**default.model_dump() | given)
+    except ValueError as error:  # Pydantic's own
+        problems = explain(error.errors(), GenerateSection)  # type: ignore[attr-defined]
+        named = [f"--{str(path[0]).replace('_', '-')} {sentence}" for path, sentence in problems]
+        raise UsageError("generate: " + " ".join(named)) from error
+    if given.get("top_k") and section.temperature is None:
+        raise UsageError("generate: --top-k must come with --temperature, got none. Add --temperature 1.")
+    return section
+
+
+def _show(text: str) -> None:
+    """Print a piece of text at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

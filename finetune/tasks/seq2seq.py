@@ -1,0 +1,220 @@
+"""Sequence to sequence: a text for a text, such as translation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from finetune.data.batches import IGNORED, Batch, Examples, Indices, list_inputs
+from finetune.data.cleaning import clean_text
+from finetune.data.rows import Row
+from finetune.evaluation.corpus_baselines import copy_source, nearest_translation
+from finetune.evaluation.corpus_metrics import compute_text_scores
+from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, score_corpus
+from finetune.models.base import BaseModel
+from finetune.models.classifier import get_padding
+from finetune.models.generation import generate_texts
+from finetune.models.language import build_language_model, build_language_model_shape, load_saved_language_model
+from finetune.recipe.schema import ModelSection, TaskSection, TextStep
+from finetune.tasks import language
+from finetune.tasks.task import HeldOut, Judgement, Outputs
+
+
+@dataclass(frozen=True)
+class Seq2Seq:
+    """The shape of translation.
+
+    Args:
+        clean: steps on each text, source and target, before it is encoded.
+    """
+
+    clean: tuple[TextStep, ...] = ()
+
+    type: ClassVar[str] = "seq2seq"
+    roles: ClassVar[tuple[str, ...]] = ("text", "target")
+    scored_by: ClassVar[str] = "texts"
+    peft_type: ClassVar[str] = "SEQ_2_SEQ_LM"
+    cuts_rows: ClassVar[bool] = True
+    labels: ClassVar[None] = None
+
+    @classmethod
+    def build(
+        cls, section: TaskSection, card_labels: list[str] | dict[str, str] | None, rows: Sequence[Row]
+    ) -> Seq2Seq:
+        """Nothing is left to the data."""
+        return cls(tuple(section.clean))
+
+    def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Clean source and target."""
+        return [
+            replace(
+                row,
+                values={**row.values}
+                | {role: clean_text(row.values[role], self.clean) for role in self.roles if role in row.values},
+            )
+            for row in rows
+        ]
+
+    def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
+        """The base's, or one learned from both sides of the train rows."""
+        texts = [row.values[role] for row in rows for role in self.roles]
+        return language.build_tokenizer(base, texts, section, appends_end=True)
+
+    def bind(self, tokenizer: Any) -> Seq2Seq:
+        """Nothing is left to the tokenizer."""
+        return self
+
+    def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
+        """Encode both sides, each cut at `max_length` tokens."""
+        if not rows:
+            return Examples.build([], targets=[])
+        sources = tokenizer([row.values["text"] for row in rows], truncation=True, max_length=max_length)
+        targets = tokenizer(
+            text_target=[row.values.get("target", "") for row in rows], truncation=True, max_length=max_length
+        )
+        return Examples.build(sources["input_ids"], targets=targets["input_ids"])
+
+    def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
+        """An encoder and a decoder."""
+        return build_language_model(self.type, base, section, tokenizer, seed=seed)
+
+    def build_shape(self, base: BaseModel, section: ModelSection, tokenizer: Any) -> nn.Module:
+        """The same without weights."""
+        return build_language_model_shape(self.type, base, section, tokenizer)
+
+    def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
+        """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
+        return load_saved_language_model(self.type, folder, base)
+
+    def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
+        """Nothing stands beside the base."""
+        return [], []
+
+    def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
+        """Nothing to start."""
+
+    def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
+        """Mean over the tokens of each target, (B,)."""
+        return language.compute_mean_losses(_run(model, batch), batch["labels"], batch, label_smoothing)
+
+    def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
+        """Tokens of each target."""
+        return language.count_target_tokens(examples)
+
+    def compute_outputs(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        pad_token_id: int | None,
+        *,
+        share: tuple[int, int] = (0, 1),
+        advance: Callable[[int], None] = lambda _rows: None,
+    ) -> Outputs:
+        """Likelihoods of the targets, (N, 4)."""
+
+        def measure(batch: Batch, _rows: Indices) -> torch.Tensor:
+            return language.measure_tokens(_run(model, batch), batch["labels"])
+
+        return language.compute_likelihoods(model, examples, pad_token_id, measure, share=share, advance=advance)
+
+    def compute_metrics(
+        self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
+    ) -> dict[str, float]:
+        """Loss, and those of the named metrics that need no written text: writing takes too long while training."""
+        return language.compute_metrics(outputs, names)
+
+    def judge(self, held_out: HeldOut) -> Judgement:
+        """Write validation and test, and score what was written."""
+        pad_token_id = get_padding(held_out.model, held_out.tokenizer)
+        scored, written = {}, {}
+        for name in held_out.judged:
+            rows, examples = held_out.rows[name], held_out.examples[name]
+            texts = [row.values["text"] for row in rows]
+            likelihood = self.compute_outputs(held_out.model, examples, pad_token_id).astype(np.float64)
+            likelihood[:, 3] = language.count_bytes(held_out.tokenizer, language.list_targets(examples))
+            written[name] = generate_texts(
+                held_out.model,
+                held_out.tokenizer,
+                texts,
+                held_out.section.generate,
+                kind=self.type,
+                max_length=held_out.max_length,
+                seed=held_out.seed,
+            )
+            split = CorpusSplit(
+                name=name,
+                model=SystemOutput(likelihood=likelihood, texts=written[name]),
+                references=[row.values["target"] for row in rows],
+                inputs=texts,
+                values=[row.values for row in rows],
+                baselines=self._compute_baselines(held_out, texts),
+                opened=held_out.opened if name == "test" else None,
+            )
+            scored[name] = score_corpus(split, held_out.section, held_out.seed)
+        rows = held_out.rows["test"]
+        return Judgement(
+            scored=scored,
+            predictions={
+                "id": [row.id for row in rows],
+                "text": [row.values["text"] for row in rows],
+                "reference": [row.values["target"] for row in rows],
+                "prediction": written["test"],
+            },
+            samples=_show_samples(rows, written["test"], held_out.section.samples),
+            samples_title="Translations",
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """What prediction needs beside the weights."""
+        return {"type": self.type, "clean": list(self.clean)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Seq2Seq:
+        """Inverse of `to_config`."""
+        return cls(tuple(config["clean"]))
+
+    def _compute_baselines(self, held_out: HeldOut, texts: Sequence[str]) -> dict[str, SystemOutput]:
+        train = held_out.rows["train"]
+        found: dict[str, SystemOutput] = {}
+        for name in held_out.section.baselines:
+            if name == "copy":
+                found[name] = copy_source(texts)
+            else:
+                found[name] = nearest_translation(
+                    [row.values["text"] for row in train], [row.values["target"] for row in train], texts
+                )
+        return found
+
+
+def _run(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits of each target token, (B, T, V): the decoder reads the target moved right by one."""
+    config: Any = getattr(model, "module", model).config  # a distributed replica keeps it one level down
+    labels = batch["labels"]
+    shifted = torch.cat([torch.full_like(labels[:, :1], config.decoder_start_token_id), labels[:, :-1]], dim=1)
+    logits: torch.Tensor = model(
+        **list_inputs(batch), decoder_input_ids=shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
+    ).logits
+    return logits
+
+
+def _show_samples(rows: Sequence[Row], written: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """Rows from the worst to the best translation."""
+    references = [row.values["target"] for row in rows]
+    scores = compute_text_scores("chrf", written, references)
+    order = np.argsort(scores, kind="stable")
+    return [
+        {
+            "input": rows[i].values["text"],
+            "output": written[i],
+            "reference": references[i],
+            "note": f"chrF {scores[i]:.0f}",
+        }
+        for i in (int(order[place]) for place in language.spread_rows(rows, count))
+    ]
