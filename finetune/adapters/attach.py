@@ -87,14 +87,25 @@ def _quiet_peft() -> Iterator[None]:
 def find_targets(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
     """Full names of the linear layers of the base that get an update.
 
+    Not the layer over the vocabulary, which PEFT's own all-linear leaves out too: where its matrix is also that of the
+    tokens, an update merged into it would change what the model reads.
+
     Raises:
-        RecipeError: a name that matches no linear layer.
+        RecipeError: a name that matches no linear layer, or a base without any.
     """
+    over_vocabulary = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == part or name.startswith(f"{part}.") for part in head)
+        if isinstance(module, nn.Linear)
+        and module is not over_vocabulary
+        and not any(name == part or name.startswith(f"{part}.") for part in head)
     ]
+    if not linear:
+        raise RecipeError(
+            "adapter.targets: must be linear layers of the base, got a base without one (GPT-2's own class has another "
+            "kind). Set model.architecture: triad, or adapter.method: full."
+        )
     if targets == "all-linear":
         return linear
     if targets == "attention":

@@ -14,7 +14,7 @@ from finetune.data.batches import Batch, Examples, Indices, collate, list_inputs
 TOKENS_PER_BATCH = 4096
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def compute_by_row(
     model: nn.Module,
     examples: Examples,
@@ -35,13 +35,15 @@ def compute_by_row(
         Row numbers and values of each batch.
     """
     was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    if was_training:  # walking through all modules takes longer than a layer of one short row
+        model.eval()
     found: list[tuple[Indices, npt.NDArray[np.float32]]] = []
     for rows in _take_share(plan_prediction(examples.sizes, TOKENS_PER_BATCH), share):
         batch = {name: tensor.to(device) for name, tensor in collate(examples, rows, pad_token_id).items()}
         found.append((rows, compute(batch, rows).float().cpu().numpy()))
         advance(len(rows))
-    model.train(was_training)
+    if was_training:
+        model.train()
     return found
 
 

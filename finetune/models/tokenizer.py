@@ -65,7 +65,6 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=max_length,
-        model_input_names=["input_ids", "attention_mask"],  # without token types, which `generate` refuses
         split_special_tokens=not reads_special,
         **SPECIAL_TOKENS,
     )

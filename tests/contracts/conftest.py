@@ -110,7 +110,7 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("gpt2") / "base"
     tokenizer = train_tokenizer([*GERMAN, *GERMAN.values(), ". \n"], "characters", 64, 64, appends_end=False)
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=2, eos_token_id=3, pad_token_id=0, **sizes)
     GPT2LMHeadModel(config).save_pretrained(folder)

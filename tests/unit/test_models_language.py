@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import (
     AutoTokenizer,
+    BertConfig,
     BertForMaskedLM,
     DebertaV2Config,
     GPT2Config,
@@ -17,6 +18,7 @@ from transformers import (
     MarianConfig,
     MarianMTModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
 )
 
 from finetune.errors import ModelError, RecipeError
@@ -367,6 +369,22 @@ def test_words_for_texts_longer_than_the_positions(bases, tokenizer):
     assert str(caught.value) == "model.max_length: must be at most 32, the positions that gpt2 has, got 33."
     build_language_config("causal_lm", bases["gpt2"], ModelSection(max_length=32), tokenizer)
     build_language_config("seq2seq", bases["marian"], ModelSection(max_length=33), tokenizer)  # sines never end
+
+
+def test_positions_that_roberta_leaves_out_are_no_room(tmp_path, tokenizer):
+    RobertaConfig(vocab_size=270, max_position_embeddings=34, pad_token_id=1).save_pretrained(tmp_path)
+    base = BaseModel("acme/roberta", tmp_path, "local folder")
+    with pytest.raises(RecipeError, match=r"must be at most 32, the positions that acme/roberta has, got 33\.$"):
+        build_language_config("masked_lm", base, ModelSection(max_length=33), tokenizer)
+
+
+def test_a_bert_that_looks_back_only_is_a_decoder(tmp_path, tokenizer):
+    BertConfig(vocab_size=270, is_decoder=True).save_pretrained(tmp_path)
+    base = BaseModel("acme/decoder", tmp_path, "local folder")
+    section = ModelSection(architecture="native", max_length=16)
+    assert build_language_config("causal_lm", base, section, tokenizer).is_decoder
+    with pytest.raises(RecipeError, match=r"^model\.base: masked_lm needs an encoder, .* which is a decoder \(bert\)"):
+        build_language_config("masked_lm", base, section, tokenizer)
 
 
 def test_words_for_a_family_that_triad_has_no_form_of(tmp_path, tokenizer):

@@ -271,8 +271,11 @@ def load_from_checkpoint(triad_class: type[PreTrainedModel], folder: Path, confi
         if family.split is None:
             options["key_mapping"] = build_key_mapping(family.config.model_type)
         else:
-            state = family.split(_load_tensors(folder))
-            options["state_dict"] = _rename(state, _list_rules_to_triad(family))
+            state = _rename(family.split(_load_tensors(folder)), _list_rules_to_triad(family))
+            # Transposed matrices and parts of larger ones could be trained, but not saved.
+            options["state_dict"] = {
+                name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+            }
     source = None if "state_dict" in options else folder
     options |= {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
     try:
