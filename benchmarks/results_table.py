@@ -10,12 +10,16 @@ from __future__ import annotations
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 from finetune.artifact.run_folder import RunFolder, load_json
-from finetune.evaluation.wording import format_score
+from finetune.evaluation.wording import decimals_of, format_number, format_score
 from finetune.recipe import Recipe, load_recipe
+from finetune.recipe.schema import SCRATCH_BASE
 
-HEAD = "| recipe | tuning | test score | seeds | frozen base | TF-IDF | trained weights | minutes |"
+HEAD = "| recipe | tuning | test score | seeds | simple methods | trained weights | minutes |"
+SHOWN = {"frozen_logreg": "frozen base", "tfidf_logreg": "TF-IDF", "ngram": "n-grams", "nearest": "nearest pair"}
+"""The baselines that are worth a place; the others are weaker."""
 
 
 def build_row(runs: list[RunFolder]) -> str:
@@ -26,22 +30,27 @@ def build_row(runs: list[RunFolder]) -> str:
     first, metric = recipes[0], next(iter(tests[0]["metrics"]))
     if any(without_seed(recipe) != without_seed(first) for recipe in recipes):
         sys.exit(f"{runs[0].path.parent}: the runs must differ only in train.seed. Name those to compare.")
-    values = [test["metrics"][metric]["value"] for test in tests]
+    digits = decimals_of(metric)
     seeds = "; ".join(
-        f"{recipe.train.seed}: {format_score(test['metrics'][metric])}"
+        f"{recipe.train.seed}: {format_score(test['metrics'][metric], digits)}"
         for recipe, test in zip(recipes, tests, strict=True)
     )
+
+    def average(systems: list[dict[str, Any]]) -> str:
+        return format_number(statistics.mean(system["metrics"][metric]["value"] for system in systems), digits)
+
     baselines = [
-        f"{statistics.mean(test['baselines'][name]['metrics'][metric]['value'] for test in tests):.3f}"
-        for name in ("frozen_logreg", "tfidf_logreg")
+        f"{words} {average([test['baselines'][name] for test in tests])}"
+        for name, words in SHOWN.items()
+        if name in tests[0]["baselines"]
     ]
     count = training[0]["parameters"]
     cells = [
         first.name,
-        first.adapter.method,
-        f"**{statistics.mean(values):.3f}** {metric}",
+        "from scratch" if first.model.base == SCRATCH_BASE else first.adapter.method,
+        f"**{average(tests)}** {metric}",
         seeds,
-        *baselines,
+        ", ".join(baselines),
         f"{count['trained'] / count['total']:.1%}",
         f"{statistics.mean(record['seconds'] for record in training) / 60:.0f}",
     ]

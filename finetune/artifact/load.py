@@ -19,7 +19,7 @@ from finetune.data.rows import Row
 from finetune.errors import ModelError, UsageError
 from finetune.models.base import resolve_base
 from finetune.models.classifier import get_padding
-from finetune.models.generation import generate_texts
+from finetune.models.generation import generate_texts, stream_text
 from finetune.models.prediction import compute_logits
 from finetune.recipe.files import compute_sha256
 from finetune.recipe.schema import GenerateSection
@@ -120,17 +120,39 @@ class Predictor:
             seed: of the sampling.
             advance: called with the number of texts after each batch.
         """
-        self.check_writes()
-        rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
+        if isinstance(texts, str):
+            raise UsageError("generate: texts must be a list of texts, got one text. Write generate([text]).")
         return generate_texts(
             self.model,
             self.tokenizer,
-            [row.values["text"] for row in self.task.prepare_rows(rows)],
+            self._prepare_prompts(texts),
             section or self.writing,
             kind=self.task.type,
             max_length=self.max_length,
             seed=seed,
             advance=advance,
+        )
+
+    def stream(
+        self, text: str, emit: Callable[[str], None], section: GenerateSection | None = None, *, seed: int = 0
+    ) -> None:
+        """Hand on what `generate` writes to one text piece by piece, as it comes.
+
+        Args:
+            text: as it comes; the cleaning of the recipe is applied.
+            emit: takes each piece. What it raises ends the writing.
+            section, seed: as in `generate`.
+        """
+        (prompt,) = self._prepare_prompts([text])
+        stream_text(
+            self.model,
+            self.tokenizer,
+            prompt,
+            section or self.writing,
+            emit,
+            kind=self.task.type,
+            max_length=self.max_length,
+            seed=seed,
         )
 
     def check_writes(self) -> None:
@@ -140,6 +162,13 @@ class Predictor:
                 f"generate: must get a run that writes text ({', '.join(WRITING)}), got {self.task.type}. "
                 + ("Use finetune predict." if isinstance(self.task, TextClassification) else USE_AS_BASE)
             )
+
+    def _prepare_prompts(self, texts: Sequence[str]) -> list[str]:
+        """Cleaned texts; one that goes on with nothing begins where one does in training: behind what separates two."""
+        self.check_writes()
+        rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
+        beginning = getattr(self.task, "separator", None) or ""
+        return [row.values["text"] or beginning for row in self.task.prepare_rows(rows)]
 
     def _classify(self) -> TextClassification:
         """The task; UsageError unless it gives labels."""

@@ -75,36 +75,17 @@ def _answer_prompts(
     goes_on = predictor.task.type == "causal_lm"
     if not goes_on and not all(prompts):
         raise UsageError("generate: --prompt must hold a text to answer, got an empty one.")
-    # A text begins where one does in training: behind what separates two.
-    beginning = getattr(predictor.task, "separator", None) or ""
     if as_json:
-        written = [predictor.generate([prompt or beginning], section, seed=seed)[0] for prompt in prompts]
+        written = [predictor.generate([prompt], section, seed=seed)[0] for prompt in prompts]
         print_json([{"prompt": prompt, "generated": text} for prompt, text in zip(prompts, written, strict=True)])
         return
     for number, prompt in enumerate(prompts):
         if goes_on:
             _show("\n" * (number > 0) + prompt)
         try:
-            _stream(predictor, prompt or beginning, section, seed)
+            predictor.stream(prompt, _show, section, seed=seed)
         finally:
             _show("\n")
-
-
-def _stream(predictor: Predictor, prompt: str, section: GenerateSection, seed: int) -> None:
-    from finetune.data.rows import Row
-    from finetune.models.generation import stream_text
-
-    (row,) = predictor.task.prepare_rows([Row(id="1", split=None, number=1, values={"text": prompt})])
-    stream_text(
-        predictor.model,
-        predictor.tokenizer,
-        row.values["text"],
-        section,
-        _show,
-        kind=predictor.task.type,
-        max_length=predictor.max_length,
-        seed=seed,
-    )
 
 
 def _build_section(default: GenerateSection, given: dict[str, Any]) -> GenerateSection:

@@ -95,11 +95,12 @@ def _show(run: Run, as_json: bool) -> None:
 
 def show_scores(scored: dict[str, Any]) -> None:
     """The table of a scored split: the model above its baselines."""
-    from finetune.evaluation.wording import format_score
+    from finetune.evaluation.wording import decimals_of, format_score
 
     metrics = scored["metrics"]
-    rows = [["model", *(format_score(score) for score in metrics.values())]]
-    for name, baseline in scored["baselines"].items():
-        rows.append([name, *(format_score(baseline["metrics"].get(metric, {})) for metric in metrics)])
+    rows = [
+        [name, *(format_score(system["metrics"].get(metric, {}), decimals_of(metric)) for metric in metrics)]
+        for name, system in [("model", scored), *scored["baselines"].items()]
+    ]
     level = f"{scored['confidence']:.0%}"
     print_table(["", *metrics], rows, title=f"{scored['split']}: {scored['rows']:,} rows, {level} bootstrap intervals")

@@ -82,9 +82,9 @@ def wants_mean(base: BaseModel, pooling: str) -> bool:
 
 
 def set_dropout(config: Any, rate: float) -> None:
-    """Families name their rates differently (hidden_dropout_prob, attention_dropout, seq_classif_dropout ...)."""
+    """Families name their rates differently (hidden_dropout_prob, attention_dropout, attn_pdrop ...)."""
     for key, value in config.to_dict().items():
-        if "dropout" in key and isinstance(value, float):
+        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
             setattr(config, key, rate)
 
 

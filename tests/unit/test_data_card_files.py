@@ -159,7 +159,11 @@ def test_damaged_list(objects, tmp_path, content, words):
         ("a", "a\tb".encode("utf-16-le"), r"line 1, byte 2: must be text, got a NUL byte"),
         ("a.gz", gzip.compress(b"a" * 1000, mtime=0)[:-9], r"must be a whole gzip file, got .*Pack it again"),
         ("a.gz", b"a\tb\n", r"must be a whole gzip file, got 'Not a gzipped file"),
-        ("a.gz", gzip.compress(b"\n" * 3 * files.BLOCK_BYTES, mtime=0), r"must unpack to at most 200 times its [\d,]+ bytes"),
+        (
+            "a.gz",
+            gzip.compress(b"\n" * 3 * files.BLOCK_BYTES, mtime=0),
+            r"must unpack to at most 200 times its [\d,]+ bytes",
+        ),
     ],
 )
 def test_bytes_are_checked_before_they_are_read(tmp_path, monkeypatch, kind, name, data, words):

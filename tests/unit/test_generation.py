@@ -238,8 +238,16 @@ def test_a_bases_own_settings_change_nothing_and_give_no_warning(caplog, recwarn
     tokenizer = build_tokenizer()
     model = build("Triad decoder", len(tokenizer))
     expected = write(model, tokenizer, TEXTS)
+    assert any("S" in text for text in expected)
     model.generation_config.update(
-        do_sample=True, temperature=5.0, top_p=0.5, max_length=7, max_new_tokens=2, num_beams=3, length_penalty=2.0
+        do_sample=True,
+        temperature=5.0,
+        top_p=0.5,
+        max_length=7,
+        max_new_tokens=2,
+        num_beams=3,
+        length_penalty=2.0,
+        eos_token_id=tokenizer.convert_tokens_to_ids("S"),
     )
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)

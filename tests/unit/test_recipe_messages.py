@@ -61,7 +61,10 @@ CASES: list[tuple[str, str]] = [
         "train.trackers[0]: must be one of tensorboard, wandb, trackio, got 'wand'. Did you mean",
     ),
     # shapes
-    ("model: null", "model: must be a section with the keys base, architecture, max_length, pooling, dropout, got "),
+    (
+        "model: null",
+        "model: must be a section with the keys base, scratch, architecture, max_length, pooling, dropout, got ",
+    ),
     ("train: [1]", "train: must be a section with the keys epochs, "),
     ("evaluate: {metrics: macro_f1}", "evaluate.metrics: must be a list, got 'macro_f1'. Write [macro_f1]."),
     ("evaluate: {metrics: []}", "evaluate.metrics: must have at least 1 entry, got 0."),
@@ -108,7 +111,10 @@ CASES: list[tuple[str, str]] = [
     ("hub: {zzz: 3}", "hub.zzz: unknown key. Known here: repo, private."),
     (TASK % "split: {columns: c}", "tasks.s.split.columns: unknown key. Did you mean 'column'?"),
     # missing keys
-    ("tasks: {s: {data: d}}", "tasks.s.type: must be given. Write `type: text_classification`."),
+    (
+        "tasks: {s: {data: d}}",
+        "tasks.s.type: must be given, as one of text_classification, causal_lm, masked_lm, seq2seq.",
+    ),
     ("tasks: {s: {type: text_classification}}", "tasks.s.data: must be given. A card in the catalog or the samples,"),
 ]
 
@@ -164,7 +170,8 @@ def test_a_list_of_choices_suggests_the_nearest() -> None:
         Recipe.model_validate({"recipe": 1, "name": "x", "tasks": {}, "evaluate": {"baselines": ["tfidf"]}})
     sentences = dict(explain(caught.value.errors(), Recipe))
     assert sentences["evaluate", "baselines", 0] == (
-        "must be one of majority, tfidf_logreg, frozen_logreg, got 'tfidf'. Did you mean 'tfidf_logreg'?"
+        "must be one of majority, tfidf_logreg, frozen_logreg, unigram, ngram, copy, nearest, got 'tfidf'. "
+        "Did you mean 'tfidf_logreg'?"
     )
 
 
