@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,22 @@ def resolve_base(reference: str) -> BaseModel:
     return BaseModel(reference, _check_folder(Path(folder), reference), "download")
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without tables of new and unused weights: a new head is what we ask for, and the rest is checked. No bars."""
+    from transformers.utils import logging
+
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()
+
+
 def load_config(base: BaseModel, **changes: Any) -> Any:
     """The base's own configuration, with changes such as `num_labels`."""
     from transformers import AutoConfig
@@ -138,8 +156,11 @@ def load_tokenizer(base: BaseModel, *, pads_with_end: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    import finetune.models.triad  # noqa: F401  (so that AutoConfig knows it)
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{base.reference}: must hold a tokenizer that transformers can read; {error}") from error
     # Without its files transformers builds one that knows no word, and says nothing.

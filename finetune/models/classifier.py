@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetune.errors import ModelError, RecipeError
-from finetune.models.base import BaseModel, load_config
+from finetune.models.base import BaseModel, load_config, quiet_transformers
 from finetune.recipe.schema import ModelSection
 
 
@@ -116,7 +116,6 @@ def load_weights(folder: Path, config: Any, classes: ModelClass) -> nn.Module:
         ModelError: it cannot be made of it.
     """
     import transformers
-    from transformers.utils import logging
 
     if config.model_type == "triad":
         from finetune.models import triad
@@ -125,23 +124,19 @@ def load_weights(folder: Path, config: Any, classes: ModelClass) -> nn.Module:
         config._attn_implementation = choose_attention()
         loaded: nn.Module = load_from_checkpoint(getattr(triad, classes.triad), folder, config)
         return loaded
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # the table of "newly initialized" weights: a new head is what we ask for
-    logging.disable_progress_bar()
     try:
-        model: nn.Module = getattr(transformers, classes.native).from_pretrained(
-            folder,
-            config=config,
-            attn_implementation=choose_attention(),
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with quiet_transformers():
+            model: nn.Module = getattr(transformers, classes.native).from_pretrained(
+                folder,
+                config=config,
+                attn_implementation=choose_attention(),
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
         return model
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: must load as {classes.words}; {error}") from error
-    finally:
-        logging.set_verbosity(level)
 
 
 def load_saved_classifier(folder: Path, base: BaseModel | None) -> nn.Module:

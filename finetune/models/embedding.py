@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from finetune.data.batches import Examples, collate, plan_prediction
-from finetune.models.base import BaseModel
+from finetune.models.base import BaseModel, quiet_transformers
 from finetune.models.classifier import choose_attention
 
 TOKENS_PER_BATCH = 4096
@@ -21,12 +21,11 @@ def compute_embeddings(base: BaseModel, parts: list[Examples], pad_token_id: int
         One (N, D) array for each part.
     """
     from transformers import AutoModel
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it counts tensors, in milliseconds
-    model = AutoModel.from_pretrained(
-        base.folder, attn_implementation=choose_attention(), dtype=torch.float32, use_safetensors=True
-    )
+    with quiet_transformers():
+        model = AutoModel.from_pretrained(
+            base.folder, attn_implementation=choose_attention(), dtype=torch.float32, use_safetensors=True
+        )
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return [_embed(model, examples, pad_token_id) for examples in parts]
 

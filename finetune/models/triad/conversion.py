@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from finetune.errors import ModelError
+from finetune.models.base import quiet_transformers
 from finetune.models.triad.configuration_triad import TriadConfig
 from finetune.models.triad.families import FAMILIES, Family, Names, State
 from finetune.models.triad.modeling_triad import (
@@ -311,24 +310,11 @@ def _load_quietly(
     model_class: Any, source: Path | None, config: Any, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what was missing, unexpected or of another shape: transformers prints a table of that."""
-    with _quiet():
+    with quiet_transformers():
         model, report = model_class.from_pretrained(
             source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
         return model, report
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if has_bar:
-            logging.enable_progress_bar()
 
 
 def _check_base(report: Mapping[str, Any], folder: Path, config: TriadConfig) -> None:
