@@ -104,7 +104,9 @@ def run(
     ready: list[Ready] = []
 
     def begin() -> str:
-        ready.append(_prepare(loaded, path.parent))
+        base, prepared = _prepare(loaded, path.parent)
+        prepared.task.build_shape(base, loaded.model, prepared.tokenizer)  # what cannot be built leaves no folder
+        ready.append((base, prepared))
         return str(start(loaded, path, ready[0], runs).path)
 
     folder = RunFolder(Path(agree_on(begin)))  # one process checks and encodes; the others are told the folder
@@ -214,6 +216,7 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
     if not has_checkpoint(folder.checkpoints):
         task.start(model, train_rows, pad_token_id)
     new, head = task.list_modules(model)
+    new = [] if base.reference == SCRATCH.reference else new  # all is new: no part needs a rate of its own
     model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type)
     count = count_parameters(model)
     problem = Problem(
