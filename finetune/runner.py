@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.attach import attach_adapter, count_parameters, plan_parameters
+from finetune.adapters.attach import ParameterCount, attach_adapter, count_parameters, plan_parameters
 from finetune.artifact.assess import assess, assess_held_out
 from finetune.artifact.load import Predictor, load
 from finetune.artifact.run_folder import (
@@ -104,9 +104,8 @@ def run(
     ready: list[Ready] = []
 
     def begin() -> str:
-        base, prepared = _prepare(loaded, path.parent)
-        prepared.task.build_shape(base, loaded.model, prepared.tokenizer)  # what cannot be built leaves no folder
-        ready.append((base, prepared))
+        ready.append(_prepare(loaded, path.parent))
+        _plan_parameters(loaded, ready[0])  # what cannot be built leaves no folder
         return str(start(loaded, path, ready[0], runs).path)
 
     folder = RunFolder(Path(agree_on(begin)))  # one process checks and encodes; the others are told the folder
@@ -134,8 +133,7 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     path = find_recipe(recipe)
     loaded = _settle_base(load_recipe(path, overrides))
     base, prepared = _prepare(loaded, path.parent)
-    model = prepared.task.build_shape(base, loaded.model, prepared.tokenizer)
-    count = plan_parameters(model, loaded.adapter, prepared.task.list_modules(model)[1])
+    count = _plan_parameters(loaded, (base, prepared))
     return {
         "recipe": str(path),
         "name": loaded.name,
@@ -351,6 +349,17 @@ def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Read
         tokenizer=tokenizer,
     )
     return base, prepared
+
+
+def _plan_parameters(recipe: Recipe, ready: Ready) -> ParameterCount:
+    """Weights that would be trained, from shapes alone.
+
+    Raises:
+        RecipeError, ModelError: a model that cannot be built, or has nothing that the adapter could change.
+    """
+    base, prepared = ready
+    model = prepared.task.build_shape(base, recipe.model, prepared.tokenizer)
+    return plan_parameters(model, recipe.adapter, prepared.task.list_modules(model)[1])
 
 
 def _settle_base(recipe: Recipe) -> Recipe:
