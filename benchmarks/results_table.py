@@ -15,7 +15,7 @@ from typing import Any
 from finetune.artifact.run_folder import RunFolder, load_json
 from finetune.evaluation.wording import decimals_of, format_number, format_score
 from finetune.recipe import Recipe, load_recipe
-from finetune.recipe.schema import SCRATCH_BASE
+from finetune.recipe.reference import SCRATCH_BASE
 
 HEAD = "| recipe | tuning | test score | seeds | simple methods | trained weights | minutes |"
 SHOWN = {"frozen_logreg": "frozen base", "tfidf_logreg": "TF-IDF", "ngram": "n-grams", "nearest": "nearest pair"}

@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from finetune.evaluation.wording import MEANINGS, decimals_of, format_score
 from finetune.recipe.card import Card
-from finetune.recipe.reference import split_revision
-from finetune.recipe.schema import SCRATCH_BASE, GenerateSection, Recipe
+from finetune.recipe.reference import SCRATCH_BASE, split_revision
+from finetune.recipe.schema import GenerateSection, Recipe
 
 # What the Hub's leaderboards call our metrics.
 HUB_METRICS = {

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from finetune.errors import ModelError
 from finetune.recipe.files import compute_sha256
-from finetune.recipe.reference import split_revision
+from finetune.recipe.reference import SCRATCH_BASE, split_revision
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -69,7 +69,7 @@ class BaseModel:
 
 
 # What a recipe names where it wants no base; nothing reads the folder.
-SCRATCH = BaseModel("scratch", Path("scratch"), "random weights")
+SCRATCH = BaseModel(SCRATCH_BASE, Path(SCRATCH_BASE), "random weights")
 
 
 def find_base(reference: str) -> BaseModel | None:

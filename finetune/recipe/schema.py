@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from finetune.recipe.defaults import fill_in_defaults
+from finetune.recipe.reference import SCRATCH_BASE
+
 SCHEMA_VERSION = 1
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
-SCRATCH_BASE = "scratch"
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 REPO_PATTERN = r"^[\w.-]+/[\w.-]+$"
@@ -294,44 +296,6 @@ class HubSection(Section):
     """Whether the repository is private."""
 
 
-# What a task type changes of the defaults above; only where the recipe says nothing.
-_LIKELIHOOD = {"early_stop": {"metric": "loss"}}
-TYPE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "causal_lm": {
-        "train": _LIKELIHOOD,
-        "evaluate": {
-            "metrics": ["loss", "perplexity", "bits_per_byte", "token_accuracy"],
-            "baselines": ["unigram", "ngram"],
-            "calibrate": "none",
-            "slices": [],
-        },
-    },
-    "masked_lm": {
-        "adapter": {"method": "full"},
-        "train": _LIKELIHOOD,
-        "evaluate": {
-            "metrics": ["loss", "perplexity", "token_accuracy"],
-            "baselines": ["unigram"],
-            "calibrate": "none",
-            "slices": [],
-        },
-    },
-    "seq2seq": {
-        # Rotary positions say nothing about tokens of the other stack.
-        "model": {"scratch": {"position": "sinusoidal"}},
-        "train": _LIKELIHOOD,
-        "evaluate": {
-            "metrics": ["bleu", "chrf", "loss"],
-            "baselines": ["copy", "nearest"],
-            "calibrate": "none",
-            "generate": {"beams": 5},
-        },
-    },
-}
-SCRATCH_DEFAULTS: dict[str, dict[str, Any]] = {"adapter": {"method": "full"}}
-"""What `model.base: scratch` changes of them."""
-
-
 class Recipe(Section):
     """A run, as data."""
 
@@ -366,15 +330,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, recipe: Any) -> Any:
-        """Put in the defaults that depend on the task type and on the base."""
-        if not isinstance(recipe, dict):
-            return recipe
-        tasks, model = recipe.get("tasks"), recipe.get("model")
-        first = next(iter(tasks.values()), None) if isinstance(tasks, dict) else None
-        kind = first.get("type") if isinstance(first, dict) else None
-        filled = _fill_in(recipe, TYPE_DEFAULTS.get(kind, {}) if isinstance(kind, str) else {})
-        scratch = isinstance(model, dict) and model.get("base") == SCRATCH_BASE
-        return _fill_in(filled, SCRATCH_DEFAULTS) if scratch else filled
+        return fill_in_defaults(recipe) if isinstance(recipe, dict) else recipe
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
@@ -425,14 +381,3 @@ class Recipe(Section):
     def to_dict(self) -> dict[str, Any]:
         """Every key with its resolved value, as plain YAML types."""
         return self.model_dump(mode="json")
-
-
-def _fill_in(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`given`, and what it lacks of `defaults`, at any depth; what is there stays, null too."""
-    filled = dict(given)
-    for key, value in defaults.items():
-        if key not in filled:
-            filled[key] = value
-        elif isinstance(value, dict) and isinstance(filled[key], dict):
-            filled[key] = _fill_in(filled[key], value)
-    return filled

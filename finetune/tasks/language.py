@@ -15,7 +15,8 @@ from finetune.evaluation.corpus_metrics import CORPUS_METRICS, compute_corpus_me
 from finetune.models.base import BaseModel, load_tokenizer
 from finetune.models.prediction import compute_by_row, scatter_rows
 from finetune.models.tokenizer import train_tokenizer
-from finetune.recipe.schema import SCRATCH_BASE, ModelSection
+from finetune.recipe.reference import SCRATCH_BASE
+from finetune.recipe.schema import ModelSection
 from finetune.tasks.task import Outputs
 
 LIKELIHOOD_WIDTH = 4
