@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from finetune.evaluation.metrics import ECE_BINS, Floats, Ints, compute_bins, compute_predictions
@@ -21,6 +20,8 @@ def fit_temperature(logits: npt.ArrayLike, references: Ints) -> float:
         logits: Raw outputs on rows that were not trained on, (N, K).
         references: Labels, (N,).
     """
+    from scipy.optimize import minimize_scalar  # takes longer than all that `finetune check` needs of scipy
+
     raw, rows = np.asarray(logits, dtype=np.float64), np.arange(len(references))
     if not rows.size:
         return 1.0
