@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from finetune.recipe import dump_recipe, find_recipe, load_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
 from finetune.tasks import TASKS
+from finetune.tasks.contrastive import ContrastivePhase, check_rows_per_class
 from finetune.tasks.preparation import Prepared, prepare
 from finetune.training.checkpoint import has_checkpoint, prune_checkpoints
 from finetune.training.loop import Problem, count_steps, fit
@@ -211,7 +212,7 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
     model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
     pad_token_id = get_padding(model, tokenizer)
-    if not has_checkpoint(folder.checkpoints):
+    if recipe.train.few_shot == "none" and not has_checkpoint(folder.checkpoints):
         task.start(model, train_rows, pad_token_id)
     new, head = task.list_modules(model)
     new = [] if base.reference == SCRATCH.reference else new  # all is new: no part needs a rate of its own
@@ -228,10 +229,16 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
         head=new,
         pad_token_id=pad_token_id,
     )
+    phase = ContrastivePhase(model, train_rows, pad_token_id) if recipe.train.few_shot == "contrastive" else None
+    if phase:
+        problem = replace(problem, compute_losses=phase.compute_losses, compute_outputs=phase.compute_outputs)
     with closing(build_session(recipe.train, folder.path, lock["precision"])) as session:
         if session.accelerator.is_main_process and not quiet:
             _narrate(quiet, str(count))
         state = fit(model, problem, recipe.train, session, quiet=quiet)
+        if phase:
+            phase.fit_head(model)
+            session.log.write("head_fitted", few_shot=recipe.train.few_shot, rows=len(train_rows))
         if session.accelerator.is_main_process:
             settings = {
                 "task": task.to_config(),
@@ -348,6 +355,8 @@ def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Read
         relative_to=recipe_folder,
         tokenizer=tokenizer,
     )
+    if recipe.train.few_shot == "contrastive":
+        check_rows_per_class(prepared.examples["train"], prepared.task.labels or [])
     return base, prepared
 
 

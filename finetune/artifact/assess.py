@@ -24,6 +24,8 @@ from finetune.tasks import HeldOut, Judgement
 from finetune.tasks.preparation import Prepared, load_held_out
 from finetune.training.events import load_events
 
+CONTRASTIVE = "a contrastive loss on the base, then a head by logistic regression"
+
 
 def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseModel) -> dict[str, Any]:
     """Calibrate, score validation and test, and write everything that people read.
@@ -144,7 +146,7 @@ def _build_facts(
     recipe: Recipe, prepared: Prepared, training: Mapping[str, Any], lock: Mapping[str, Any]
 ) -> dict[str, dict[str, str]]:
     """What the report says about the run: section -> label -> value."""
-    card, adapter, count = prepared.source.card, recipe.adapter, training["parameters"]
+    card, adapter, count, split = prepared.source.card, recipe.adapter, training["parameters"], recipe.task.split
     lora = f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, {adapter.targets}"
     return {
         "Model": {
@@ -156,9 +158,10 @@ def _build_facts(
             "Set": card.title if card else prepared.source.origin,
             "Licence": card.licence if card else "the user's own data",
             "Rows": ", ".join(f"{name} {len(rows):,}" for name, rows in prepared.splits.items()),
-            "Split": f"by {recipe.task.split.by}",
+            "Split": f"by {split.by}" + (f", at most {split.shots} rows of a class" if split.shots else ""),
         },
-        "Training": {
+        "Training": ({"Few-shot": CONTRASTIVE} if recipe.train.few_shot == "contrastive" else {})
+        | {
             "Steps": f"{training['steps']:,} of {recipe.train.tokens_per_batch:,} tokens",
             "Best step": str(training["best_step"]),
             "Epochs": f"{recipe.train.epochs}" + (", stopped early" if training["stopped_early"] else ""),
