@@ -237,7 +237,7 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
             _narrate(quiet, str(count))
         state = fit(model, problem, recipe.train, session, quiet=quiet)
         if phase:
-            phase.fit_head(model)
+            phase.finish(model)
             session.log.write("head_fitted", few_shot=recipe.train.few_shot, rows=len(train_rows))
         if session.accelerator.is_main_process:
             settings = {

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from finetune.adapters.attach import list_trained
 from finetune.data.batches import Batch, Examples, list_inputs
 from finetune.errors import DataError, RecipeError
 from finetune.models.linear_head import find_head, fit_head, without_head
@@ -15,6 +16,9 @@ from finetune.models.prediction import compute_logits
 from finetune.tasks.task import Outputs
 
 TEMPERATURE = 0.1  # the paper's
+# Few rows pull the base away from what it knew. Halfway back it tells classes apart better than at either end
+# (docs/decisions/0016-few-shot.md).
+START_SHARE = 0.5
 
 
 def compute_contrastive_losses(
@@ -59,11 +63,13 @@ def check_rows_per_class(examples: Examples, labels: Sequence[str]) -> None:
 class ContrastivePhase:
     """What the loop computes while the base is tuned by a contrastive loss, and the head that comes after it.
 
-    The head takes no part in the loss: it is frozen, in no checkpoint, and fitted to the features of the train rows
-    whenever validation is scored. So validation says what the model would be worth if training ended there.
+    The model to be used is not the tuned one but the mean of its weights and those that it started from
+    (arXiv:2109.01903), and its head takes no part in the loss: it is frozen, in no checkpoint, and fitted to that
+    model's features of the train rows. Both happen whenever validation is scored, which so says what the model would be
+    worth if training ended there.
 
     Args:
-        model: with its adapter; its head is frozen here.
+        model: with its adapter, as it starts, also where a run goes on; its head is frozen here.
         train: encoded rows; each class occurs.
         pad_token_id: as for `compute_logits`.
 
@@ -73,12 +79,14 @@ class ContrastivePhase:
 
     def __init__(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
         self._head = find_head(model).requires_grad_(False)
-        self._train, self._pad_token_id = train, pad_token_id
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+        self._trained = list_trained(model)
+        if not self._trained:
             raise RecipeError(
                 "adapter.method: must change the base when train.few_shot is contrastive, got nothing to train beside "
                 "the head. Set adapter.method: lora."
             )
+        self._start = [parameter.detach().clone() for parameter in self._trained.values()]
+        self._train, self._pad_token_id = train, pad_token_id
 
     def compute_losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The contrastive loss of each row, (B,)."""
@@ -95,12 +103,20 @@ class ContrastivePhase:
         share: tuple[int, int] = (0, 1),
         advance: Callable[[int], None] = lambda _rows: None,
     ) -> Outputs:
-        """Logits (N, K) with the head that fits the model as it is now; for the other arguments `compute_logits`."""
-        self.fit_head(model)
-        return compute_logits(model, examples, pad_token_id, share=share, advance=advance)
+        """Logits (N, K) of the model that would be the result now; for the arguments see `compute_logits`."""
+        tuned = [parameter.detach().clone() for parameter in self._trained.values()]
+        self.finish(model)
+        logits = compute_logits(model, examples, pad_token_id, share=share, advance=advance)
+        with torch.no_grad():
+            for parameter, weight in zip(self._trained.values(), tuned, strict=True):
+                parameter.copy_(weight)
+        return logits
 
-    def fit_head(self, model: nn.Module) -> None:
-        """Fit the head to the train rows; the same model gives the same head."""
+    def finish(self, model: nn.Module) -> None:
+        """Make the tuned model the one to be used: draw its weights back, and fit its head to the train rows."""
+        with torch.no_grad():
+            for parameter, start in zip(self._trained.values(), self._start, strict=True):
+                parameter.lerp_(start.to(parameter.device), START_SHARE)
         with without_head(model):
             features = compute_logits(model, self._train, self._pad_token_id)
         fit_head(self._head, features, self._train.labels)
