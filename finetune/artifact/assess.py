@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from finetune.adapters.methods import describe
 from finetune.artifact.card import build_model_card
 from finetune.artifact.load import load
 from finetune.artifact.run_folder import RunFolder, load_json, now, save_json
@@ -144,12 +145,11 @@ def _build_facts(
     recipe: Recipe, prepared: Prepared, training: Mapping[str, Any], lock: Mapping[str, Any]
 ) -> dict[str, dict[str, str]]:
     """What the report says about the run: section -> label -> value."""
-    card, adapter, count = prepared.source.card, recipe.adapter, training["parameters"]
-    lora = f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, {adapter.targets}"
+    card, count = prepared.source.card, training["parameters"]
     return {
         "Model": {
             "Base": f"{recipe.model.base} ({lock['base']['origin']})",
-            "Tuning": lora if adapter.method == "lora" else "full",
+            "Tuning": describe(recipe.adapter),
             "Trained": f"{count['trained']:,} of {count['total']:,} parameters",
         },
         "Data": {

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from finetune.adapters.methods import METHODS, describe
 from finetune.evaluation.wording import MEANINGS, decimals_of, format_score
 from finetune.recipe.card import Card
 from finetune.recipe.reference import SCRATCH_BASE, split_revision
@@ -67,12 +68,13 @@ def build_model_card(
         if score["value"] is not None
     ]
     description = recipe.description or shape
+    is_peft = METHODS[recipe.adapter.method].build is not None
     header = ModelCardData(
         model_name=recipe.name,
         base_model=base if is_hub_base else None,
         language=data.language if data else None,
         datasets=[data.hub.id] if data and data.hub else None,
-        library_name="peft" if recipe.adapter.method == "lora" else "transformers",
+        library_name="peft" if is_peft else "transformers",
         pipeline_tag=pipeline_tag,
         tags=["finetune-toolkit", "from-scratch" if is_scratch else recipe.adapter.method],
         eval_results=results,
@@ -95,7 +97,8 @@ def build_model_card(
         meanings={name: MEANINGS[name] for name in test["metrics"] if name in MEANINGS},
         training=status["training"],
         lock=lock,
-        lora=recipe.adapter.method == "lora",
+        tuning=describe(recipe.adapter),
+        peft=is_peft,
         triad=recipe.model.architecture == "triad",
         generation=_describe_generation(recipe.evaluate.generate),
     )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.adapters.attach import load_adapter, merge_adapter, read_adapter_base
+from finetune.adapters.attach import can_merge, load_adapter, merge_adapter, read_adapter_base
 from finetune.artifact.run_folder import find_run, load_json
 from finetune.artifact.save import FORMAT, SETTINGS
 from finetune.data.rows import Row
@@ -205,8 +205,9 @@ def load(reference: str | Path) -> Predictor:
         model = task.load_model(folder)
     else:
         model = task.load_model(folder, resolve_base(base))
-        # Merged: one product a layer instead of three, and the same logits (tests/parity).
-        model = merge_adapter(load_adapter(model, folder))
+        model = load_adapter(model, folder)
+        if can_merge(model):  # one product a layer instead of three, and the same logits (tests/parity)
+            model = merge_adapter(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Predictor(
         model=model.eval().requires_grad_(False).to(device),
