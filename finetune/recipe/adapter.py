@@ -24,6 +24,8 @@ ADAPTER_KEYS: dict[str, tuple[str, ...]] = {
     "fourierft": ("frequencies", "alpha", "targets"),
 }
 """Method -> the keys of `adapter` that it reads besides `method`."""
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {"vera": {"rank": 256}, "fourierft": {"alpha": 150.0}}
+"""What a method changes of the defaults below: the papers' values for encoders of this size."""
 
 
 class AdapterSection(Section):
@@ -70,6 +72,11 @@ class AdapterSection(Section):
     """Trained coefficients of each update's spectrum."""
     block_size: int = Field(default=32, ge=2, le=1024)
     """Width of the blocks that `oft` turns; must divide the inputs of every target."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        return OWN_DEFAULTS.get(str(given.get("method")), {}) | given if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _check(self) -> AdapterSection:
