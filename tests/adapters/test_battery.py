@@ -48,22 +48,37 @@ ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
 MERGE_TOLERANCE = 1e-4
 
-# A process that knows nothing but the saved folders and where the base lies.
+# A process that knows nothing but the saved folders and where the base lies: through the toolkit, and as the model card
+# says, through transformers and PEFT alone.
 RELOAD = """
 import json, pathlib, sys
 import numpy as np, torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from finetune.adapters.attach import load_adapter
-from finetune.data.batches import Examples
+from finetune.data.batches import Examples, collate, list_inputs
 from finetune.models.base import BaseModel
 from finetune.models.prediction import compute_logits
 from finetune.tasks.text_classification import TextClassification
 torch.set_num_threads(1)
 base, examples, *folders = map(pathlib.Path, sys.argv[1:])
 examples = Examples.load(examples)
+batch = list_inputs(collate(examples, np.arange(len(examples)), 0))
 for folder in folders:
     task = TextClassification.from_config(json.loads((folder / "finetune.json").read_text())["task"])
     model = load_adapter(task.load_model(folder, BaseModel("acme/tiny", base, "here")), folder)
     np.save(folder.parent / "reloaded.npy", compute_logits(model, examples, 0))
+    own_code = (folder / "modeling_triad.py").exists()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+    if own_code:
+        Triad = get_class_from_dynamic_module("modeling_triad.TriadForSequenceClassification", folder)
+        plain = Triad.from_pretrained(base, config=config, key_mapping=config.base_key_mapping)
+    else:
+        plain = AutoModelForSequenceClassification.from_pretrained(base, config=config)
+    with torch.no_grad():
+        logits = PeftModel.from_pretrained(plain, folder).eval()(**batch).logits
+    np.save(folder.parent / "plain.npy", logits.numpy())
 """
 
 
@@ -201,18 +216,18 @@ def reload(tiny_base: Path) -> Callable[[Trained], Any]:
 @pytest.fixture(scope="module")
 def reloaded(
     trained: Callable[[str, str], Trained], methods: dict[str, Any], tiny_base: Path, tmp_path_factory: Any
-) -> Callable[[str, str], np.ndarray]:
+) -> Callable[[str, str, str], np.ndarray]:
     """Logits out of one other process for all cases."""
     folder = tmp_path_factory.mktemp("elsewhere")
     EXAMPLES.save(folder / "examples.safetensors")
     all_made = [trained(architecture, case) for architecture in ("triad", "native") for case in methods]
     words = [str(tiny_base), str(folder / "examples.safetensors"), *(str(made.folder) for made in all_made)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(folder / "modules")}
     done = subprocess.run(
         [sys.executable, "-c", RELOAD, *words], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return lambda architecture, case: np.load(trained(architecture, case).folder.parent / "reloaded.npy")
+    return lambda architecture, case, way: np.load(trained(architecture, case).folder.parent / f"{way}.npy")
 
 
 each_architecture = pytest.mark.parametrize("architecture", ["triad", "native"])
@@ -273,7 +288,8 @@ def test_another_process_reads_the_same_model(trained, reloaded, architecture, c
     logits = trained(architecture, case).logits
     assert logits.std(axis=0).min() > 100 * TOLERANCE  # equal for all rows would be equal for no good reason
     assert np.abs(logits - trained(architecture, case).subject.base_logits).max() > 100 * TOLERANCE
-    np.testing.assert_allclose(reloaded(architecture, case), logits, atol=TOLERANCE, rtol=0)
+    for way in ("reloaded", "plain"):
+        np.testing.assert_allclose(reloaded(architecture, case, way), logits, atol=TOLERANCE, rtol=0, err_msg=way)
 
 
 @each_architecture
@@ -341,7 +357,7 @@ def test_the_folder_holds_adapter_and_head_only(trained, tiny_base, architecture
 
 def test_stopped_and_resumed_it_ends_with_the_same_bits(tiny_base, methods, tmp_path, case):
     """With other random numbers at the start: everything must come from the checkpoint, the base or the data."""
-    section = build_train_section(max_steps=4, ema_decay=0.9)
+    section = build_train_section(epochs=2, max_steps=4, ema_decay=0.9)
 
     def run(name: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
         subject, steps = build(tiny_base, "triad", methods[case], section), itertools.count(1)
