@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any
 
 from finetune.adapters.attach import ParameterCount, attach_adapter, count_parameters, plan_parameters
 from finetune.artifact.assess import assess, assess_held_out
-from finetune.artifact.load import Predictor, load
+from finetune.artifact.load import MultiPredictor, Predictor, load
 from finetune.artifact.run_folder import (
     RunFolder,
     create_run_folder,
@@ -39,7 +39,7 @@ from finetune.models.classifier import get_padding
 from finetune.recipe import dump_recipe, find_recipe, load_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
-from finetune.tasks import TASKS
+from finetune.tasks import TASKS, load_task
 from finetune.tasks.preparation import Prepared, prepare
 from finetune.training.checkpoint import has_checkpoint, prune_checkpoints
 from finetune.training.loop import Problem, count_steps, fit
@@ -58,20 +58,25 @@ class Run:
     folder: RunFolder
 
     @property
+    def tests(self) -> dict[str, dict[str, Any]]:
+        """Task name -> the content of its test.json."""
+        return {name: load_json(folder / "test.json") for name, folder in self.folder.evaluations().items()}
+
+    @property
     def test(self) -> dict[str, Any]:
-        """The content of evaluation/test.json."""
-        return load_json(self.folder.evaluation / "test.json")
+        """The content of evaluation/test.json; `tests` where there are several tasks."""
+        return take_only(self.tests)
 
     @property
     def task_type(self) -> str:
-        """The problem shape, as in the recipe."""
+        """The problem shape, as in the recipe; `multi_task` where there are several."""
         return str(load_json(self.folder.data / "task.json")["type"])
 
-    def evaluate(self, data: str | None = None) -> dict[str, Any]:
-        """Score the test split again (counted), or another held-out set."""
-        return evaluate(self.folder.path, data)
+    def evaluate(self, data: str | None = None, task: str | None = None) -> dict[str, Any]:
+        """Score the test splits again (counted), or another held-out set."""
+        return evaluate(self.folder.path, data, task)
 
-    def load(self) -> Predictor:
+    def load(self) -> Predictor | MultiPredictor:
         """The trained model."""
         return load(self.folder.path)
 
@@ -137,12 +142,17 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "recipe": str(path),
         "name": loaded.name,
-        "data": prepared.source.origin,
         "base": {"reference": base.reference, "origin": base.origin},
-        "labels": prepared.task.labels,
-        "splits": {
-            name: {"rows": len(rows), "tokens": int(prepared.examples[name].lengths.sum())}
-            for name, rows in prepared.splits.items()
+        "tasks": {
+            name: {
+                "data": part.source.origin,
+                "labels": part.task.labels,
+                "splits": {
+                    split: {"rows": len(rows), "tokens": int(part.examples[split].lengths.sum())}
+                    for split, rows in part.splits.items()
+                },
+            }
+            for name, part in prepared.parts.items()
         },
         "findings": findings_to_json(prepared.findings),
         "parameters": {"trained": count.trained, "total": count.total},
@@ -152,24 +162,28 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def evaluate(reference: str | Path, data: str | None = None) -> dict[str, Any]:
+def evaluate(reference: str | Path, data: str | None = None, task: str | None = None) -> dict[str, Any]:
     """Score a finished run again: on its test split (the opening is counted), or on another held-out set.
 
     Args:
         reference: the run.
         data: a card, path or Hub reference with the same columns; None for the run's own test split.
+        task: whose rows the data are; needed where the run has several tasks.
 
     Returns:
-        The scores, as in evaluation/test.json.
+        The scores, as in evaluation/test.json; of the test splits of several tasks, task name -> scores.
+
+    Raises:
+        UsageError: no such run, no such task, or a task that was not said.
     """
     folder = find_run(reference)
     lock = folder.hold()
     try:
         recipe = load_recipe(folder.recipe)
         base, prepared = _prepare_again(folder, recipe)
-        if data is not None:
-            return assess_held_out(folder, recipe, prepared, base, data)
-        return assess(folder, recipe, prepared, base)
+        if data is None:
+            return take_only(assess(folder, recipe, prepared, base))
+        return assess_held_out(folder, recipe, prepared, base, _settle_task(folder, task), data)
     finally:
         lock.release()
 
@@ -180,7 +194,11 @@ def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFol
     folder = create_run_folder(recipe.name, dump_recipe(recipe), runs)
     write_file_atomically(folder.path / "recipe.yaml", path.read_bytes())
     write_file_atomically(folder.recipe, dump_recipe(recipe).encode())
-    save_json(folder.data / "ids.json", {name: [row.id for row in rows] for name, rows in prepared.splits.items()})
+    ids = {
+        name: {split: [row.id for row in rows] for split, rows in part.splits.items()}
+        for name, part in prepared.parts.items()
+    }
+    save_json(folder.data / "ids.json", ids)
     save_json(folder.data / "findings.json", findings_to_json(prepared.findings))
     save_json(folder.data / "task.json", prepared.task.to_config())
     if base.reference == SCRATCH.reference:
@@ -194,7 +212,7 @@ def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFol
             "seed": recipe.train.seed,
             "precision": choose_precision(recipe.train.precision),
             "base": {"reference": base.reference, "origin": base.origin, "sha256": base.compute_fingerprint()},
-            "data": {"name": prepared.source.name, "sha256": prepared.source.fingerprint},
+            "data": {"name": prepared.source_name, "sha256": prepared.fingerprint},
         },
     )
     folder.update_status(state="started", recipe_folder=str(path.parent.resolve()))
@@ -205,9 +223,9 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
     """Train what a run's folder describes, and write its `model/`; every worker process calls this."""
     recipe = load_recipe(folder.recipe)
     lock = load_json(folder.lock)
-    task = TASKS[recipe.task.type].from_config(load_json(folder.data / "task.json"))
+    task = load_task(load_json(folder.data / "task.json"))
     base = resolve_base(recipe.model.base)
-    tokenizer = _load_tokenizer(folder) or task.build_tokenizer(base, [], recipe.model)
+    tokenizer = _load_tokenizer(folder) or load_tokenizer(base)
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
     model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
     pad_token_id = get_padding(model, tokenizer)
@@ -236,6 +254,7 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
             settings = {
                 "task": task.to_config(),
                 "temperature": 1.0,
+                "temperatures": dict.fromkeys(recipe.tasks, 1.0),
                 "max_length": recipe.model.max_length,
                 "generate": recipe.evaluate.generate.model_dump(mode="json"),
             }
@@ -269,7 +288,7 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, ready: Ready | No
         recipe = load_recipe(folder.recipe)
         # Before training, so that rows that changed since the start cost no time.
         base, prepared = ready or _prepare_again(folder, recipe)
-        _narrate(quiet, f"{folder.path}: {_count_rows(prepared)} from {prepared.source.origin}")
+        _narrate(quiet, f"{folder.path}: {_count_rows(prepared)} from {prepared.origin}")
         if folder.load_status().get("state") != "trained":
             folder.update_status(state="training", pid=os.getpid())
             if processes > 1 and world_size() == 1:
@@ -300,15 +319,41 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, ready: Ready | No
         held.release()
 
 
-def _check_gates(folder: RunFolder, scored: dict[str, Any]) -> None:
+def _check_gates(folder: RunFolder, scored: Mapping[str, dict[str, Any]]) -> None:
+    several = len(scored) > 1
+    results = {
+        f"{name}.{gate}" if several else gate: result
+        for name, test in scored.items()
+        for gate, result in test["gates"].items()
+    }
     try:
-        raise_on_failed_gates(scored["gates"])
+        raise_on_failed_gates(results)
     except GateError as error:
-        raise GateError(f"{error}\n  Everything was written; see {folder.evaluation / 'report.html'}") from None
+        reports = ", ".join(str(place / "report.html") for place in folder.evaluations().values())
+        raise GateError(f"{error}\n  Everything was written; see {reports}") from None
 
 
 def _count_rows(prepared: Prepared) -> str:
-    return ", ".join(f"{len(rows):,} {name}" for name, rows in prepared.splits.items()) + " rows"
+    counts = {
+        name: ", ".join(f"{len(rows):,} {split}" for split, rows in part.splits.items()) + " rows"
+        for name, part in prepared.parts.items()
+    }
+    return "; ".join(f"{name}: {count}" if len(counts) > 1 else count for name, count in counts.items())
+
+
+def take_only(values: dict[str, Any]) -> dict[str, Any] | Any:
+    """What belongs to the only task; what belongs to each of several, by name."""
+    return next(iter(values.values())) if len(values) == 1 else values
+
+
+def _settle_task(folder: RunFolder, task: str | None) -> str:
+    names = list(folder.evaluations())
+    if task is None and len(names) == 1:
+        return names[0]
+    if task not in names:
+        got = "none" if task is None else repr(task)
+        raise UsageError(f"--task: must be one of {', '.join(names)}, got {got}.")
+    return task
 
 
 def _narrate(quiet: bool, text: str) -> None:
@@ -335,13 +380,14 @@ def _train_in_workers(folder: RunFolder, processes: int, quiet: bool) -> None:
 
 
 def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Ready:
-    task = TASKS[recipe.task.type]
-    check_section(recipe.evaluate, task.scored_by)
+    kind = TASKS[next(iter(recipe.tasks.values())).type].scored_by
+    for name in recipe.tasks:
+        check_section(recipe.evaluate_for(name), kind)
     if recipe.train.early_stop:
-        check_early_stop(recipe.train.early_stop.metric, task.scored_by)
+        check_early_stop(recipe.train.early_stop.metric, kind)
     base = resolve_base(recipe.model.base)
     prepared = prepare(
-        recipe.task,
+        recipe.tasks,
         recipe.model,
         base,
         seed=recipe.train.seed,
@@ -385,10 +431,10 @@ def _prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
     """
     recipe_folder = Path(folder.load_status().get("recipe_folder", "."))
     base, prepared = _prepare(recipe, recipe_folder, _load_tokenizer(folder))
-    expected, found = load_json(folder.lock)["data"]["sha256"], prepared.source.fingerprint
+    expected, found = load_json(folder.lock)["data"]["sha256"], prepared.fingerprint
     if expected != found:
         raise DataError(
-            f"{prepared.source.origin}: must be the data that {folder.name} was started with (sha256 {expected[:12]}), "
+            f"{prepared.origin}: must be the data that {folder.name} was started with (sha256 {expected[:12]}), "
             f"got other rows (sha256 {found[:12]}). Restore the file, or start a new run."
         )
     return base, prepared

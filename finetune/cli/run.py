@@ -58,12 +58,13 @@ def check_command(recipe: RecipeArgument, overrides: Overrides = None, as_json: 
         print_json(plan)
         return
     print_text(f"{plan['recipe']}: good.")
-    print_text(f"data  {plan['data']}")
     print_text(f"base  {plan['base']['reference']} ({plan['base']['origin']})")
-    print_table(
-        ["split", "rows", "tokens"],
-        [[name, f"{split['rows']:,}", f"{split['tokens']:,}"] for name, split in plan["splits"].items()],
-    )
+    for name, task in plan["tasks"].items():
+        print_text(f"data  {task['data']}" + (f", for {name}" if len(plan["tasks"]) > 1 else ""))
+        print_table(
+            ["split", "rows", "tokens"],
+            [[split, f"{part['rows']:,}", f"{part['tokens']:,}"] for split, part in task["splits"].items()],
+        )
     print_findings(plan["findings"])
     trained, total = plan["parameters"]["trained"], plan["parameters"]["total"]
     print_text(
@@ -73,27 +74,37 @@ def check_command(recipe: RecipeArgument, overrides: Overrides = None, as_json: 
 
 
 def _show(run: Run, as_json: bool) -> None:
+    from finetune.runner import take_only
     from finetune.training.processes import is_main_process
 
     if not is_main_process():
         return
-    test = run.test
+    tests, places = run.tests, run.folder.evaluations()
+    reports = {name: str(place / "report.html") for name, place in places.items()}
     if as_json:
-        print_json({"run": str(run.folder.path), "report": str(run.folder.evaluation / "report.html"), "test": test})
+        print_json({"run": str(run.folder.path), "report": take_only(reports), "test": take_only(tests)})
         return
-    show_scores(test)
-    print_text(f"report  {run.folder.evaluation / 'report.html'}")
+    show_all_scores(tests)
+    for report in reports.values():
+        print_text(f"report  {report}")
     print_text(f"card    {run.folder.card}")
     name = run.folder.path.parent
     print_text(
         {
             "text_classification": f'predict finetune predict {name} "some text"',
+            "multi_task": f'predict finetune predict {name} "some text"',
             "masked_lm": f"next    finetune run RECIPE --set model.base={name}",
         }.get(run.task_type, f'write   finetune generate {name} --prompt "some text"')
     )
 
 
-def show_scores(scored: dict[str, Any]) -> None:
+def show_all_scores(tests: dict[str, dict[str, Any]]) -> None:
+    """The scores of a run's tasks; the name of a task where there are several."""
+    for name, scored in tests.items():
+        show_scores(scored, f"{name}, " if len(tests) > 1 else "")
+
+
+def show_scores(scored: dict[str, Any], of: str = "") -> None:
     """The table of a scored split: the model above its baselines."""
     from finetune.evaluation.wording import decimals_of, format_score
 
@@ -103,4 +114,6 @@ def show_scores(scored: dict[str, Any]) -> None:
         for name, system in [("model", scored), *scored["baselines"].items()]
     ]
     level = f"{scored['confidence']:.0%}"
-    print_table(["", *metrics], rows, title=f"{scored['split']}: {scored['rows']:,} rows, {level} bootstrap intervals")
+    print_table(
+        ["", *metrics], rows, title=f"{of}{scored['split']}: {scored['rows']:,} rows, {level} bootstrap intervals"
+    )

@@ -76,6 +76,11 @@ class Examples:
         """What each row counts against a batch's budget, (N,): the longer of its two sides."""
         return np.maximum(self.lengths, self.target_lengths)
 
+    def take(self, rows: Indices) -> Examples:
+        """Some of the rows, in that order; without targets."""
+        tokens = _take(self.input_ids, self.starts[rows], self.lengths[rows])
+        return Examples(tokens, np.concatenate([[0], np.cumsum(self.lengths[rows])]), self.labels[rows])
+
     def save(self, path: Path) -> None:
         """Write as safetensors."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -312,7 +312,7 @@ def test_readme_recipe_is_a_recipe(tmp_path: Path) -> None:
     assert len(text.splitlines()) == 5
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
-    assert load_recipe(path).task.columns == {"text": "body", "label": "queue"}
+    assert next(iter(load_recipe(path).tasks.values())).columns == {"text": "body", "label": "queue"}
 
 
 def test_readme_names_the_files_of_every_catalog_card() -> None:
@@ -332,7 +332,7 @@ def test_the_row_that_architecture_follows_is_there() -> None:
     assert f'"{row.values["text"]}", labelled `{row.values["label"]}`' in text
     assert row.number == 6
     recipe = load_recipe(ROOT / "recipes" / "sentiment.yaml")
-    splits: dict[str, list[Row]] = split_rows(source.rows, recipe.task.split, seed=recipe.train.seed)
+    splits: dict[str, list[Row]] = split_rows(source.rows, recipe.tasks["sentiment"].split, seed=recipe.train.seed)
     assert row in splits["test"]
 
 

@@ -38,12 +38,13 @@ def test_a_recipe_is_short_and_says_what_it_is_for(recipe):
 @names
 def test_a_recipe_names_data_that_has_a_card(recipe):
     loaded = load_recipe(recipe.path)
-    card = load_card(loaded.task.data)
-    assert set(loaded.task.columns.values()) <= set(card.columns)
-    if isinstance(loaded.task.labels, list) and isinstance(card.labels, list):
-        assert sorted(loaded.task.labels) == sorted(card.labels)
+    cards = {name: load_card(task.data) for name, task in loaded.tasks.items()}
+    for name, task in loaded.tasks.items():
+        assert set(task.columns.values()) <= set(cards[name].columns)
+        if isinstance(task.labels, list) and isinstance(cards[name].labels, list):
+            assert sorted(task.labels) == sorted(cards[name].labels)
     for column in loaded.evaluate.slices:
-        assert column == "length" or column in card.columns
+        assert column == "length" or any(column in card.columns for card in cards.values())
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if not recipe.benchmark], ids=lambda one: one.name)
@@ -57,9 +58,10 @@ def test_a_recipe_trains_with_the_defaults_where_it_can(recipe):
 
 def test_the_sentiment_recipe_passes_check():
     plan = check("sentiment")
-    assert plan["data"] == "folder data/samples/financial_headlines"
-    assert plan["labels"] == ["negative", "neutral", "positive"]
-    assert {name: split["rows"] for name, split in plan["splits"].items()} == {
+    task = plan["tasks"]["sentiment"]
+    assert task["data"] == "folder data/samples/financial_headlines"
+    assert task["labels"] == ["negative", "neutral", "positive"]
+    assert {name: split["rows"] for name, split in task["splits"].items()} == {
         "train": 560,
         "validation": 80,
         "test": 160,
@@ -72,7 +74,7 @@ def test_the_sentiment_recipe_passes_check():
 def test_a_recipe_on_a_sample_set_passes_check(recipe):
     plan = check(recipe.path)
     assert [finding for finding in plan["findings"] if finding["severity"] == "error"] == []
-    assert min(split["rows"] for split in plan["splits"].values()) >= 30
+    assert min(split["rows"] for task in plan["tasks"].values() for split in task["splits"].values()) >= 30
     assert plan["steps"] < 3000
 
 
