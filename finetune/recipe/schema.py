@@ -127,6 +127,9 @@ class SplitSection(Section):
     """Share of rows for validation."""
     test: Ratio = 0.2
     """Share of rows for test; not read when the splits are given."""
+    shots: int | None = Field(default=None, ge=1)
+    """Few-shot: so many rows of each class stay in train, of different texts drawn by the seed, and at most as many in
+    validation; test stays whole. For text_classification."""
     leaks: Literal["fail", "warn", "drop"] = "fail"
     """A text of the test split that is also in train or validation: stop; go on with a warning, as published figures
     do; or drop the row outside test."""
@@ -371,6 +374,11 @@ class Recipe(Section):
             where = f"tasks.{name}"
             if task.type != "text_classification" and task.labels is not None:
                 problems.append(f"{where}.labels: must be left out for {task.type}, got {len(task.labels)} labels.")
+            if task.type != "text_classification" and task.split.shots is not None:
+                problems.append(
+                    f"{where}.split.shots: must be left out for {task.type}, which has no classes, got "
+                    f"{task.split.shots}."
+                )
             if task.separator is not None and task.type != "causal_lm":
                 problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
         others = [task.type for task in self.tasks.values() if task.type != "text_classification"]

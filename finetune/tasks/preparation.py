@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from finetune.data.batches import Examples, Indices
-from finetune.data.checks import Finding, check_lengths, check_rows, raise_on_errors
+from finetune.data.checks import Finding, check_lengths, check_rows, check_shots, raise_on_errors
 from finetune.data.cleaning import normalize_for_duplicates
 from finetune.data.rows import Row, Splits
 from finetune.data.sources import LoadedRows, load_rows
-from finetune.data.splits import split_rows
+from finetune.data.splits import keep_shots, split_rows
 from finetune.models.base import BaseModel
 from finetune.recipe.schema import ModelSection, TaskSection
 from finetune.tasks import TASKS, MultiTask, TextClassification
@@ -135,6 +135,9 @@ def _prepare_part(
     splits = split_rows(task.prepare_rows(source.rows), section.split, seed=seed, columns=source.columns)
     splits, findings = check_rows(splits, task.labels, leaks=section.split.leaks, texts=list_texts(task))
     raise_on_errors(findings, source.origin)
+    if section.split.shots is not None:  # after leaks were dropped, so that the count holds
+        splits = keep_shots(splits, section.split.shots, seed=seed)
+        findings += check_shots(splits["train"], task.labels or [], section.split.shots)
     tokenizer = tokenizer or task.build_tokenizer(base, splits["train"], model)
     task = task.bind(tokenizer)
     examples = {name: task.build_examples(rows, tokenizer, model.max_length) for name, rows in splits.items()}
