@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ from finetune.cli.output import (
     AsJson,
     Overrides,
     RecipeArgument,
+    Runs,
     print_findings,
     print_json,
     print_table,
@@ -23,30 +23,36 @@ if TYPE_CHECKING:
 Processes = Annotated[
     int, typer.Option("--processes", min=1, help="Training processes: one per GPU, or several on a CPU.")
 ]
+NoTest = Annotated[
+    bool, typer.Option("--no-test", help="Stop after training; the test split stays closed until `finetune resume`.")
+]
 
 
 def run_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     processes: Processes = 1,
-    runs: Annotated[Path | None, typer.Option("--runs", help="Where runs are kept; default ./runs.")] = None,
+    runs: Runs = None,
+    no_test: NoTest = False,
     as_json: AsJson = False,
 ) -> None:
     """Train and judge a recipe: check, split, train, evaluate, report, model card."""
     from finetune.runner import run
 
-    _show(run(recipe, overrides or (), processes=processes, runs=runs, quiet=as_json), as_json)
+    options: dict[str, Any] = {"processes": processes, "quiet": as_json, "open_test": not no_test}
+    _show(run(recipe, overrides or (), runs=runs, **options), as_json)
 
 
 def resume_command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder; runs/NAME means its latest run.")],
     processes: Processes = 1,
+    no_test: NoTest = False,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a stopped run, from its last good checkpoint."""
     from finetune.runner import resume
 
-    _show(resume(run, processes=processes, quiet=as_json), as_json)
+    _show(resume(run, processes=processes, quiet=as_json, open_test=not no_test), as_json)
 
 
 def check_command(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -77,6 +83,9 @@ def _show(run: Run, as_json: bool) -> None:
 
     if not is_main_process():
         return
+    if not (run.folder.evaluation / "test.json").exists():
+        _show_trained(run, as_json)
+        return
     test = run.test
     if as_json:
         print_json({"run": str(run.folder.path), "report": str(run.folder.evaluation / "report.html"), "test": test})
@@ -91,6 +100,14 @@ def _show(run: Run, as_json: bool) -> None:
             "masked_lm": f"next    finetune run RECIPE --set model.base={name}",
         }.get(run.task_type, f'write   finetune generate {name} --prompt "some text"')
     )
+
+
+def _show_trained(run: Run, as_json: bool) -> None:
+    """A run that was told to keep its test split closed."""
+    if as_json:
+        print_json({"run": str(run.folder.path), "training": run.folder.load_status()["training"]})
+    else:
+        print_text(f"{run.folder.path}: trained; the test split is closed. Judge it: finetune resume {run.folder.path}")
 
 
 def show_scores(scored: dict[str, Any]) -> None:
