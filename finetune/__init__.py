@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.artifact.load import Predictor, load
+    from finetune.comparison import compare
     from finetune.runner import Run, check, evaluate, resume, run
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "Run", "check", "evaluate", "load", "resume", "run"]
+__all__ = ["Predictor", "Run", "check", "compare", "evaluate", "load", "resume", "run"]
 
-_HOMES = {"load": "finetune.artifact.load", "Predictor": "finetune.artifact.load"}
+_HOMES = {
+    "compare": "finetune.comparison",
+    "load": "finetune.artifact.load",
+    "Predictor": "finetune.artifact.load",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -43,6 +43,7 @@ from finetune.tasks import TASKS, load_task
 from finetune.tasks.preparation import Prepared, prepare
 from finetune.training.checkpoint import has_checkpoint, prune_checkpoints
 from finetune.training.loop import Problem, count_steps, fit
+from finetune.training.memory import read_peak_memory_mb
 from finetune.training.precision import choose_precision
 from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
 from finetune.training.session import build_session
@@ -88,6 +89,7 @@ def run(
     processes: int = 1,
     runs: Path | None = None,
     quiet: bool = False,
+    open_test: bool = True,
 ) -> Run:
     """Run a recipe from its data to a judged model.
 
@@ -97,15 +99,16 @@ def run(
         processes: workers for training; 1 per GPU, or several on a CPU.
         runs: where runs are kept; default ./runs.
         quiet: no progress bars.
+        open_test: False stops after training: nothing is scored on the test split before `resume`.
 
     Returns:
-        The finished run. Under `accelerate launch` every process returns it.
+        The finished run, or the trained one. Under `accelerate launch` every process returns it.
 
     Raises:
         FinetuneError: see `finetune.errors`; a missed gate is raised after everything was written.
     """
     path = find_recipe(recipe)
-    loaded = _settle_base(load_recipe(path, overrides))
+    loaded = settle_base(load_recipe(path, overrides))
     ready: list[Ready] = []
 
     def begin() -> str:
@@ -114,11 +117,13 @@ def run(
         return str(start(loaded, path, ready[0], runs).path)
 
     folder = RunFolder(Path(agree_on(begin)))  # one process checks and encodes; the others are told the folder
-    return _carry_out(folder, processes, quiet, ready[0] if ready else None)
+    return _carry_out(folder, processes, quiet, open_test, ready[0] if ready else None)
 
 
-def resume(reference: str | Path, *, processes: int = 1, quiet: bool = False) -> Run:
+def resume(reference: str | Path, *, processes: int = 1, quiet: bool = False, open_test: bool = True) -> Run:
     """Go on with a run that was stopped or failed, from its last good checkpoint.
+
+    Without `open_test` it stops after training, as `run` does.
 
     Raises:
         UsageError: no such run, or it is finished already.
@@ -126,7 +131,7 @@ def resume(reference: str | Path, *, processes: int = 1, quiet: bool = False) ->
     folder = find_run(reference, finished=False)
     if folder.load_status().get("state") == "finished":
         raise UsageError(f"{folder.path}: must be a run that was stopped, got a finished one. Start a new run.")
-    return _carry_out(folder, processes, quiet)
+    return _carry_out(folder, processes, quiet, open_test)
 
 
 def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         Findings, rows and tokens of each split, steps, parameters and an estimate of the memory for training.
     """
     path = find_recipe(recipe)
-    loaded = _settle_base(load_recipe(path, overrides))
+    loaded = settle_base(load_recipe(path, overrides))
     base, prepared = _prepare(loaded, path.parent)
     count = _plan_parameters(loaded, (base, prepared))
     return {
@@ -271,6 +276,7 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
                     "stopped_early": state.stopped_early,
                     "device": str(session.accelerator.device),
                     "processes": session.accelerator.num_processes,
+                    "peak_memory_mb": read_peak_memory_mb(),
                     "parameters": {"trained": count.trained, "total": count.total},
                     "rows": len(train_rows),
                 },
@@ -278,7 +284,7 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
         session.accelerator.wait_for_everyone()
 
 
-def _carry_out(folder: RunFolder, processes: int, quiet: bool, ready: Ready | None = None) -> Run:
+def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, ready: Ready | None = None) -> Run:
     """Train and judge, keeping status.json true whatever happens."""
     if not is_main_process():
         train(folder, quiet=True)
@@ -295,6 +301,8 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, ready: Ready | No
                 _train_in_workers(folder, processes, quiet)
             else:
                 train(folder, quiet=quiet)
+        if not open_test:
+            return Run(folder)
         _narrate(
             quiet, f"judging: {', '.join(recipe.evaluate.baselines) or 'no baselines'}, bootstrap intervals, report"
         )
@@ -408,7 +416,7 @@ def _plan_parameters(recipe: Recipe, ready: Ready) -> ParameterCount:
     return plan_parameters(model, recipe.adapter, prepared.task.list_modules(model)[1])
 
 
-def _settle_base(recipe: Recipe) -> Recipe:
+def settle_base(recipe: Recipe) -> Recipe:
     """A recipe whose base is a run, with that run's model in its place: its name may mean another run tomorrow."""
     path = Path(recipe.model.base).expanduser()
     if not is_run(path):

@@ -15,14 +15,17 @@ RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="A name from `fi
 
 @app.command("list")
 def list_command(as_json: AsJson = False) -> None:
-    """List recipes by use."""
+    """List recipes by use, and comparisons of them."""
     from finetune.recipe import list_recipes
+    from finetune.recipe.comparison import list_comparisons
 
-    recipes = list_recipes()
+    recipes, comparisons = list_recipes(), list_comparisons()
     if as_json:
-        print_json([{"name": recipe.name, "description": recipe.description} for recipe in recipes])
-    else:
-        print_table(["recipe", "what it does"], [[recipe.name, recipe.description] for recipe in recipes])
+        listed = [("recipe", one) for one in recipes] + [("comparison", one) for one in comparisons]
+        print_json([{"name": one.name, "kind": kind, "description": one.description} for kind, one in listed])
+        return
+    print_table(["recipe", "what it does"], [[recipe.name, recipe.description] for recipe in recipes])
+    print_table(["comparison", "what it compares"], [[one.name, one.description] for one in comparisons])
 
 
 @app.command("show")

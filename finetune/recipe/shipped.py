@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from finetune.errors import RecipeError
 from finetune.recipe.loading import load_recipe
 from finetune.recipe.messages import suggest
+
+
+class _Described(Protocol):
+    @property
+    def description(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +41,21 @@ def shipped_folder(kind: Literal["recipes", "data"]) -> Path:
 
 def list_recipes() -> list[ShippedRecipe]:
     """Every shipped recipe by name, uses before benchmarks; a broken file is listed with its problem."""
-    recipes = []
+    return list_files(load_recipe, comparisons=False)
+
+
+def list_files(load: Callable[[Path], _Described], *, comparisons: bool) -> list[ShippedRecipe]:
+    """The shipped recipes, or the comparisons of recipes, which lie among them."""
+    found = []
     for name, path in _paths().items():
-        description, problem = "", None
-        try:
-            description = load_recipe(path).description
-        except RecipeError as error:
-            problem = str(error)
-        recipes.append(ShippedRecipe(name, path, description, _is_benchmark(name), problem))
-    return recipes
+        if _is_comparison(path) == comparisons:
+            description, problem = "", None
+            try:
+                description = load(path).description
+            except RecipeError as error:
+                problem = str(error)
+            found.append(ShippedRecipe(name, path, description, _is_benchmark(name), problem))
+    return found
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
@@ -61,6 +73,12 @@ def find_recipe(name_or_path: str | Path) -> Path:
         return paths[name]
     known = f"Shipped: {', '.join(paths)}." if paths else "No recipe is shipped with this installation."
     raise RecipeError(f"{name_or_path}: must be a file or the name of a shipped recipe.{suggest(name, paths)} {known}")
+
+
+def _is_comparison(path: Path) -> bool:
+    """Whether the first key of a file is `compare`."""
+    lines = (line for line in path.read_bytes().splitlines() if line.strip() and not line.startswith(b"#"))
+    return next(lines, b"").startswith(b"compare:")
 
 
 def _paths() -> dict[str, Path]:
