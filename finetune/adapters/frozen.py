@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from finetune.errors import UsageError
@@ -182,10 +183,7 @@ class FrozenModel(BaseTuner):  # type: ignore[misc]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """What `model(..., adapter_names=[...])` runs in: one adapter a row, or `__base__`; the right head with each.
-
-        PEFT's heads route linear layers only.
-        """
+        """What `model(..., adapter_names=[...])` runs in: an adapter for each row, or `__base__`."""
         names: Sequence[str] | None = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -196,33 +194,32 @@ class FrozenModel(BaseTuner):  # type: ignore[misc]
         masks = {
             name: torch.tensor([row == name for row in names], device=device) for name in set(names) - {"__base__"}
         }
-        beams = kwargs.get("num_beams") or 1
-        heads = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        with ExitStack() as stack:
-            stack.enter_context(route(self, masks, beams=beams))
-            for head in heads:
-                handle = head.register_forward_pre_hook(
-                    lambda _module, args, options: (args, {**options, "adapter_names": list(names)}), with_kwargs=True
-                )
-                stack.callback(handle.remove)
+        with route(self, masks, beams=kwargs.get("num_beams") or 1):
             yield
 
 
 @contextmanager
-def route(model: nn.Module, masks: Mapping[str, torch.Tensor], *, beams: int = 1) -> Iterator[None]:
-    """Let every in-tree layer of a model apply adapters by row or by token; heads are not touched.
+def route(
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor],
+    head_masks: Mapping[str, torch.Tensor] | None = None,
+    *,
+    beams: int = 1,
+) -> Iterator[None]:
+    """Let the in-tree layers of a model, and the heads that PEFT saves, serve several adapters in one batch.
 
     For inference: what is computed anew in a backward pass, with gradient checkpointing, would not see the masks.
 
     Args:
         model: with adapters.
         masks, beams: as in `Routes`, on the model's device.
+        head_masks: for heads, which make one output of each packed row, (rows,); default `masks`.
 
     Raises:
         UsageError: an adapter that the model does not have, or a mask that does not fit its batch.
     """
-    known = getattr(model, "peft_config", {})
-    unknown = sorted(set(masks) - set(known))
+    known = list(getattr(model, "peft_config", {}))
+    unknown = sorted({*masks, *(head_masks or ())} - set(known))
     if unknown:
         raise UsageError(f"adapter_names: must be among {', '.join(known)}, got {', '.join(unknown)}.")
     layers = [module for module in model.modules() if isinstance(module, FrozenLayer)]
@@ -230,13 +227,29 @@ def route(model: nn.Module, masks: Mapping[str, torch.Tensor], *, beams: int = 1
         raise UsageError(
             "adapter_names: must meet a base without merged adapters, got one. Call unmerge_adapter first."
         )
-    try:
+    head_routes = Routes(masks if head_masks is None else head_masks, beams)
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                hook = partial(_compute_heads, routes=head_routes)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for layer in layers:
             layer.routes = Routes(masks, beams)
+            stack.callback(setattr, layer, "routes", None)
         yield
-    finally:
-        for layer in layers:
-            layer.routes = None
+
+
+def _compute_heads(
+    head: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor, routes: Routes
+) -> torch.Tensor:
+    """Instead of one head's output: each head's, where its mask says."""
+    if head.disable_adapters:
+        return output
+    output = head.original_module(*args, **kwargs)
+    for name in filter(head.modules_to_save.__contains__, routes.masks):
+        mask = routes.fit(name, output)
+        output = output.index_put((mask,), head.modules_to_save[name](*args, **kwargs)[mask])
+    return output
 
 
 def list_base_layers(model: nn.Module, head: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -268,3 +281,10 @@ class HeadModel(FrozenModel):
     """A tuner that wraps no layer; PEFT saves and loads `modules_to_save` with it."""
 
     prefix = "frozen_"
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget a head; PEFT, which looks for the next one in layers, would leave none active."""
+        left = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        for name in (left or list(self.peft_config))[:1]:
+            self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
