@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.adapters.attach import load_adapter, merge_adapter, read_adapter_base
-from finetune.artifact.run_folder import find_run, load_json
-from finetune.artifact.save import FORMAT, SETTINGS
+from finetune.adapters.attach import load_adapter, merge_adapter
+from finetune.artifact.saved import Saved, open_saved
+from finetune.data.batches import Examples
 from finetune.data.rows import Row
-from finetune.errors import ModelError, UsageError
+from finetune.errors import UsageError
 from finetune.models.base import resolve_base
 from finetune.models.classifier import get_padding
 from finetune.models.generation import generate_texts, stream_text
 from finetune.models.prediction import compute_logits
-from finetune.recipe.files import compute_sha256
 from finetune.recipe.schema import GenerateSection
-from finetune.tasks import TASKS, Task, TextClassification
+from finetune.tasks import Task, TextClassification
 
 WRITING = ("causal_lm", "seq2seq")
 """Task types whose models write text."""
@@ -43,6 +42,15 @@ class Prediction:
     label: str
     confidence: float
     scores: dict[str, float]
+
+
+def build_prediction(labels: Sequence[str], scores: npt.NDArray[np.float64]) -> Prediction:
+    """The answer that a row of scores, (K,), means."""
+    return Prediction(
+        label=labels[int(scores.argmax())],
+        confidence=float(scores.max()),
+        scores={label: float(score) for label, score in zip(labels, scores, strict=True)},
+    )
 
 
 @dataclass(frozen=True)
@@ -79,23 +87,13 @@ class Predictor:
         """
         if isinstance(texts, str):
             raise UsageError("predict: texts must be a list of texts, got one text. Write predict([text]).")
-        task = self._classify()
-        return [
-            Prediction(
-                label=task.labels[int(row.argmax())],
-                confidence=float(row.max()),
-                scores={label: float(score) for label, score in zip(task.labels, row, strict=True)},
-            )
-            for row in self.compute_scores(texts, advance=advance)
-        ]
+        return [build_prediction(self.labels, row) for row in self.compute_scores(texts, advance=advance)]
 
     def compute_scores(
         self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
     ) -> npt.NDArray[np.float64]:
         """Calibrated probabilities, (N, K)."""
-        task = self._classify()
-        rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
-        return task.compute_scores(self.compute_logits(task.prepare_rows(rows), advance), self.temperature)
+        return self._classify().compute_scores(self.compute_logits(self._clean(texts), advance), self.temperature)
 
     def compute_logits(
         self, rows: Sequence[Row], advance: Callable[[int], None] = lambda _rows: None
@@ -103,6 +101,10 @@ class Predictor:
         """Raw outputs of a classifier for prepared rows, (N, K)."""
         examples = self._classify().build_examples(rows, self.tokenizer, self.max_length)
         return compute_logits(self.model, examples, get_padding(self.model, self.tokenizer), advance=advance)
+
+    def encode(self, texts: Sequence[str]) -> Examples:
+        """Texts as the classifier reads them."""
+        return self._classify().build_examples(self._clean(texts), self.tokenizer, self.max_length)
 
     def generate(
         self,
@@ -166,9 +168,13 @@ class Predictor:
     def _prepare_prompts(self, texts: Sequence[str]) -> list[str]:
         """Cleaned texts; one that goes on with nothing begins where one does in training: behind what separates two."""
         self.check_writes()
-        rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
         beginning = getattr(self.task, "separator", None) or ""
-        return [row.values["text"] or beginning for row in self.task.prepare_rows(rows)]
+        return [row.values["text"] or beginning for row in self._clean(texts)]
+
+    def _clean(self, texts: Sequence[str]) -> list[Row]:
+        """The rows that a task makes of texts."""
+        rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
+        return self.task.prepare_rows(rows)
 
     def _classify(self) -> TextClassification:
         """The task; UsageError unless it gives labels."""
@@ -187,44 +193,30 @@ def load(reference: str | Path) -> Predictor:
         UsageError: no such run, or a folder of a newer toolkit.
         ModelError: a damaged folder, or the base that an adapter needs is not at hand.
     """
+    saved = open_saved(reference)
+    if saved.base is None:
+        model = saved.task.load_model(saved.folder)
+    else:
+        model = saved.task.load_model(saved.folder, resolve_base(saved.base))
+        # Merged: one product a layer instead of three, and the same logits (tests/parity).
+        model = merge_adapter(load_adapter(model, saved.folder))
+    return build_predictor(saved, model.eval().requires_grad_(False).to(choose_device()))
+
+
+def build_predictor(saved: Saved, model: nn.Module) -> Predictor:
+    """All but the weights comes from the model's folder."""
     from transformers import AutoTokenizer
 
-    folder = Path(reference)
-    if not (folder / SETTINGS).exists():
-        folder = find_run(reference).model
-    settings = load_json(folder / SETTINGS)
-    if settings.get("format") != FORMAT:
-        raise UsageError(
-            f"{folder}: must be in format {FORMAT}, got {settings.get('format')}. "
-            "Update the toolkit: pip install -U finetune-toolkit"
-        )
-    _check_files(folder, settings.get("files", {}))
-    task = TASKS[settings["task"]["type"]].from_config(settings["task"])
-    base = read_adapter_base(folder)
-    if base is None:
-        model = task.load_model(folder)
-    else:
-        model = task.load_model(folder, resolve_base(base))
-        # Merged: one product a layer instead of three, and the same logits (tests/parity).
-        model = merge_adapter(load_adapter(model, folder))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return Predictor(
-        model=model.eval().requires_grad_(False).to(device),
-        tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-        task=task,
-        temperature=settings["temperature"],
-        max_length=settings["max_length"],
-        writing=GenerateSection(**settings.get("generate", {})),
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(saved.folder, trust_remote_code=False),
+        task=saved.task,
+        temperature=saved.settings["temperature"],
+        max_length=saved.settings["max_length"],
+        writing=GenerateSection(**saved.settings.get("generate", {})),
     )
 
 
-def _check_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Compare each file with its sha256 from the time it was saved."""
-    for name, sha256 in files.items():
-        path = folder / name
-        found = compute_sha256(path) if path.is_file() else "no file"
-        if found != sha256:
-            raise ModelError(
-                f"{path}: must be as it was saved (sha256 {sha256[:12]}), got {found[:12]}. Get the folder again; "
-                f"if you changed it on purpose, take its line out of `files` in {SETTINGS}."
-            )
+def choose_device() -> str:
+    """Where predictions are computed."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
