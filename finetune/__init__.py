@@ -12,17 +12,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.artifact.load import Predictor, load
+    from finetune.artifact.merge import merge_adapters
     from finetune.artifact.pool import AdapterPool, load_adapters
     from finetune.runner import Run, check, evaluate, resume, run
 
 __version__ = "0.1.0"
-__all__ = ["AdapterPool", "Predictor", "Run", "check", "evaluate", "load", "load_adapters", "resume", "run"]
+__all__ = [
+    "AdapterPool",
+    "Predictor",
+    "Run",
+    "check",
+    "evaluate",
+    "load",
+    "load_adapters",
+    "merge_adapters",
+    "resume",
+    "run",
+]
 
 _HOMES = {
     "AdapterPool": "finetune.artifact.pool",
     "Predictor": "finetune.artifact.load",
     "load": "finetune.artifact.load",
     "load_adapters": "finetune.artifact.pool",
+    "merge_adapters": "finetune.artifact.merge",
 }
 
 

@@ -88,7 +88,7 @@ class RoutedLinear(FastLinear):
                 down, up = self.lora_A[name], self.lora_B[name]
                 update = up(down(inputs[places].to(down.weight.dtype))) * self.scaling[name]
                 outputs.index_add_(0, places, update.to(outputs.dtype))
-        return outputs.view_as(y)
+        return cast(torch.Tensor, outputs.view_as(y))
 
 
 class RoutedHead(ModulesToSaveWrapper):  # type: ignore[misc]  # PEFT has no types
@@ -120,7 +120,7 @@ def load_several(
         heads: name -> module of the head -> a module of its shape, whose weights do not matter.
 
     Returns:
-        A `PeftModel`; nothing is trainable. `set_adapter` chooses one, and where `can_route` says so `route_rows` mixes.
+        A `PeftModel`; nothing is trainable. `set_adapter` chooses one; where `can_route` says so `route_rows` mixes.
 
     Raises:
         UsageError: adapters of different methods.

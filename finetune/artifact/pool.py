@@ -121,7 +121,8 @@ class AdapterPool:
         self._check_names([adapters] if isinstance(adapters, str) else names)
         if len(names) != len(texts):
             raise UsageError(
-                f"predict: adapters must be one name, or one for each of the {len(texts)} texts, got {len(names)} names."
+                f"predict: adapters must be one name, or one for each of the {len(texts)} texts, got {len(names)} "
+                "names."
             )
         return names
 

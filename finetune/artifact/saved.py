@@ -92,8 +92,8 @@ def _check_architectures(configs: Mapping[str, Mapping[str, Any]]) -> None:
         for key in ["model_type", *sorted({*expected, *config})]:
             if expected.get(key) != config.get(key) and key not in OWN_SETTINGS and "drop" not in key:
                 raise UsageError(
-                    f"adapters: must share one architecture to share a base, got {key} {expected.get(key)!r} in {first} "
-                    f"and {config.get(key)!r} in {name}. Train both with the same model section."
+                    f"adapters: must share one architecture to share a base, got {key} {expected.get(key)!r} in "
+                    f"{first} and {config.get(key)!r} in {name}. Train both with the same model section."
                 )
 
 
