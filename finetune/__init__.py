@@ -11,17 +11,36 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.artifact.load import Predictor, load
+    from finetune.artifact.load import MultiPredictor, Predictor, load
+    from finetune.artifact.merge import merge_adapters
+    from finetune.artifact.pool import AdapterPool, load_adapters
     from finetune.comparison import compare
     from finetune.runner import Run, check, evaluate, resume, run
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "Run", "check", "compare", "evaluate", "load", "resume", "run"]
+__all__ = [
+    "AdapterPool",
+    "MultiPredictor",
+    "Predictor",
+    "Run",
+    "check",
+    "compare",
+    "evaluate",
+    "load",
+    "load_adapters",
+    "merge_adapters",
+    "resume",
+    "run",
+]
 
 _HOMES = {
+    "AdapterPool": "finetune.artifact.pool",
+    "MultiPredictor": "finetune.artifact.load",
+    "Predictor": "finetune.artifact.load",
     "compare": "finetune.comparison",
     "load": "finetune.artifact.load",
-    "Predictor": "finetune.artifact.load",
+    "load_adapters": "finetune.artifact.pool",
+    "merge_adapters": "finetune.artifact.merge",
 }
 
 

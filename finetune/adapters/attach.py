@@ -162,8 +162,8 @@ def list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Put a saved adapter, head included, on a freshly loaded base; nothing is trainable.
+def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Module:
+    """Put a saved adapter, head included, on a freshly loaded base, or beside others; nothing is trainable.
 
     Raises:
         ModelError: the adapter's files do not fit the base.
@@ -174,7 +174,10 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         with _quiet_peft():
             # PEFT only warns when a weight is not in the file, and leaves it random.
             warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
-            return cast(nn.Module, PeftModel.from_pretrained(model, str(folder), is_trainable=False))
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), name, is_trainable=False)
+                return cast(nn.Module, model)
+            return cast(nn.Module, PeftModel.from_pretrained(model, str(folder), name, is_trainable=False))
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, UserWarning) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder}: must hold an adapter that fits its base model; {reason[:300]}") from error

@@ -9,7 +9,7 @@ from types import FrameType
 
 import typer
 
-from finetune.cli import compare, data, doctor, evaluate, generate, predict, recipes, run, schema
+from finetune.cli import adapters, compare, data, doctor, evaluate, generate, predict, recipes, run, schema
 from finetune.cli.output import fail
 from finetune.errors import FinetuneError, Interrupted
 
@@ -34,6 +34,7 @@ app.command("predict")(predict.predict_command)
 app.command("generate")(generate.generate_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
+app.add_typer(adapters.app, name="adapters")
 app.command("schema")(schema.schema_command)
 app.command("doctor")(doctor.doctor_command)
 

@@ -58,6 +58,13 @@ class Examples:
         parts = _lay_end_to_end(encoded)
         return cls(*parts, known.astype(np.int64), *(() if targets is None else _lay_end_to_end(targets)))
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Examples]) -> Examples:
+        """Rows of several sets, without targets, in order."""
+        starts = np.cumsum([0, *np.concatenate([part.lengths for part in parts])])
+        ids, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("input_ids", "labels"))
+        return cls(ids, starts, labels)
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -150,6 +150,11 @@ def build_classifier_shape(base: BaseModel, labels: Sequence[str], section: Mode
     return build_shape(build_classifier_config(base, labels, section), CLASSIFIER)
 
 
+def load_saved_classifier_shape(folder: Path) -> nn.Module:
+    """The model of `load_saved_classifier` on the meta device."""
+    return build_shape(load_config(BaseModel(str(folder), folder, "saved model")), CLASSIFIER)
+
+
 def build_shape(config: Any, classes: ModelClass) -> nn.Module:
     """A model on the meta device, which has no weights."""
     import transformers
