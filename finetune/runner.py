@@ -15,7 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.attach import ParameterCount, attach_adapter, count_parameters, plan_parameters
+from finetune.adapters.attach import (
+    ParameterCount,
+    attach_adapter,
+    check_adapter,
+    count_parameters,
+    plan_parameters,
+)
+from finetune.adapters.budget import add_penalty, build_budget, get_rate_factor, start_adapter
 from finetune.artifact.assess import assess, assess_held_out
 from finetune.artifact.load import MultiPredictor, Predictor, load
 from finetune.artifact.run_folder import (
@@ -238,18 +245,27 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
         task.start(model, train_rows, pad_token_id)
     new, head = task.list_modules(model)
     new = [] if base.reference == SCRATCH.reference else new  # all is new: no part needs a rate of its own
-    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type)
+    steps = count_steps(train_rows, recipe.train)
+    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type, steps)
+    pad_token_id = get_padding(model, tokenizer)
+    if not has_checkpoint(folder.checkpoints):
+        start_adapter(
+            model, recipe.adapter, train_rows, pad_token_id, partial(task.compute_losses, label_smoothing=0.0)
+        )
+    budget = build_budget(model, recipe.adapter)
     count = count_parameters(model)
     problem = Problem(
         train=train_rows,
         validation=validation_rows,
         row_weights=task.compute_row_weights(train_rows, recipe.train.class_weights),
-        compute_losses=lambda model, batch: task.compute_losses(model, batch, recipe.train.label_smoothing),
+        compute_losses=add_penalty(partial(task.compute_losses, label_smoothing=recipe.train.label_smoothing), budget),
         compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
         is_larger_better=is_larger_better,
         compute_outputs=task.compute_outputs,
         head=new,
         pad_token_id=pad_token_id,
+        rate_factor=get_rate_factor(recipe.adapter),
+        rule=budget,
     )
     with closing(build_session(recipe.train, folder.path, lock["precision"])) as session:
         if session.accelerator.is_main_process and not quiet:
@@ -412,8 +428,10 @@ def _plan_parameters(recipe: Recipe, ready: Ready) -> ParameterCount:
         RecipeError, ModelError: a model that cannot be built, or has nothing that the adapter could change.
     """
     base, prepared = ready
-    model = prepared.task.build_shape(base, recipe.model, prepared.tokenizer)
-    return plan_parameters(model, recipe.adapter, prepared.task.list_modules(model)[1])
+    task = prepared.task
+    model = task.build_shape(base, recipe.model, prepared.tokenizer)
+    check_adapter(model, recipe.adapter, recipe.model.max_length)
+    return plan_parameters(model, recipe.adapter, task.list_modules(model)[1], task.peft_type)
 
 
 def settle_base(recipe: Recipe) -> Recipe:

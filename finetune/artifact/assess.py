@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from finetune.adapters.methods import describe
 from finetune.artifact.card import build_model_card
 from finetune.artifact.load import Predictor, list_predictors, load
 from finetune.artifact.run_folder import RunFolder, load_json, now, save_json
@@ -173,14 +174,13 @@ def _build_facts(
     recipe: Recipe, prepared: Prepared, name: str, training: Mapping[str, Any], lock: Mapping[str, Any]
 ) -> dict[str, dict[str, str]]:
     """What the report of a task says about the run: section -> label -> value."""
-    part, adapter, count = prepared.parts[name], recipe.adapter, training["parameters"]
+    part, count = prepared.parts[name], training["parameters"]
     card = part.source.card
     others = ", ".join(other for other in prepared.parts if other != name)
-    lora = f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, {adapter.targets}"
     return {
         "Model": {
             "Base": f"{recipe.model.base} ({lock['base']['origin']})",
-            "Tuning": lora if adapter.method == "lora" else "full",
+            "Tuning": describe(recipe.adapter),
             "Trained": f"{count['trained']:,} of {count['total']:,} parameters",
         }
         | ({"Shared with": others} if others else {}),

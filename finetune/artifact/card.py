@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from finetune.adapters.methods import METHODS, describe
 from finetune.evaluation.wording import MEANINGS, decimals_of, format_score
 from finetune.recipe.card import Card
 from finetune.recipe.reference import SCRATCH_BASE, split_revision
@@ -101,13 +102,14 @@ def build_model_card(
     if len(parts) > 1:
         head, shape = SEVERAL
     description = recipe.description or shape
+    is_peft = METHODS[recipe.adapter.method].build is not None
     hub_sets = dict.fromkeys(card.hub.id for card in cards if card.hub)
     header = ModelCardData(
         model_name=recipe.name,
         base_model=base if is_hub_base else None,
         language=list(dict.fromkeys(language for card in cards for language in card.language)) or None,
         datasets=list(hub_sets) or None,
-        library_name="peft" if recipe.adapter.method == "lora" else "transformers",
+        library_name="peft" if is_peft else "transformers",
         pipeline_tag=pipeline_tag,
         tags=["finetune-toolkit", "from-scratch" if is_scratch else recipe.adapter.method],
         eval_results=[result for part in parts for result in part.list_results(pipeline_tag)],
@@ -128,7 +130,8 @@ def build_model_card(
         meanings={name: MEANINGS[name] for name in names if name in MEANINGS},
         training=status["training"],
         lock=lock,
-        lora=recipe.adapter.method == "lora",
+        tuning=describe(recipe.adapter),
+        peft=is_peft,
         triad=recipe.model.architecture == "triad",
         generation=_describe_generation(recipe.evaluate.generate),
     )

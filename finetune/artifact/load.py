@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.adapters.attach import load_adapter, merge_adapter
+from finetune.adapters.attach import can_merge, load_adapter, merge_adapter
 from finetune.artifact.saved import Saved, open_saved
 from finetune.data.batches import Examples
 from finetune.data.rows import Row
@@ -282,8 +282,9 @@ def load(reference: str | Path) -> Predictor | MultiPredictor:
         model = saved.task.load_model(saved.folder)
     else:
         model = saved.task.load_model(saved.folder, resolve_base(saved.base))
-        # Merged: one product a layer instead of three, and the same logits (tests/parity).
-        model = merge_adapter(load_adapter(model, saved.folder))
+        model = load_adapter(model, saved.folder)
+        if can_merge(model):  # one product a layer instead of three, and the same logits (tests/parity)
+            model = merge_adapter(model)
     model = model.eval().requires_grad_(False).to(choose_device())
     if not isinstance(saved.task, MultiTask):
         return build_predictor(saved, model)

@@ -171,10 +171,13 @@ def choose_attention() -> str:
 
 
 def get_padding(model: nn.Module, tokenizer: Any) -> int | None:
-    """The padding token for a model's batches; None for a Triad of one stack, which takes rows without padding."""
+    """The padding token for a model's batches; None for a Triad of one stack, which takes rows without padding.
+
+    A model with `packs_rows` False gets padding all the same: with it, something stands in front of each row.
+    """
     config: Any = model.config
     packs = config.model_type == "triad" and config.shape != "encoder_decoder"
-    return None if packs else int(tokenizer.pad_token_id)
+    return None if packs and getattr(model, "packs_rows", True) else int(tokenizer.pad_token_id)
 
 
 def list_head_modules(model: nn.Module) -> list[str]:

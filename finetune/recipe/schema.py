@@ -6,10 +6,13 @@ import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from finetune.recipe.adapter import AdapterSection as AdapterSection  # as: part of this module for those who import it
 from finetune.recipe.defaults import fill_in_defaults
 from finetune.recipe.reference import SCRATCH_BASE
+from finetune.recipe.section import Ratio, raise_all
+from finetune.recipe.section import Section as Section
 
 SCHEMA_VERSION = 1
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -18,26 +21,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 REPO_PATTERN = r"^[\w.-]+/[\w.-]+$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 TextStep = Literal["html", "urls"]
-
-
-class Section(BaseModel):
-    """One block of a recipe: unknown keys and silently converted types are errors, and values cannot change.
-
-    A validator raises `ValueError` with one sentence per line, each `sentence` or `key: sentence`; the sentence begins
-    with what must hold. `finetune.recipe.messages` puts the file, the line and the full key in front.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-def raise_all(problems: list[str]) -> None:
-    """Raise ValueError with one sentence per line when there are any."""
-    if problems:
-        raise ValueError("\n".join(problems))
 
 
 class ScratchSection(Section):
@@ -87,21 +71,6 @@ class ModelSection(Section):
     says so in `1_Pooling/config.json`, as sentence encoders do; else what the base's own class reads."""
     dropout: Ratio = 0.0
     """Dropout inside the base while training; short runs on small models do better without."""
-
-
-class AdapterSection(Section):
-    """What is trained besides the head."""
-
-    method: Literal["full", "lora"] = "lora"
-    """`full`: every weight. `lora`: low-rank updates, arXiv:2106.09685."""
-    rank: int = Field(default=16, ge=1, le=1024)
-    """Rank of each update."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Updates are scaled by alpha / rank."""
-    dropout: Ratio = 0.0
-    """Dropout on the input of each update."""
-    targets: Literal["all-linear", "attention"] | list[str] = "all-linear"
-    """Which linear layers of the base get an update: a word, or module names."""
 
 
 def check_classes(labels: list[str] | dict[str, str]) -> None:
