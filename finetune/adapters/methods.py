@@ -395,11 +395,12 @@ METHODS: dict[str, Method] = {
             "adapter",
             "bottleneck adapters",
             "2005.00247",
-            "A narrow layer of two matrices behind or beside the sublayers of each block. Near full tuning with a percent "
-            "or two of the weights; slower to predict than what can be merged. Styles: pfeiffer, houlsby, parallel.",
+            "A narrow layer of two matrices behind or beside the sublayers of each block. Near full tuning with few "
+            "weights; slower to predict with than what can be merged. Styles: pfeiffer, houlsby, parallel.",
             merges=False,
             packs=True,
-            limits=f"{_ANY}; not merged: it is no linear function. Finds its layers by the names of the common families",
+            limits=f"{_ANY}; not merged, as it is no linear function; finds its layers by the names of the common "
+            "families",
             build=_build_bottleneck,
         ),
         Method(

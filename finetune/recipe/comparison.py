@@ -15,7 +15,8 @@ from finetune.errors import RecipeError
 from finetune.recipe.document import Document
 from finetune.recipe.loading import build_recipe, load_document, load_recipe, read_document
 from finetune.recipe.messages import KeyPath, Problem, format_problems, suggest
-from finetune.recipe.schema import Name, Recipe, Section, raise_all
+from finetune.recipe.schema import Name, Recipe, Section
+from finetune.recipe.section import raise_all
 from finetune.recipe.shipped import ShippedRecipe, find_recipe, list_files
 
 MAX_NAME = 32
