@@ -86,14 +86,23 @@ def _mark(wrapped: Any) -> nn.Module:
     """Say on the model itself what `models/` must know about it."""
     if wrapped.active_peft_config.is_prompt_learning:
         wrapped.packs_rows = False
+        # Rows come without padding in front, so that counting from the first virtual token is right.
+        warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
     return cast(nn.Module, wrapped)
 
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """PEFT 0.21 reads an attribute that transformers renames in version 6, and warns each time."""
+    """No warnings of PEFT 0.21 that nobody here can act on."""
     with warnings.catch_warnings():
+        # An attribute that transformers renames in version 6.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        # GPT-2's own layers, whose weights lie the other way round: PEFT turns itself to them.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        warnings.filterwarnings("ignore", message="Unsupported layer type '.*Norm")
+        # AdaLoRA's own names of its ranks, which it reads elsewhere.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
         yield
 
 
@@ -216,8 +225,10 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Mo
             warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
             if isinstance(model, PeftModel):
                 model.load_adapter(str(folder), name, is_trainable=False)
-                return _mark(model)
-            return _mark(PeftModel.from_pretrained(model, str(folder), name, is_trainable=False))
+                loaded = _mark(model)
+            else:
+                loaded = _mark(PeftModel.from_pretrained(model, str(folder), name, is_trainable=False))
+            return loaded.requires_grad_(False)  # of virtual tokens PEFT freezes nothing
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, UserWarning) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder}: must hold an adapter that fits its base model; {reason[:300]}") from error

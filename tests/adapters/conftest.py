@@ -1,8 +1,9 @@
-"""Saved adapters without training: random updates on the tiny base."""
+"""Every method on models of a few thousand weights, what is done to each of them, and saved adapters untrained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,91 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
-from finetune.adapters.attach import find_targets
+from finetune.adapters.attach import can_merge, list_trained
+from finetune.adapters.targets import find_targets
 from finetune.artifact.save import save_model
 from finetune.models.base import BaseModel, load_tokenizer
 from finetune.recipe.schema import ModelSection
 from finetune.tasks import TextClassification
+
+LORA = {"method": "lora", "rank": 4, "alpha": 8.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": LORA,
+    "lora on attention": LORA | {"targets": "attention"},
+    "dora": LORA | {"dora": True},
+    "rslora": LORA | {"rslora": True},
+    "pissa": LORA | {"init": "pissa"},
+    "olora": LORA | {"init": "olora"},
+    "eva": LORA | {"init": "eva"},
+    "lora+": LORA | {"learning_rate_ratio": 8.0},
+    "adalora": {"method": "adalora", "rank": 4, "alpha": 8.0},
+    "ia3": {"method": "ia3"},
+    "prefix": {"method": "prefix", "virtual_tokens": 3},
+    "prompt": {"method": "prompt", "virtual_tokens": 3},
+    "p_tuning": {"method": "p_tuning", "virtual_tokens": 3},
+    "vera": {"method": "vera", "rank": 16},
+    "ln_tuning": {"method": "ln_tuning"},
+    "loha": {"method": "loha", "rank": 4, "alpha": 8.0},
+    "lokr": {"method": "lokr", "rank": 2, "alpha": 4.0},
+    "oft": {"method": "oft", "block_size": 8},
+    "fourierft": {"method": "fourierft", "frequencies": 50, "alpha": 150.0},
+    "pfeiffer": {"method": "adapter", "reduction": 4},
+    "houlsby": {"method": "adapter", "style": "houlsby", "reduction": 4},
+    "parallel": {"method": "adapter", "style": "parallel", "reduction": 4},
+    "bitfit": {"method": "bitfit"},
+    "head": {"method": "head"},
+}
+"""Case -> the recipe's `adapter`."""
+UNMERGED = ["prefix", "prompt", "p_tuning", "pfeiffer", "houlsby", "parallel"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`case` is every case, `merged` those that can be folded into the base, `unmerged` the others."""
+    merged = [case for case in METHODS if case not in UNMERGED]
+    for argument, names in {"case": [*METHODS], "merged": merged, "unmerged": UNMERGED}.items():
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, names)
+
+
+@pytest.fixture(scope="session")
+def methods() -> dict[str, dict[str, Any]]:
+    """Case -> the recipe's `adapter`."""
+    return METHODS
+
+
+@pytest.fixture(scope="session")
+def disable() -> Callable[[nn.Module], AbstractContextManager[nn.Module]]:
+    """`with disable(model) as base`: the model without what was attached and with the head from before."""
+
+    @contextmanager
+    def disable(model: Any) -> Iterator[nn.Module]:
+        if can_merge(model):
+            with model.disable_adapter():
+                yield model
+            return
+        # Where nothing can be merged PEFT leaves the trained head in.
+        heads = [module for module in model.modules() if type(module).__name__ == "ModulesToSaveWrapper"]
+        for head in heads:
+            head.enable_adapters(False)
+        yield model.get_base_model()
+        for head in heads:
+            head.enable_adapters(True)
+
+    return disable
+
+
+@pytest.fixture(scope="session")
+def stir() -> Callable[..., None]:
+    """`stir(model)` moves all that is trained, as long training would."""
+
+    @torch.no_grad()
+    def stir(model: nn.Module, size: float = 0.1) -> None:
+        torch.manual_seed(2)
+        for parameter in list_trained(model).values():
+            parameter.add_(size * torch.randn_like(parameter))
+
+    return stir
+
 
 THREE = ["negative", "neutral", "positive"]
 
