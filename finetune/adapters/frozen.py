@@ -126,6 +126,8 @@ class FrozenLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output, changed by the active adapters one after the other, or as `routes` says."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         states: torch.Tensor = self.base_layer(x, *args, **kwargs)
         source = self.take_source()
         if self.disable_adapters or self.merged:
