@@ -98,8 +98,9 @@ class FrozenLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     Subclasses keep their weights in dictionaries by adapter, named in `adapter_layer_names`.
     """
 
-    active_adapters: list[str]  # these three are PEFT's
+    active_adapters: list[str]  # these four are PEFT's
     get_base_layer: Callable[[], Any]
+    unmerge: Callable[[], None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(self, base_layer: nn.Module) -> None:
