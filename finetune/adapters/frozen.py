@@ -98,8 +98,9 @@ class FrozenLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     Subclasses keep their weights in dictionaries by adapter, named in `adapter_layer_names`.
     """
 
-    active_adapters: list[str]  # these three are PEFT's
+    active_adapters: list[str]  # these four are PEFT's
     get_base_layer: Callable[[], Any]
+    unmerge: Callable[[], None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -126,6 +127,8 @@ class FrozenLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output, changed by the active adapters one after the other, or as `routes` says."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         states: torch.Tensor = self.base_layer(x, *args, **kwargs)
         source = self.take_source()
         if self.disable_adapters or self.merged:

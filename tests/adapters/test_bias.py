@@ -42,7 +42,12 @@ register()
 def build_bert() -> Any:
     torch.manual_seed(0)
     config = BertConfig(**SIZE, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return BertForSequenceClassification(config)
+    model = BertForSequenceClassification(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def build_gpt2() -> Any:
@@ -91,6 +96,9 @@ def test_merging_and_back():
     logits = model(IDS).logits
     model.merge_adapter(safe_merge=True)
     torch.testing.assert_close(model(IDS).logits, logits, atol=1e-5, rtol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, build_bert().eval()(IDS).logits)
+    model.merge_adapter()
     model.unmerge_adapter()
     assert torch.equal(model(IDS).logits, logits)
     for name, parameter in model.unload().named_parameters():

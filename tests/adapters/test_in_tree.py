@@ -309,11 +309,17 @@ def test_two_adapters_on_one_base(base, method, tmp_path):
     assert torch.equal(compute(model, base), alone["first"])
     model.set_adapter("second")
     assert torch.equal(compute(model, base), alone["second"])
-    model.set_adapter("first")
+    model.set_adapter("first", inference_mode=True)
     model.delete_adapter("second")
     assert torch.equal(compute(model, base), alone["first"])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(".second." in name for name in model.state_dict())
-    model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    model.load_adapter(tmp_path / "second", adapter_name="third")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says which one it takes
+        model.delete_adapter("first")
+    assert model.active_adapters == ["third"]
+    assert torch.equal(compute(model, base), alone["second"])
 
 
 def test_bottlenecks_of_several_styles_share_a_base(tmp_path):
