@@ -61,7 +61,7 @@ def build_results(section: Comparison, recipe_name: str, candidates: Sequence[Ca
     ]
     settings = candidates[0].recipe.evaluate
     estimates = {name: _estimate(each, metrics, settings.resamples, section.seeds[0]) for name, each in said.items()}
-    reference = estimates.get(section.reference or "")
+    reference = estimates.get(section.reference or "", {})
     described = {}
     for one in candidates:
         found = estimates.get(one.name, {})
@@ -129,7 +129,7 @@ def _estimate(each: Sequence[Predictions], metrics: Sequence[str], resamples: in
 
 
 def _compute_share(
-    own: Mapping[str, Estimate], reference: Mapping[str, Estimate] | None, metrics: Sequence[str], confidence: float
+    own: Mapping[str, Estimate], reference: Mapping[str, Estimate], metrics: Sequence[str], confidence: float
 ) -> Interval | None:
     """Share of the reference's score, by the first metric; None where there is no reference, or less is better."""
     if not own or not reference or not is_larger_better(metrics[0]):

@@ -1,26 +1,30 @@
-"""Score against trained parameters: one dot with its interval for each candidate, named where there is room.
+"""Score against trained parameters: one dot with its interval for each candidate, and its name above it.
 
-Labels are placed for a drawing of `WIDTH` pixels. On a wider one they only get further apart; a narrower page scrolls.
+The drawing is laid out for `WIDTH` pixels. On a wider one dots only get further apart; a narrower page scrolls.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup, escape
+from sklearn.isotonic import isotonic_regression
 
 from finetune.evaluation.charts import Scale, format_tick
 from finetune.evaluation.wording import format_number
 
-WIDTH, HEIGHT = 680, 380
+WIDTH, HEIGHT = 880, 400
 FAR = 3.0
 """Times the axis may grow to hold one more score; beyond that an arrow stands for it."""
-LETTER, LINE = 6.6, 14
-"""Width of a letter and height of a line of a label, in pixels; generous, so that labels do not touch."""
-BESIDE = 10
-"""Pixels between dots that would lie on each other, and from a dot to its label."""
+BESIDE = 14
+"""Pixels between neighbours, so that the upright names above them do not touch."""
+LETTER = 6.6
+"""Pixels that a letter of a name takes up, at most."""
+GAP = 8
+"""Pixels between an interval and the name above it."""
 
 
 @dataclass(frozen=True)
@@ -38,55 +42,13 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class _Box:
-    """A rectangle in pixels that no label may cover."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def overlaps(self, other: _Box) -> bool:
-        return (
-            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
-        )
-
-    def is_inside(self) -> bool:
-        return self.left >= 0 and self.right <= WIDTH and self.top >= 0 and self.bottom <= HEIGHT
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A dot on the drawing."""
-
-    dot: Dot
-    share: float
-    """Horizontal place in [0, 1]."""
-    shift: float
-    """Pixels to the side, beside dots of the same size."""
-    y: float
-    off: bool
-    """Whether its score is off the scale."""
-
-    @property
-    def x(self) -> float:
-        return WIDTH * self.share + self.shift
-
-    @property
-    def label(self) -> str:
-        return f"{self.dot.name} {format_number(self.dot.value)}" if self.off else self.dot.name
-
-
-@dataclass(frozen=True)
 class _Place:
-    """Where a label begins, in pixels from its dot; it runs to the left where that is to the left."""
+    """Where a dot stands."""
 
-    aside: int
-    down: int
-
-    def build_box(self, one: _Placed, width: float) -> _Box:
-        start = one.x + self.aside - (width if self.aside < 0 else 0)
-        return _Box(start, one.y + self.down - LINE / 2, start + width, one.y + self.down + LINE / 2)
+    share: float
+    """Of the width, in [0, 1]."""
+    shift: float
+    """Pixels to the side of that, where others would be in its way."""
 
 
 def trade_off_chart(dots: Sequence[Dot], label: str, *, larger_is_better: bool = True) -> Markup:
@@ -99,26 +61,30 @@ def trade_off_chart(dots: Sequence[Dot], label: str, *, larger_is_better: bool =
     """
     if not dots:
         return Markup("")
-    x_scale = Scale.around((math.log10(dot.size) for dot in dots), margin=0.08)
-    near = _near(dots, larger_is_better)
-    y_scale = Scale.around(end for dot in near for end in (dot.value, dot.low, dot.high))
-    placed = _place_dots(dots, x_scale, y_scale)
-    boxes = [_dot_box(one) for one in placed] + [_interval_box(one, y_scale) for one in placed]
-    labels: list[Markup] = []
-    for one in sorted(placed, key=lambda one: one.y):  # from the top, where it is most crowded
-        text, box = _place_label(one, boxes)
-        labels.append(text)
-        boxes.append(box)
-    marks = [_draw_dot(one, y_scale) for one in placed]
-    parts = [*_draw_axes(x_scale, y_scale), *(line for line, _ in marks), *labels, *(dot for _, dot in marks)]
+    x_scale = Scale.around((math.log10(dot.size) for dot in dots), margin=0.06)
+    y_scale = _build_score_scale(dots, _select_near(dots, larger_is_better))
+    parts = _draw_axes(x_scale, y_scale)
+    for dot, place in zip(dots, _place_dots(dots, x_scale), strict=True):
+        content = _draw_dot(dot, y_scale)
+        # A place in percent of the width, and around it everything in pixels.
+        parts.append(
+            f'<svg x="{100 * place.share:.2f}%" y="0" overflow="visible">'
+            f'<g transform="translate({place.shift:.1f} 0)">{content}</g></svg>'
+        )
     return Markup(
         f'<svg class="chart trade" width="100%" height="{HEIGHT}" role="img" aria-label="{escape(label)}">'
         f"{''.join(parts)}</svg>"
     )
 
 
-def _near(dots: Sequence[Dot], larger_is_better: bool) -> list[Dot]:
-    """The best half, and the others as long as they do not stretch the axis by `FAR`."""
+def format_parameters(count: float) -> str:
+    """`500`, `20 k`, `1.5 M`."""
+    unit, scale = next((pair for pair in ((" M", 1e6), (" k", 1e3)) if count >= pair[1]), ("", 1.0))
+    return f"{count / scale:.3g}{unit}"
+
+
+def _select_near(dots: Sequence[Dot], larger_is_better: bool) -> list[Dot]:
+    """The better half, and the others as long as they do not stretch the axis by `FAR`."""
     order = sorted(dots, key=lambda dot: dot.value, reverse=larger_is_better)
     near = order[: max(2, (len(order) + 1) // 2)]
     for dot in order[len(near) :]:
@@ -128,104 +94,60 @@ def _near(dots: Sequence[Dot], larger_is_better: bool) -> list[Dot]:
     return near
 
 
+def _list_ends(dots: Sequence[Dot]) -> list[float]:
+    return [end for dot in dots for end in (dot.value, dot.low, dot.high) if end is not None]
+
+
 def _span(dots: Sequence[Dot]) -> float:
-    ends = [end for dot in dots for end in (dot.value, dot.low, dot.high) if end is not None]
+    ends = _list_ends(dots)
     return max(ends) - min(ends)
 
 
-def _place_dots(dots: Sequence[Dot], x_scale: Scale, y_scale: Scale) -> list[_Placed]:
-    """Dots whose intervals would lie on each other stand side by side."""
-    shares = [x_scale.share(math.log10(dot.size)) for dot in dots]
-    order = sorted(range(len(dots)), key=lambda i: (shares[i], -dots[i].value))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and WIDTH * (shares[i] - shares[groups[-1][-1]]) < BESIDE:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    shifts = {
-        i: BESIDE * (place - (len(group) - 1) / 2) + WIDTH * (_middle(group, shares) - shares[i])
-        for group in groups
-        for place, i in enumerate(group)
-    }
-    return [
-        _Placed(
-            dot=dot,
-            share=shares[i],
-            shift=shifts[i],
-            y=HEIGHT * (1 - y_scale.share(dot.value)),
-            off=not y_scale.low <= dot.value <= y_scale.high,
+def _build_score_scale(dots: Sequence[Dot], near: Sequence[Dot]) -> Scale:
+    """The axis of the near scores, with room for the longest name at its upper end."""
+    scale = Scale.around(_list_ends(near))
+    room = min(0.5, (LETTER * max(len(dot.name) for dot in dots) + 2 * GAP) / HEIGHT)
+    return Scale(scale.low, scale.high + (scale.high - scale.low) * room / (1 - room))
+
+
+def _place_dots(dots: Sequence[Dot], scale: Scale) -> list[_Place]:
+    """Each dot at its size, moved aside as little as keeps `BESIDE` between neighbours (least squares)."""
+    shares = np.array([scale.share(math.log10(dot.size)) for dot in dots])
+    order = np.lexsort(([-dot.value for dot in dots], shares))
+    steps = BESIDE * np.arange(len(dots))
+    moved = np.empty(len(dots))
+    moved[order] = isotonic_regression(WIDTH * shares[order] - steps) + steps
+    return [_Place(float(share), float(x - WIDTH * share)) for share, x in zip(shares, moved, strict=True)]
+
+
+def _draw_dot(dot: Dot, scale: Scale) -> str:
+    """Interval, dot and name, in pixels from the dot's place; an arrow at the edge for a score off the scale."""
+    look, words = "main" if dot.main else "other", "name" if dot.main else ""
+    title = f"<title>{escape(f'{dot.name}: {format_number(dot.value)}, {dot.size:,.0f} parameters')}</title>"
+    y = _compute_y(dot.value, scale)
+    if scale.low <= dot.value <= scale.high:
+        low, high = (dot.value if end is None else end for end in (dot.low, dot.high))
+        top, bottom, name = _compute_y(high, scale), _compute_y(low, scale), dot.name
+        mark = (
+            f'<line class="interval {look}" x1="0" x2="0" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+            f'<circle class="dot {look}" cx="0" cy="{y:.1f}" r="4.5">{title}</circle>'
         )
-        for i, dot in enumerate(dots)
-    ]
+    else:
+        down = -7 if dot.value < scale.low else 7
+        top, name = min(y, y + down), f"{dot.name} {format_number(dot.value)}"
+        mark = f'<path class="arrow {look}" d="M-5 {y + down:.1f}L0 {y:.1f}L5 {y + down:.1f}">{title}</path>'
+    at = f'transform="translate(4 {max(0.0, top - GAP):.1f}) rotate(-90)"'
+    return f'{mark}<text class="{words}" {at}>{escape(name)}</text>'
 
 
-def _middle(group: Sequence[int], shares: Sequence[float]) -> float:
-    return (shares[group[0]] + shares[group[-1]]) / 2
+def _compute_y(value: float, scale: Scale) -> float:
+    return HEIGHT * (1 - scale.share(value))
 
 
-def _ends(one: _Placed, y_scale: Scale) -> tuple[float, float]:
-    """Top and bottom of the interval in pixels; the dot's own place without one."""
-    low, high = (one.dot.value if end is None else end for end in (one.dot.low, one.dot.high))
-    return HEIGHT * (1 - y_scale.share(high)), HEIGHT * (1 - y_scale.share(low))
-
-
-def _dot_box(one: _Placed) -> _Box:
-    return _Box(one.x - 6, one.y - 6, one.x + 6, one.y + 6)
-
-
-def _interval_box(one: _Placed, y_scale: Scale) -> _Box:
-    top, bottom = _ends(one, y_scale)
-    return _Box(one.x - 2, top, one.x + 2, bottom)
-
-
-def _list_places() -> Iterator[_Place]:
-    """Where a label may stand, the best place first."""
-    for level in range(2 * HEIGHT // LINE):
-        down = LINE * ((level + 1) // 2) * (-1 if level % 2 else 1)
-        for aside in (BESIDE, 3 * BESIDE) if level else (BESIDE,):
-            yield _Place(aside, down)
-            yield _Place(-aside, down)
-
-
-def _place_label(one: _Placed, taken: Sequence[_Box]) -> tuple[Markup, _Box]:
-    """The name beside its dot, or a little off with a line to it, where it covers nothing else."""
-    width = LETTER * len(one.label)
-    places = [(place, place.build_box(one, width)) for place in _list_places()]
-    free = (pair for pair in places if pair[1].is_inside() and not any(pair[1].overlaps(other) for other in taken))
-    place, box = next(free, places[0])
-    x, sign = one.shift + place.aside, math.copysign(1, place.aside)
-    start = f"{one.shift + 5 * sign:.1f} {math.copysign(3, place.down):.1f}"
-    leader = f'<path class="leader" d="M{start}L{x - 2 * sign:.1f} {place.down}"/>' if abs(place.down) > LINE else ""
-    text = (
-        f'<text class="{"name" if one.dot.main else ""}" x="{x:.1f}" y="{place.down + 4}" '
-        f'text-anchor="{"start" if sign > 0 else "end"}">{escape(one.label)}</text>'
-    )
-    return _at(one, leader + text), box
-
-
-def _draw_dot(one: _Placed, y_scale: Scale) -> tuple[Markup, Markup]:
-    """The interval, and the dot with its numbers for a pointer that rests on it."""
-    look = "main" if one.dot.main else "other"
-    if one.off:
-        up = "M-5 7L0 0L5 7" if one.y < HEIGHT / 2 else "M-5 -7L0 0L5 -7"
-        return Markup(""), _at(one, f'<path class="arrow {look}" transform="translate({one.shift:.1f} 0)" d="{up}"/>')
-    top, bottom = (end - one.y for end in _ends(one, y_scale))
-    line = f'<line class="interval {look}" x1="{one.shift:.1f}" x2="{one.shift:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
-    title = f"{one.dot.name}: {format_number(one.dot.value)}, {one.dot.size:,.0f} parameters"
-    dot = f'<circle class="dot {look}" cx="{one.shift:.1f}" cy="0" r="4.5"><title>{escape(title)}</title></circle>'
-    return _at(one, line), _at(one, dot)
-
-
-def _at(one: _Placed, content: str) -> Markup:
-    """Content in pixels around the dot's place, which is a share of the width."""
-    return Markup(f'<svg x="{100 * one.share:.2f}%" y="{one.y:.1f}" overflow="visible">{content}</svg>')
-
-
-def _draw_axes(x_scale: Scale, y_scale: Scale) -> list[Markup]:
+def _draw_axes(x_scale: Scale, y_scale: Scale) -> list[str]:
     parts = []
     for tick in y_scale.ticks(6):
-        y = HEIGHT * (1 - y_scale.share(tick))
+        y = _compute_y(tick, y_scale)
         parts.append(
             f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="0" y="{y + 4:.1f}" dx="-8" text-anchor="end">{format_tick(tick)}</text>'
@@ -236,24 +158,16 @@ def _draw_axes(x_scale: Scale, y_scale: Scale) -> list[Markup]:
             f'<line class="grid" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="100%"/>'
             f'<text x="{x:.2f}%" y="{HEIGHT + 18}" text-anchor="middle">{format_parameters(size)}</text>'
         )
-    return [Markup(part) for part in parts]
+    return parts
 
 
 def _list_sizes(scale: Scale) -> list[float]:
     """Powers of ten inside the axis; where there are fewer than two, also twice and five times those."""
+    powers = range(math.floor(scale.low), math.ceil(scale.high) + 1)
+    sizes: list[float] = []
     for factors in ((1,), (1, 2, 5)):
-        sizes = [
-            factor * 10.0**power
-            for power in range(math.floor(scale.low), math.ceil(scale.high) + 1)
-            for factor in factors
-            if scale.low <= math.log10(factor * 10.0**power) <= scale.high
-        ]
+        found = [factor * 10.0**power for power in powers for factor in factors]
+        sizes = [size for size in found if scale.low <= math.log10(size) <= scale.high]
         if len(sizes) > 1:
-            return sizes
+            break
     return sizes
-
-
-def format_parameters(count: float) -> str:
-    """`500`, `20 k`, `1.5 M`."""
-    unit, scale = next((pair for pair in ((" M", 1e6), (" k", 1e3)) if count >= pair[1]), ("", 1.0))
-    return f"{count / scale:.3g}{unit}"

@@ -110,8 +110,8 @@ class Trial:
 
     @property
     def overrides(self) -> list[str]:
-        """The changes as `--set` takes them: JSON is YAML."""
-        return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in self.changes.items()]
+        """The changes as `--set` takes them."""
+        return [f"{key}={_write_value(value)}" for key, value in self.changes.items()]
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,12 @@ def _check_candidate(loaded: LoadedComparison, name: str, document: Document) ->
 def _find_change(key: str, changes: Mapping[str, Any]) -> str | None:
     """The change that a key of the recipe comes from."""
     return next((change for change in changes if key == change or key.startswith((f"{change}.", f"{change}["))), None)
+
+
+def _write_value(value: Any) -> str:
+    """A value on one line of YAML: JSON, but for what YAML would take for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
 
 
 def _list_repeated(values: Sequence[Any]) -> list[Any]:
