@@ -28,6 +28,7 @@ from finetune.artifact.run_folder import (
     save_json,
 )
 from finetune.artifact.save import save_model
+from finetune.artifact.starting import check_adapters, compute_fingerprints, settle_adapters, start_from_adapters
 from finetune.data.batches import Examples
 from finetune.data.checks import findings_to_json
 from finetune.errors import DataError, GateError, Interrupted, ResourceError, UsageError
@@ -194,6 +195,7 @@ def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFol
             "seed": recipe.train.seed,
             "precision": choose_precision(recipe.train.precision),
             "base": {"reference": base.reference, "origin": base.origin, "sha256": base.compute_fingerprint()},
+            "adapters": compute_fingerprints(recipe.model.adapters),
             "data": {"name": prepared.source.name, "sha256": prepared.source.fingerprint},
         },
     )
@@ -211,11 +213,14 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
     model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
     pad_token_id = get_padding(model, tokenizer)
-    if not has_checkpoint(folder.checkpoints):
+    is_fresh = not has_checkpoint(folder.checkpoints)
+    if is_fresh:
         task.start(model, train_rows, pad_token_id)
     new, head = task.list_modules(model)
     new = [] if base.reference == SCRATCH.reference else new  # all is new: no part needs a rate of its own
     model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type)
+    if is_fresh and recipe.model.adapters:
+        _narrate(quiet, start_from_adapters(model, recipe.model.adapters, head, task, train_rows, pad_token_id))
     count = count_parameters(model)
     problem = Problem(
         train=train_rows,
@@ -359,11 +364,17 @@ def _plan_parameters(recipe: Recipe, ready: Ready) -> ParameterCount:
     """
     base, prepared = ready
     model = prepared.task.build_shape(base, recipe.model, prepared.tokenizer)
-    return plan_parameters(model, recipe.adapter, prepared.task.list_modules(model)[1])
+    head = prepared.task.list_modules(model)[1]
+    count = plan_parameters(model, recipe.adapter, head)
+    if recipe.model.adapters:
+        check_adapters(model, recipe.adapter, head, base, recipe.model.adapters)
+    return count
 
 
 def _settle_base(recipe: Recipe) -> Recipe:
-    """A recipe whose base is a run, with that run's model in its place: its name may mean another run tomorrow."""
+    """A recipe with the models of the runs that it starts from: a name may mean another run tomorrow."""
+    model = recipe.model.model_copy(update={"adapters": settle_adapters(recipe.model.adapters)})
+    recipe = recipe.model_copy(update={"model": model})
     path = Path(recipe.model.base).expanduser()
     if not is_run(path):
         return recipe

@@ -75,6 +75,9 @@ class ModelSection(Section):
     base: str = Field(default=DEFAULT_BASE, min_length=1)
     """A Hub id, `id@revision`, a local folder, a run (`runs/pretrain_mlm`), or `scratch`: random weights, and a
     tokenizer learned from the train split."""
+    adapters: list[str] = Field(default_factory=list)
+    """Saved adapters of this base (runs, or folders that PEFT wrote) to start from: one with the method and shapes of
+    `adapter`, or several of method lora, whose mean is taken. A head for the same classes is taken over."""
     scratch: ScratchSection = Field(default_factory=ScratchSection)
     """Tokenizer and size where `base` is `scratch`."""
     architecture: Literal["triad", "native"] = "triad"
@@ -346,6 +349,11 @@ class Recipe(Section):
             problems.append(
                 f"adapter.method: must be full when model.base is scratch, got {self.adapter.method!r}: random weights "
                 "need training."
+            )
+        if self.model.adapters and self.adapter.method == "full":
+            problems.append(
+                "model.adapters: must be left out when adapter.method is full, got "
+                f"{len(self.model.adapters)}: nothing would take their place."
             )
         if scratch and self.model.architecture != "triad":
             problems.append(
