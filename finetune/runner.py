@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.attach import ParameterCount, attach_adapter, count_parameters, plan_parameters
+from finetune.adapters.attach import ParameterCount, attach_adapter, count_parameters, find_targets, plan_parameters
 from finetune.artifact.assess import assess, assess_held_out
 from finetune.artifact.load import Predictor, load
 from finetune.artifact.run_folder import (
@@ -37,6 +37,7 @@ from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.scoring import check_early_stop, check_section
 from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
 from finetune.models.classifier import get_padding
+from finetune.models.quantization import check_quantization, quantize_layers
 from finetune.recipe import dump_recipe, find_recipe, load_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
@@ -217,6 +218,8 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
     if is_fresh:
         task.start(model, train_rows, pad_token_id)
     new, head = task.list_modules(model)
+    if recipe.model.quantize != "none":
+        quantize_layers(model, find_targets(model, "all-linear", head), recipe.model.quantize)
     new = [] if base.reference == SCRATCH.reference else new  # all is new: no part needs a rate of its own
     model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type)
     if is_fresh and recipe.model.adapters:
@@ -344,6 +347,7 @@ def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Read
     check_section(recipe.evaluate, task.scored_by)
     if recipe.train.early_stop:
         check_early_stop(recipe.train.early_stop.metric, task.scored_by)
+    check_quantization(recipe.model.quantize)
     base = resolve_base(recipe.model.base)
     prepared = prepare(
         recipe.task,

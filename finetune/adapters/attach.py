@@ -78,9 +78,13 @@ def attach_adapter(
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """PEFT 0.21 reads an attribute that transformers renames in version 6, and warns each time."""
+    """PEFT 0.21 reads an attribute that transformers renames in version 6, and warns each time.
+
+    It also warns that updates cannot be merged into a base of torchao's, which nobody does here.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass", category=UserWarning)
         yield
 
 
@@ -137,8 +141,14 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     named = [(name, parameter) for name, parameter in model.named_parameters() if "original_module" not in name]
     return ParameterCount(
         trained=sum(parameter.numel() for _, parameter in named if parameter.requires_grad),
-        total=sum(parameter.numel() for _, parameter in named),
+        total=sum(_count_weights(parameter) for _, parameter in named),
     )
+
+
+def _count_weights(parameter: nn.Parameter) -> int:
+    """Numbers that a tensor stands for; bitsandbytes packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def plan_parameters(model: nn.Module, section: AdapterSection, head: Sequence[str]) -> ParameterCount:

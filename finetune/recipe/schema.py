@@ -83,6 +83,9 @@ class ModelSection(Section):
     architecture: Literal["triad", "native"] = "triad"
     """`triad`: the base's weights in the project's own Transformer, which packs rows without padding. `native`: the
     base's own Hugging Face class, for families that Triad has no form of."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Keep the base's linear layers in 8 or 4 bits while a LoRA adapter is trained on it (the extra `quantize`):
+    `int8` with a scale for each output, `nf4` as in arXiv:2305.14314. The adapter then loads on the whole base."""
     max_length: int = Field(default=128, ge=8, le=8192)
     """Tokens after which a text is cut."""
     pooling: Literal["auto", "first", "mean"] = "auto"
@@ -349,6 +352,11 @@ class Recipe(Section):
             problems.append(
                 f"adapter.method: must be full when model.base is scratch, got {self.adapter.method!r}: random weights "
                 "need training."
+            )
+        if self.model.quantize != "none" and self.adapter.method != "lora":
+            problems.append(
+                f"model.quantize: must be none unless adapter.method is lora, got {self.model.quantize!r} with "
+                f"{self.adapter.method!r}."
             )
         if self.model.adapters and self.adapter.method == "full":
             problems.append(
