@@ -23,6 +23,7 @@ from finetune.adapters.attach import (
     plan_parameters,
 )
 from finetune.adapters.budget import add_penalty, build_budget, get_rate_factor, start_adapter
+from finetune.adapters.targets import find_targets
 from finetune.artifact.assess import assess, assess_held_out
 from finetune.artifact.load import MultiPredictor, Predictor, load
 from finetune.artifact.run_folder import (
@@ -35,6 +36,7 @@ from finetune.artifact.run_folder import (
     save_json,
 )
 from finetune.artifact.save import save_model
+from finetune.artifact.starting import check_adapters, compute_fingerprints, settle_adapters, start_from_adapters
 from finetune.data.batches import Examples
 from finetune.data.checks import findings_to_json
 from finetune.errors import DataError, GateError, Interrupted, ResourceError, UsageError
@@ -43,6 +45,7 @@ from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.scoring import check_early_stop, check_section
 from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
 from finetune.models.classifier import get_padding
+from finetune.models.quantization import check_quantization, quantize_layers
 from finetune.recipe import dump_recipe, find_recipe, load_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
@@ -224,6 +227,7 @@ def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFol
             "seed": recipe.train.seed,
             "precision": choose_precision(recipe.train.precision),
             "base": {"reference": base.reference, "origin": base.origin, "sha256": base.compute_fingerprint()},
+            "adapters": compute_fingerprints(recipe.model.adapters),
             "data": {"name": prepared.source_name, "sha256": prepared.fingerprint},
         },
     )
@@ -241,17 +245,22 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
     model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
     pad_token_id = get_padding(model, tokenizer)
-    if not has_checkpoint(folder.checkpoints):
+    is_fresh = not has_checkpoint(folder.checkpoints)
+    if is_fresh:
         task.start(model, train_rows, pad_token_id)
     new, head = task.list_modules(model)
+    if recipe.model.quantize != "none":
+        quantize_layers(model, find_targets(model, "all-linear", head), recipe.model.quantize)
     new = [] if base.reference == SCRATCH.reference else new  # all is new: no part needs a rate of its own
     steps = count_steps(train_rows, recipe.train)
     model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type, steps)
     pad_token_id = get_padding(model, tokenizer)
-    if not has_checkpoint(folder.checkpoints):
+    if is_fresh:
         start_adapter(
             model, recipe.adapter, train_rows, pad_token_id, partial(task.compute_losses, label_smoothing=0.0)
         )
+    if is_fresh and recipe.model.adapters:
+        _narrate(quiet, start_from_adapters(model, recipe.model.adapters, head, task, train_rows, pad_token_id))
     budget = build_budget(model, recipe.adapter)
     count = count_parameters(model)
     problem = Problem(
@@ -409,6 +418,7 @@ def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Read
         check_section(recipe.evaluate_for(name), kind)
     if recipe.train.early_stop:
         check_early_stop(recipe.train.early_stop.metric, kind)
+    check_quantization(recipe.model.quantize)
     base = resolve_base(recipe.model.base)
     prepared = prepare(
         recipe.tasks,
@@ -431,11 +441,17 @@ def _plan_parameters(recipe: Recipe, ready: Ready) -> ParameterCount:
     task = prepared.task
     model = task.build_shape(base, recipe.model, prepared.tokenizer)
     check_adapter(model, recipe.adapter, recipe.model.max_length)
-    return plan_parameters(model, recipe.adapter, task.list_modules(model)[1], task.peft_type)
+    head = task.list_modules(model)[1]
+    count = plan_parameters(model, recipe.adapter, head, task.peft_type)
+    if recipe.model.adapters:
+        check_adapters(model, recipe.adapter, head, base, recipe.model.adapters)
+    return count
 
 
 def settle_base(recipe: Recipe) -> Recipe:
-    """A recipe whose base is a run, with that run's model in its place: its name may mean another run tomorrow."""
+    """A recipe with the models of the runs that it starts from: a name may mean another run tomorrow."""
+    model = recipe.model.model_copy(update={"adapters": settle_adapters(recipe.model.adapters)})
+    recipe = recipe.model_copy(update={"model": model})
     path = Path(recipe.model.base).expanduser()
     if not is_run(path):
         return recipe

@@ -103,6 +103,8 @@ def _quiet_peft() -> Iterator[None]:
         # AdaLoRA's own names of its ranks, which it reads elsewhere.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
+        # Updates cannot be merged into a base of torchao's, which nobody does here.
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass", category=UserWarning)
         yield
 
 
@@ -184,8 +186,14 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     used = [parameter for name, parameter in named.items() if "original_module" not in name and name not in copies]
     return ParameterCount(
         trained=sum(parameter.numel() for parameter in used if parameter.requires_grad),
-        total=sum(parameter.numel() for parameter in used),
+        total=sum(_count_weights(parameter) for parameter in used),
     )
+
+
+def _count_weights(parameter: nn.Parameter) -> int:
+    """Numbers that a tensor stands for; bitsandbytes packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def plan_parameters(

@@ -18,12 +18,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from finetune.adapters.attach import load_adapter
 from finetune.adapters.fast_lora import FastLinear, change_class, speed_up_lora
-from finetune.errors import ModelError, UsageError
+from finetune.errors import UsageError
 
 
 class UnroutableError(Exception):
@@ -124,7 +123,7 @@ def load_several(
 
     Raises:
         UsageError: adapters of different methods.
-        ModelError: the files of one do not fit the base, or hold no head.
+        ModelError: the files of one do not fit the base.
     """
     methods = {folder: PeftConfig.from_pretrained(str(folder)).peft_type.value.lower() for folder in folders.values()}
     if len(set(methods.values())) > 1:
@@ -135,7 +134,6 @@ def load_several(
         )
     wrapped: Any = None
     for name, folder in folders.items():
-        _check_head(folder, heads[name])
         if wrapped is None:
             wrapped = load_adapter(model, folder, name)
             continue
@@ -154,17 +152,3 @@ def can_route(model: nn.Module) -> bool:
         isinstance(part, RoutedHead) or (isinstance(part, RoutedLinear) and not part.lora_variant) for part in parts
     )
     return routed and isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning
-
-
-def _check_head(folder: Path, head: Mapping[str, nn.Module]) -> None:
-    """PEFT says nothing of a head that the file lacks, and leaves it as it was."""
-    try:
-        with safe_open(str(folder / "adapter_model.safetensors"), "pt") as file:
-            saved = set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: must hold an adapter in adapter_model.safetensors; {error}") from error
-    wanted = [f"base_model.model.{part}.{key}" for part, module in head.items() for key in module.state_dict()]
-    if lacking := [key for key in wanted if key not in saved]:
-        raise ModelError(
-            f"{folder}: must hold the head of its task, lacks {', '.join(lacking)}. Get the folder again from its run."
-        )

@@ -59,11 +59,17 @@ class ModelSection(Section):
     base: str = Field(default=DEFAULT_BASE, min_length=1)
     """A Hub id, `id@revision`, a local folder, a run (`runs/pretrain_mlm`), or `scratch`: random weights, and a
     tokenizer learned from the train split."""
+    adapters: list[str] = Field(default_factory=list)
+    """Saved adapters of this base (runs, or folders that PEFT wrote) to start from: one with the method and shapes of
+    `adapter`, or several of method lora, whose mean is taken. A head for the same classes is taken over."""
     scratch: ScratchSection = Field(default_factory=ScratchSection)
     """Tokenizer and size where `base` is `scratch`."""
     architecture: Literal["triad", "native"] = "triad"
     """`triad`: the base's weights in the project's own Transformer, which packs rows without padding. `native`: the
     base's own Hugging Face class, for families that Triad has no form of."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Keep the base's linear layers in 8 or 4 bits while a LoRA adapter is trained on it (the extra `quantize`):
+    `int8` with a scale for each output, `nf4` as in arXiv:2305.14314. The adapter then loads on the whole base."""
     max_length: int = Field(default=128, ge=8, le=8192)
     """Tokens after which a text is cut."""
     pooling: Literal["auto", "first", "mean"] = "auto"
@@ -330,6 +336,16 @@ class Recipe(Section):
                 problems.append(
                     f"model.architecture: must be triad when model.base is scratch, got {self.model.architecture!r}."
                 )
+        if self.model.quantize != "none" and self.adapter.method != "lora":
+            problems.append(
+                f"model.quantize: must be none unless adapter.method is lora, got {self.model.quantize!r} with "
+                f"{self.adapter.method!r}."
+            )
+        if self.model.adapters and self.adapter.method == "full":
+            problems.append(
+                "model.adapters: must be left out when adapter.method is full, got "
+                f"{len(self.model.adapters)}: nothing would take their place."
+            )
         if "masked_lm" in types and self.adapter.method != "full":
             problems.append(
                 f"adapter.method: must be full for masked_lm, got {self.adapter.method!r}: what it trains becomes the "

@@ -46,6 +46,11 @@ class MultiTask:
     type: ClassVar[str] = "multi_task"
     peft_type: ClassVar[str] = "SEQ_CLS"
 
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Task -> its classes in the order of the logits of its head."""
+        return {name: task.labels for name, task in self.tasks.items()}
+
     def combine(self, examples: Mapping[str, Examples]) -> Examples:
         """The rows of all tasks, in the order of the tasks; their labels as numbered on end."""
         parts = [examples[name] for name in self.tasks]
@@ -58,11 +63,11 @@ class MultiTask:
 
     def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
         """The base with a new head for each task, in float32."""
-        return build_several_heads(base, self._list_labels(), section, seed=seed)
+        return build_several_heads(base, self.labels, section, seed=seed)
 
     def build_shape(self, base: BaseModel, section: ModelSection, tokenizer: Any) -> nn.Module:
         """The same without weights."""
-        return build_several_heads_shape(base, self._list_labels(), section)
+        return build_several_heads_shape(base, self.labels, section)
 
     def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
         """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
@@ -152,9 +157,6 @@ class MultiTask:
         """Inverse of `to_config`."""
         tasks = {name: TextClassification.from_config(task) for name, task in config["tasks"].items()}
         return cls(tasks, config["weights"])
-
-    def _list_labels(self) -> dict[str, list[str]]:
-        return {name: task.labels for name, task in self.tasks.items()}
 
     def _list_columns(self) -> dict[str, slice]:
         """Task -> its columns of the outputs, and the numbers of its classes."""

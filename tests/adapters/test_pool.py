@@ -231,8 +231,7 @@ def test_words_for_a_head_that_is_not_there(save_adapter, tmp_path):
     settings = json.loads((folder / "finetune.json").read_text())
     (folder / "finetune.json").write_text(json.dumps(settings | {"files": {}}))
     assert refuse({"a": folder}, ModelError) == (
-        f"{folder}: must hold the head of its task, lacks base_model.model.classifier.weight, "
-        "base_model.model.classifier.bias. Get the folder again from its run."
+        f"{folder}: must hold an adapter that fits its base model; 'base_model.model.classifier.weight'"
     )
 
 
