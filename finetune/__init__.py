@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.artifact.load import Predictor, load
+    from finetune.label_audit import audit
     from finetune.runner import Run, check, evaluate, resume, run
+    from finetune.search import sweep
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "Run", "check", "evaluate", "load", "resume", "run"]
+__all__ = ["Predictor", "Run", "audit", "check", "evaluate", "load", "resume", "run", "sweep"]
 
-_HOMES = {"load": "finetune.artifact.load", "Predictor": "finetune.artifact.load"}
+_HOMES = {
+    "load": "finetune.artifact.load",
+    "Predictor": "finetune.artifact.load",
+    "audit": "finetune.label_audit",
+    "sweep": "finetune.search",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -48,24 +48,43 @@ def load_document(path: Path, schema: type[S], overrides: Sequence[str] = ()) ->
     Raises:
         RecipeError: with every problem found, each with its line.
     """
-    document = parse_yaml(_read(path))
-    problems = document.problems
-    where: dict[KeyPath, int | str] = dict(document.lines)
+    document = read_document(path, overrides)
     if document.readable and not isinstance(document.values, dict):
         key = next(iter(schema.model_fields))
         got = "an empty file" if document.values is None else show(document.values)
         raise RecipeError(f"{path}: the file must hold keys and values, such as `{key}: ...`, got {got}.")
-    if document.readable:
+    section = check_document(document, schema)
+    if section is None:
+        raise RecipeError(format_problems(str(path), document.problems))
+    return section
+
+
+def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """The values of a file with overrides applied, before any schema: no defaults in them.
+
+    Raises:
+        RecipeError: a file that is not UTF-8 text of at most 1 MB; other problems are in the document.
+    """
+    document = parse_yaml(_read(path))
+    if isinstance(document.values, dict):
         for override in overrides:
-            _apply_override(override, document.values, where, problems)
-        section = _check(document.values, schema, where, problems)
-        if section is not None and not problems:
-            return section
-    raise RecipeError(format_problems(str(path), problems))
+            _apply_override(override, document.values, document.lines, document.problems)
+    return document
+
+
+def check_document(document: Document, schema: type[S]) -> S | None:
+    """The section that a document holds; None where it has problems, which are then all in `document.problems`."""
+    section = _check(document.values, schema, document.lines, document.problems) if document.readable else None
+    return None if document.problems else section
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML of every key with its resolved value; loads back to an equal recipe."""
+    return dump_values(recipe.to_dict())
+
+
+def dump_values(values: Any) -> str:
+    """Plain values as YAML."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
@@ -73,7 +92,7 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml.width = 10**6  # a folded value reads worse than a long line
     yaml.indent(mapping=2, sequence=4, offset=2)
     text = io.StringIO()
-    yaml.dump(recipe.to_dict(), text)
+    yaml.dump(values, text)
     return text.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,12 @@ from typing import Literal
 from finetune.errors import RecipeError
 from finetune.recipe.loading import load_recipe
 from finetune.recipe.messages import suggest
+
+
+Kind = Literal["recipe", "sweep", "compare"]
+"""What a file below `recipes/` is; the key that holds its schema version."""
+
+_OTHER_KINDS = re.compile(rb"^(sweep|compare):", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +53,8 @@ def list_recipes() -> list[ShippedRecipe]:
     return recipes
 
 
-def find_recipe(name_or_path: str | Path) -> Path:
-    """The file that a user means: an existing path, else the name of a shipped recipe.
+def find_recipe(name_or_path: str | Path, kind: Kind = "recipe") -> Path:
+    """The file that a user means: an existing path, else the name of a shipped recipe, or of another kind of file.
 
     Raises:
         RecipeError: neither; lists the names.
@@ -55,18 +62,25 @@ def find_recipe(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    paths = _paths()
+    paths = _paths(kind)
     name = path.as_posix().removesuffix(".yaml").removeprefix("recipes/")
     if name in paths:
         return paths[name]
-    known = f"Shipped: {', '.join(paths)}." if paths else "No recipe is shipped with this installation."
-    raise RecipeError(f"{name_or_path}: must be a file or the name of a shipped recipe.{suggest(name, paths)} {known}")
+    known = f"Shipped: {', '.join(paths)}." if paths else f"No {kind} is shipped with this installation."
+    raise RecipeError(f"{name_or_path}: must be a file or the name of a shipped {kind}.{suggest(name, paths)} {known}")
 
 
-def _paths() -> dict[str, Path]:
+def _paths(kind: Kind = "recipe") -> dict[str, Path]:
     folder = shipped_folder("recipes")
-    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    files = [path for path in folder.rglob("*.yaml") if _read_kind(path) == kind]
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
     return {name: names[name] for name in sorted(names, key=lambda name: (_is_benchmark(name), name))}
+
+
+def _read_kind(path: Path) -> str:
+    """What a file is, by its first key; a broken one counts as a recipe, and is listed with its problem."""
+    other = _OTHER_KINDS.search(path.read_bytes())
+    return other[1].decode() if other else "recipe"
 
 
 def _is_benchmark(name: str) -> bool:

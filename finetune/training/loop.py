@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,13 @@ from finetune.training.signals import StopRequest
 
 NON_FINITE_LIMIT = 3
 
+GivesUp: TypeAlias = Callable[[float, Mapping[str, float]], bool]
+
+
+def never(share: float, metrics: Mapping[str, float]) -> bool:  # noqa: ARG001  (the signature of GivesUp)
+    """Train to the end."""
+    return False
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -40,6 +47,8 @@ class Problem:
         is_larger_better: metric name -> which way is up.
         head: names of the modules that start at random and take the head's learning rate.
         pad_token_id: the tokenizer's; None for a model that takes packed rows.
+        gives_up: (share of the steps done, validation metrics) -> whether to stop here, as a search does with a run
+            that will not be its best; must be the same in every process.
     """
 
     train: Examples
@@ -51,6 +60,7 @@ class Problem:
     head: Sequence[str]
     pad_token_id: int | None
     compute_outputs: Callable[..., npt.NDArray[np.floating[Any]]] = compute_logits
+    gives_up: GivesUp = never
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,8 @@ def fit(
                 with average.applied():
                     metrics = _evaluate(model, problem, session)
                 state = _record(state, metrics, problem, section.early_stop, halfway=step.number > total / 2)
+                if problem.gives_up(step.number / total, metrics):
+                    state = replace(state, stopped_early=True)
                 session.log.write("evaluation", step=step.number, epoch=step.epoch, metrics=metrics)
                 accelerator.log({f"validation_{name}": value for name, value in metrics.items()}, step=step.number)
                 progress.show(step.number, metrics)
