@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from finetune.artifact.merge import merge_adapters
     from finetune.artifact.pool import AdapterPool, load_adapters
     from finetune.comparison import compare
+    from finetune.label_audit import audit
     from finetune.runner import Run, check, evaluate, resume, run
+    from finetune.search import sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "MultiPredictor",
     "Predictor",
     "Run",
+    "audit",
     "check",
     "compare",
     "evaluate",
@@ -31,16 +34,19 @@ __all__ = [
     "merge_adapters",
     "resume",
     "run",
+    "sweep",
 ]
 
 _HOMES = {
     "AdapterPool": "finetune.artifact.pool",
     "MultiPredictor": "finetune.artifact.load",
     "Predictor": "finetune.artifact.load",
+    "audit": "finetune.label_audit",
     "compare": "finetune.comparison",
     "load": "finetune.artifact.load",
     "load_adapters": "finetune.artifact.pool",
     "merge_adapters": "finetune.artifact.merge",
+    "sweep": "finetune.search",
 }
 
 

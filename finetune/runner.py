@@ -52,7 +52,8 @@ from finetune.recipe.schema import Recipe
 from finetune.tasks import TASKS, load_task
 from finetune.tasks.preparation import Prepared, prepare
 from finetune.training.checkpoint import has_checkpoint, prune_checkpoints
-from finetune.training.loop import Problem, count_steps, fit
+from finetune.training.events import load_events
+from finetune.training.loop import GivesUp, Problem, count_steps, fit, never
 from finetune.training.memory import read_peak_memory_mb
 from finetune.training.precision import choose_precision
 from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
@@ -235,7 +236,40 @@ def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFol
     return folder
 
 
-def train(folder: RunFolder, *, quiet: bool = False) -> None:
+def lay_out(recipe: Recipe, path: Path, runs: Path | None) -> RunFolder:
+    """Prepare the data of a recipe and lay out the folder of its run, as `run` does.
+
+    Args:
+        recipe: resolved.
+        path: its file, for relative paths.
+        runs: where runs are kept.
+    """
+    recipe = settle_base(recipe)
+    ready = _prepare(recipe, path.parent)
+    _plan_parameters(recipe, ready)
+    return start(recipe, path, ready, runs)
+
+
+def search(folder: RunFolder, *, gives_up: GivesUp = never, quiet: bool = False) -> dict[str, Any]:
+    """Train what a run's folder describes, or go on with it, and leave its test split closed.
+
+    Args:
+        folder: laid out by `lay_out`.
+        gives_up: see `training.loop.Problem`.
+        quiet: no progress bar.
+
+    Returns:
+        What status.json says of the training, and `validation`: the metrics of the weights that it kept.
+    """
+    if folder.load_status().get("state") != "trained":
+        train(folder, quiet=quiet, gives_up=gives_up)
+    training = folder.load_status()["training"]
+    evaluations = [event for event in load_events(folder.events) if event["event"] == "evaluation"]
+    kept = [event for event in evaluations if event["step"] == training["best_step"]] or evaluations
+    return dict(training) | {"validation": kept[-1]["metrics"]}
+
+
+def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) -> None:
     """Train what a run's folder describes, and write its `model/`; every worker process calls this."""
     recipe = load_recipe(folder.recipe)
     lock = load_json(folder.lock)
@@ -275,6 +309,7 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
         pad_token_id=pad_token_id,
         rate_factor=get_rate_factor(recipe.adapter),
         rule=budget,
+        gives_up=gives_up,
     )
     with closing(build_session(recipe.train, folder.path, lock["precision"])) as session:
         if session.accelerator.is_main_process and not quiet:

@@ -33,7 +33,7 @@ def show_command(name: RecipeName, as_json: AsJson = False) -> None:
     """Print a recipe."""
     from finetune.recipe import find_recipe
 
-    path = find_recipe(name)
+    path = find_recipe(name, None)
     text = path.read_text(encoding="utf-8")
     if as_json:
         print_json({"path": str(path), "text": text})
@@ -51,7 +51,7 @@ def copy_command(
     from finetune.errors import UsageError
     from finetune.recipe import find_recipe
 
-    source = find_recipe(name)
+    source = find_recipe(name, None)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists():
         raise UsageError(f"{target}: must not exist yet, got a file. Choose another name, or remove it.")

@@ -149,7 +149,7 @@ def load_comparison(name_or_path: str | Path) -> LoadedComparison:
     Raises:
         RecipeError: with every problem found, each with its line.
     """
-    path = find_recipe(name_or_path)
+    path = find_recipe(name_or_path, "compare")
     section = load_document(path, Comparison)
     document = read_document(path, Comparison)
     recipe_path = _find_beside(path, section.recipe, document)
@@ -164,7 +164,7 @@ def load_comparison(name_or_path: str | Path) -> LoadedComparison:
 
 def list_comparisons() -> list[ShippedRecipe]:
     """Every shipped comparison, as `list_recipes` lists recipes."""
-    return list_files(lambda path: load_document(path, Comparison), comparisons=True)
+    return list_files(lambda path: load_document(path, Comparison), "compare")
 
 
 def _find_beside(path: Path, recipe: str, document: Document) -> Path:

@@ -19,8 +19,12 @@ from finetune.recipe.messages import OVERRIDE, KeyPath, Problem, explain, format
 from finetune.recipe.schema import Recipe, Section
 
 MAX_BYTES = 1_000_000
-KINDS = {"compare": ("a comparison", "finetune compare"), "recipe": ("a recipe", "finetune run")}
-"""Key that tells what a file is -> what it is, and the command that takes it. A comparison names its `recipe` too."""
+KINDS = {
+    "compare": ("a comparison", "finetune compare"),
+    "sweep": ("a sweep", "finetune sweep"),
+    "recipe": ("a recipe", "finetune run"),
+}
+"""Key that tells what a file is -> what it is, and the command that takes it. The first two name a `recipe` too."""
 
 S = TypeVar("S", bound=Section)
 
@@ -51,23 +55,25 @@ def load_document(path: Path, schema: type[S], overrides: Sequence[str] = ()) ->
     Raises:
         RecipeError: with every problem found, each with its line.
     """
-    document = read_document(path, schema)
-    problems = document.problems
-    where: dict[KeyPath, int | str] = dict(document.lines)
-    if document.readable:
-        for override in overrides:
-            _apply_override(override, document.values, where, problems)
-        section = _check(document.values, schema, where, problems)
-        if section is not None and not problems:
-            return section
-    raise RecipeError(format_problems(str(path), problems))
+    document = read_document(path, schema, overrides)
+    section = check_document(document, schema)
+    if section is None:
+        raise RecipeError(format_problems(str(path), document.problems))
+    return section
 
 
-def read_document(path: Path, schema: type[Section]) -> Document:
-    """Read a YAML 1.2 file that holds keys and values, without checking them.
+def check_document(document: Document, schema: type[S]) -> S | None:
+    """The section that a document holds; None where it has problems, which are then all in `document.problems`."""
+    section = _check(document.values, schema, document.lines, document.problems) if document.readable else None
+    return None if document.problems else section
+
+
+def read_document(path: Path, schema: type[Section], overrides: Sequence[str] = ()) -> Document:
+    """Read a YAML 1.2 file that holds keys and values and apply overrides, without checking them: no defaults in them.
 
     Raises:
-        RecipeError: the file cannot be read, holds something else, or is of the other kind: a recipe, a comparison.
+        RecipeError: the file cannot be read, holds something else, or is of another kind: a recipe, a comparison, a
+            sweep. Other problems are in the document.
     """
     document = parse_yaml(_read(path))
     if not document.readable:
@@ -79,6 +85,8 @@ def read_document(path: Path, schema: type[Section]) -> Document:
     kind = next((kind for kind in KINDS if kind in document.values), key)
     if key in KINDS and kind != key:
         raise RecipeError(f"{path}: must be {KINDS[key][0]}, got {KINDS[kind][0]}. Try: {KINDS[kind][1]} {path}")
+    for override in overrides:
+        _apply_override(override, document.values, document.lines, document.problems)
     return document
 
 
@@ -101,6 +109,11 @@ def build_recipe(values: dict[str, Any], changes: Mapping[str, Any]) -> tuple[Re
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML of every key with its resolved value; loads back to an equal recipe."""
+    return dump_values(recipe.to_dict())
+
+
+def dump_values(values: Any) -> str:
+    """Plain values as YAML."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
@@ -108,7 +121,7 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml.width = 10**6  # a folded value reads worse than a long line
     yaml.indent(mapping=2, sequence=4, offset=2)
     text = io.StringIO()
-    yaml.dump(recipe.to_dict(), text)
+    yaml.dump(values, text)
     return text.getvalue()
 
 

@@ -21,7 +21,7 @@ from finetune import runner
 from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["run", "check", "resume", "evaluate", "predict", "generate", "recipes", "data", "schema", "doctor"]
+VERBS = ["run", "check", "resume", "evaluate", "predict", "generate", "sweep", "recipes", "data", "schema", "doctor"]
 COMMANDS = [
     "run",
     "check",
@@ -29,11 +29,13 @@ COMMANDS = [
     "evaluate",
     "predict",
     "generate",
+    "sweep",
     "recipes list",
     "recipes show",
     "recipes copy",
     "data list",
     "data show",
+    "data audit",
     "schema",
     "doctor",
 ]
