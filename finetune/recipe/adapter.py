@@ -27,6 +27,8 @@ ADAPTER_KEYS: dict[str, tuple[str, ...]] = {
     "bitfit": (),
 }
 """Method -> the keys of `adapter` that it reads besides `method`."""
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {"vera": {"rank": 256}, "fourierft": {"alpha": 150.0}}
+"""What a method changes of the defaults below: the papers' values for encoders of this size."""
 
 
 class AdapterSection(Section):
@@ -83,6 +85,11 @@ class AdapterSection(Section):
     """The base's width over that of a bottleneck."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """In the middle of a bottleneck."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        return OWN_DEFAULTS.get(str(given.get("method")), {}) | given if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _check(self) -> AdapterSection:

@@ -11,6 +11,7 @@ import torch
 from ruamel.yaml import YAML
 
 from finetune.recipe import list_recipes
+from finetune.recipe.adapter import ADAPTER_KEYS
 from finetune.recipe.loading import recipe_json_schema
 from finetune.training import precision
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "words", ["recipes list", "recipes show sentiment", "data list", "data show banking77", "schema"]
+    "words", ["recipes list", "recipes show sentiment", "data list", "data show banking77", "adapters list", "schema"]
 )
 def test_what_only_shows_speaks_json(command, words):
     done = command(*words.split(), "--json")
@@ -44,6 +45,20 @@ def test_recipes_are_listed_shown_and_copied(command, tmp_path):
     assert json.loads(command("recipes", "copy", "sentiment", tmp_path, "--json").out) == {
         "path": str(tmp_path / "sentiment.yaml")
     }
+
+
+def test_methods_are_listed(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    listed = {method["method"]: method for method in json.loads(command("adapters", "list", "--json").out)}
+    assert set(listed) == set(ADAPTER_KEYS)
+    assert listed["vera"]["paper"] == "https://arxiv.org/abs/2310.11454"
+    assert listed["lora"]["keys"] == list(ADAPTER_KEYS["lora"])
+    assert [name for name, method in listed.items() if not method["merges"]] == ["prefix", "prompt", "p_tuning"]
+    text = command("adapters", "list").out
+    assert re.search(r"^lokr +arXiv:2309\.14859 +yes +A Kronecker product", text, re.M)
+    assert text.endswith(
+        "In a recipe: adapter: {method: lora, rank: 16}. A key that the method does not read is an error.\n"
+    )
 
 
 def test_cards_are_listed_and_shown(command, monkeypatch):
