@@ -341,7 +341,7 @@ def test_the_folder_holds_adapter_and_head_only(trained, tiny_base, architecture
 
 def test_stopped_and_resumed_it_ends_with_the_same_bits(tiny_base, methods, tmp_path, case):
     """With other random numbers at the start: everything must come from the checkpoint, the base or the data."""
-    section = build_train_section(max_steps=4, ema_decay=0.9)
+    section = build_train_section(epochs=2, max_steps=4, ema_decay=0.9)
 
     def run(name: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
         subject, steps = build(tiny_base, "triad", methods[case], section), itertools.count(1)
