@@ -21,7 +21,7 @@ from finetune import runner
 from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["run", "check", "resume", "evaluate", "predict", "generate", "recipes", "data", "schema", "doctor"]
+VERBS = ["run", "check", "resume", "evaluate", "predict", "generate", "recipes", "data", "adapters", "schema", "doctor"]
 COMMANDS = [
     "run",
     "check",
@@ -34,6 +34,7 @@ COMMANDS = [
     "recipes copy",
     "data list",
     "data show",
+    "adapters merge",
     "schema",
     "doctor",
 ]
