@@ -266,6 +266,16 @@ METHODS: dict[str, Method] = {
             build=None,
         ),
         Method(
+            "head",
+            "head only",
+            "",
+            "Nothing of the base: a classifier on its features. The yardstick of what an adapter adds.",
+            merges=True,
+            packs=True,
+            limits="goes with tasks that have a head of their own, on both architectures",
+            build=_build_head,
+        ),
+        Method(
             "lora",
             "LoRA",
             "2106.09685",
@@ -412,16 +422,6 @@ METHODS: dict[str, Method] = {
             packs=True,
             limits=f"{_ANY}; not with bases without biases, such as Llama's",
             build=_build_bitfit,
-        ),
-        Method(
-            "head",
-            "head only",
-            "",
-            "Nothing of the base: a classifier on its features. The yardstick of what an adapter adds.",
-            merges=True,
-            packs=True,
-            limits="goes with tasks that have a head of their own, on both architectures",
-            build=_build_head,
         ),
     )
 }

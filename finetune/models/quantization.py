@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -43,11 +40,10 @@ def quantize_layers(model: nn.Module, names: Sequence[str], kind: str) -> None:
             with a scale for each 64 weights (bitsandbytes). "none": nothing is done.
     """
     if kind == "int8":
-        with _quiet_torchao():
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-            chosen = set(names)
-            quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _module, name: name in chosen)
+        chosen = set(names)
+        quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _module, name: name in chosen)
     elif kind == "nf4":
         for name in names:
             model.set_submodule(name, _build_nf4(model.get_submodule(name)))
@@ -60,19 +56,3 @@ def _build_nf4(linear: Any) -> nn.Module:
     layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
     layer.bias = linear.bias
     return layer.to(linear.weight.device)  # which quantizes
-
-
-@contextmanager
-def _quiet_torchao() -> Iterator[None]:
-    """On import torchao 0.18 and torch 2.13 warn of kernels for other machines, and of each other."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

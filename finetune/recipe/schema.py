@@ -341,6 +341,12 @@ class Recipe(Section):
                 f"model.quantize: must be none unless adapter.method is lora, got {self.model.quantize!r} with "
                 f"{self.adapter.method!r}."
             )
+        elif self.model.quantize != "none" and (self.adapter.dora or self.adapter.init != "default"):
+            given = "dora" if self.adapter.dora else f"init {self.adapter.init}"
+            problems.append(
+                f"model.quantize: must be none with adapter.{given}, which reads the base's weights in full; got "
+                f"{self.model.quantize!r}."
+            )
         if self.model.adapters and self.adapter.method == "full":
             problems.append(
                 "model.adapters: must be left out when adapter.method is full, got "

@@ -70,11 +70,11 @@ def disable() -> Callable[[nn.Module], AbstractContextManager[nn.Module]]:
 
     @contextmanager
     def disable(model: Any) -> Iterator[nn.Module]:
-        if can_merge(model):
+        if not model.active_peft_config.is_prompt_learning:
             with model.disable_adapter():
                 yield model
             return
-        # Where nothing can be merged PEFT leaves the trained head in.
+        # With virtual tokens PEFT leaves the trained head in.
         heads = [module for module in model.modules() if type(module).__name__ == "ModulesToSaveWrapper"]
         for head in heads:
             head.enable_adapters(False)

@@ -21,7 +21,10 @@ from finetune import runner
 from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["run", "check", "resume", "evaluate", "predict", "generate", "sweep", "recipes", "data", "schema", "doctor"]
+VERBS = [
+    *("run", "check", "resume", "evaluate", "predict", "generate", "compare", "sweep"),
+    *("recipes", "data", "adapters", "schema", "doctor"),
+]
 COMMANDS = [
     "run",
     "check",
@@ -29,6 +32,7 @@ COMMANDS = [
     "evaluate",
     "predict",
     "generate",
+    "compare",
     "sweep",
     "recipes list",
     "recipes show",
@@ -36,6 +40,8 @@ COMMANDS = [
     "data list",
     "data show",
     "data audit",
+    "adapters list",
+    "adapters merge",
     "schema",
     "doctor",
 ]
