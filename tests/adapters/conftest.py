@@ -12,7 +12,7 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
-from finetune.adapters.attach import can_merge, list_trained
+from finetune.adapters.attach import list_trained
 from finetune.adapters.targets import find_targets
 from finetune.artifact.save import save_model
 from finetune.models.base import BaseModel, load_tokenizer
