@@ -21,12 +21,13 @@ from finetune import runner
 from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["run", "check", "resume", "evaluate", "predict", "generate", "recipes", "data", "schema", "doctor"]
+VERBS = ["run", "check", "resume", "evaluate", "compare", "predict", "generate", "recipes", "data", "schema", "doctor"]
 COMMANDS = [
     "run",
     "check",
     "resume",
     "evaluate",
+    "compare",
     "predict",
     "generate",
     "recipes list",
