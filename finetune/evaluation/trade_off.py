@@ -113,7 +113,7 @@ def _build_score_scale(dots: Sequence[Dot], near: Sequence[Dot]) -> Scale:
 def _place_dots(dots: Sequence[Dot], scale: Scale) -> list[_Place]:
     """Each dot at its size, moved aside as little as keeps `BESIDE` between neighbours (least squares)."""
     shares = np.array([scale.share(math.log10(dot.size)) for dot in dots])
-    order = np.lexsort(([-dot.value for dot in dots], shares))
+    order = np.lexsort((np.array([-dot.value for dot in dots]), shares))
     steps = BESIDE * np.arange(len(dots))
     moved = np.empty(len(dots))
     moved[order] = isotonic_regression(WIDTH * shares[order] - steps) + steps

@@ -105,7 +105,7 @@ def test_a_command_runs_in_a_process_of_its_own():
 @pytest.mark.parametrize("received", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("ends_well", [True, False])
 def test_a_signal_reaches_the_command_and_is_not_forgotten(monkeypatch, tmp_path, received, ends_well):
-    """Whatever the command makes of it, who asked for it hears that it is to stop; then the former handlers are back."""
+    """Whatever the command makes of it, its caller hears that it is to stop; then the former handlers are back."""
     script = tmp_path / "waits.py"
     script.write_text(
         "import os, signal, sys\n"
