@@ -144,11 +144,11 @@ class _Work:
         return Candidate(name, recipe, looks, watched, best.rate, runs)
 
     def _look_at(self, name: str, rates: Sequence[float], seed: int) -> Iterator[Look]:
-        """Train with each rate; the test split stays closed."""
+        """Train with each rate; the test split stays closed, unless there is nothing to choose."""
         for rate in rates:
             trial = self.loaded.build_trial(name, rate, seed)
             try:
-                run = self._carry_out(trial, judge=False)
+                run = self._carry_out(trial, judge=len(rates) == 1)
             except Interrupted:
                 raise
             except FinetuneError as error:

@@ -132,9 +132,7 @@ def run(
 
 
 def resume(reference: str | Path, *, processes: int = 1, quiet: bool = False, open_test: bool = True) -> Run:
-    """Go on with a run that was stopped or failed, from its last good checkpoint.
-
-    Without `open_test` it stops after training, as `run` does.
+    """Go on with a run that was stopped or failed, from its last good checkpoint; `open_test` as in `run`.
 
     Raises:
         UsageError: no such run, or it is finished already.

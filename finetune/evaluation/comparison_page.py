@@ -99,7 +99,9 @@ def describe_best(results: Mapping[str, Any]) -> str:
 
 
 def describe_seeds(results: Mapping[str, Any]) -> str:
-    """What the intervals hold."""
+    """What the intervals hold; nothing where no candidate has a score."""
+    if results["rows"] is None:
+        return ""
     count = len(results["seeds"])
     drawn = f"{results['resamples']:,} bootstrap resamples of the {results['rows']:,} test rows"
     if count == 1:
@@ -128,7 +130,7 @@ def render_markdown(results: Mapping[str, Any]) -> str:
     lines = [_join(head), "|" + "---|" * sum(cell is not None for cell in head)]
     lines += [_join(row) for row in list_cells(results)]
     lines += [f"\n`{name}` failed: {' '.join(error.split())}" for name, error in results["failed"].items()]
-    return "\n".join(lines) + f"\n\n{describe_seeds(results)}\n" if sort_scored(results) else "\n".join(lines) + "\n"
+    return "\n".join(filter(None, ["\n".join(lines) + "\n", describe_seeds(results)])) + "\n"
 
 
 def list_cells(results: Mapping[str, Any]) -> list[list[str | None]]:

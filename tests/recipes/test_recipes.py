@@ -10,15 +10,17 @@ import pytest
 from finetune.data.catalog import card_names, list_cards, load_card
 from finetune.data.cleaning import normalize_for_duplicates
 from finetune.data.sources import load_rows
-from finetune.recipe import list_recipes, load_recipe, shipped_folder
+from finetune.recipe import AdapterSection, list_recipes, load_recipe, shipped_folder
+from finetune.recipe.comparison import list_comparisons, load_comparison
 from finetune.runner import check
 
 RECIPES = list_recipes()
+COMPARISONS = list_comparisons()
 names = pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.name for recipe in RECIPES])
 
 
 def test_recipes_are_found():
-    assert {recipe.name for recipe in RECIPES} == {
+    assert {recipe.name for recipe in [*RECIPES, *COMPARISONS]} == {
         path.relative_to(shipped_folder("recipes")).with_suffix("").as_posix()
         for path in shipped_folder("recipes").rglob("*.yaml")
     }
@@ -33,6 +35,24 @@ def test_a_recipe_is_short_and_says_what_it_is_for(recipe):
     assert len(lines) <= 40
     assert lines[0].startswith("# "), "a sentence for whoever opens the file"
     assert max(map(len, lines)) <= 140
+
+
+@pytest.mark.parametrize("one", COMPARISONS, ids=lambda one: one.name)
+def test_a_comparison_says_what_it_is_for(one):
+    assert one.problem is None
+    assert 10 < len(one.description) <= 110
+    lines = one.path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    assert max(map(len, lines)) <= 140
+
+
+@pytest.mark.skipif("dora" not in AdapterSection.model_fields, reason="the adapters that they compare are not there")
+@pytest.mark.parametrize("one", COMPARISONS, ids=lambda one: one.name)
+def test_a_comparison_gives_each_candidate_the_same_number_of_rates(one):
+    loaded = load_comparison(one.path)
+    assert loaded.section.name == one.path.stem
+    assert {len(loaded.section.list_rates(name)) for name in loaded.section.candidates} == {3}
+    assert loaded.section.reference == "full"
 
 
 @names
