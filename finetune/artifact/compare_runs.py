@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.artifact.predictions import Predictions, load_predictions
-from finetune.artifact.run_folder import find_run
+from finetune.artifact.run_folder import RunFolder, find_run
 from finetune.errors import UsageError
 from finetune.evaluation.intervals import Estimate, adjust_p_values, compute_difference, compute_interval
 from finetune.evaluation.metrics import is_larger_better
@@ -22,7 +22,7 @@ def compare_runs(references: Sequence[str | Path], *, resamples: int = RESAMPLES
     """Hold finished runs against the first one, on the same test rows.
 
     Args:
-        references: two or more runs; `runs/NAME` means its latest finished one.
+        references: two or more runs; `runs/NAME` means its latest finished one, `runs/NAME:TASK` one of its tasks.
         resamples: of the bootstrap.
 
     Returns:
@@ -33,7 +33,7 @@ def compare_runs(references: Sequence[str | Path], *, resamples: int = RESAMPLES
         UsageError: fewer than two runs, one run twice, or other test rows than the first run's.
     """
     names = _name_runs(references)
-    loaded = {name: load_predictions(find_run(name)) for name in names}
+    loaded = {name: load_predictions(*_find_task(name)) for name in names}
     first = loaded[names[0]]
     for name in names[1:]:
         _check_rows(names[0], first, name, loaded[name])
@@ -100,9 +100,10 @@ def _name_runs(references: Sequence[str | Path]) -> list[str]:
     names = [str(reference) for reference in references]
     if len(names) < 2:
         raise UsageError(f"compare: must get two or more runs, got {len(names) or 'none'}. Add another one.")
-    folders: dict[Path, str] = {}
+    folders: dict[tuple[Path, str | None], str] = {}
     for name in names:
-        folder = find_run(name).path.resolve()
+        run, task = _find_task(name)
+        folder = run.path.resolve(), task
         if folder in folders:
             raise UsageError(
                 f"compare: must get different runs, got {folders[folder]} and {name}, which are one. "
@@ -110,6 +111,14 @@ def _name_runs(references: Sequence[str | Path]) -> list[str]:
             )
         folders[folder] = name
     return names
+
+
+def _find_task(reference: str) -> tuple[RunFolder, str | None]:
+    """A run, and the task behind a colon."""
+    head, colon, task = reference.rpartition(":")
+    if not colon or Path(reference).exists():
+        return find_run(reference), None
+    return find_run(head), task
 
 
 def _check_rows(first_name: str, first: Predictions, name: str, other: Predictions) -> None:

@@ -74,13 +74,23 @@ class Predictions:
         return table
 
 
-def load_predictions(run: RunFolder) -> Predictions:
+def load_predictions(run: RunFolder, task: str | None = None) -> Predictions:
     """Read what a finished run said about its test split, rows in the order of their ids.
 
+    Args:
+        run: its folder.
+        task: whose test split; needed where the run has several tasks.
+
     Raises:
-        UsageError: the run has no predictions.
+        UsageError: the run has no predictions, no such task, or several and none was named.
     """
-    path = run.evaluation / "predictions.parquet"
+    places = run.evaluations()
+    if task is None and len(places) > 1:
+        raise UsageError(f"{run.path}: must come with one of its tasks, {', '.join(places)}. Write RUN:TASK.")
+    if task is not None and task not in places:
+        raise UsageError(f"{run.path}: must have the task, {', '.join(places)}, got {task!r}.")
+    place = places[task] if task else run.evaluation
+    path = place / "predictions.parquet"
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, ValueError) as error:
@@ -89,4 +99,4 @@ def load_predictions(run: RunFolder) -> Predictions:
     if "id" in columns:  # two runs may have split the rows in another order
         order = sorted(range(table.num_rows), key=lambda row: columns["id"][row])
         columns = {name: [values[row] for row in order] for name, values in columns.items()}
-    return Predictions(run, load_json(run.evaluation / "test.json"), columns)
+    return Predictions(run, load_json(place / "test.json"), columns)

@@ -174,3 +174,18 @@ def test_all_weights_can_be_trained_too(recipe, tmp_path):
     answers = run.load().predict(["gains meeting"])
     assert list(answers) == ["tone", "kind"]
     assert finetune.evaluate(run.folder.path)["kind"]["opened"] == 2
+
+
+def test_a_task_is_compared_with_a_run_of_its_own(run, recipe, tmp_path):
+    text = recipe.read_text(encoding="utf-8")
+    alone = recipe.with_name("alone.yaml")
+    alone.write_text(text[: text.index("  kind:\n")] + text[text.index("train:") :], encoding="utf-8")
+    single = finetune.run(alone, ["name=alone", "train.epochs=1"], runs=tmp_path, quiet=True)
+    found = finetune.compare([f"{run.folder.path}:tone", single.folder.path])
+    assert found["rows"] == 18
+    shown = found["runs"][f"{run.folder.path}:tone"]["metrics"]["accuracy"]["value"]
+    assert shown == pytest.approx(run.tests["tone"]["metrics"]["accuracy"]["value"], abs=1e-6)
+    with pytest.raises(UsageError, match=r"must come with one of its tasks, tone, kind\. Write RUN:TASK\."):
+        finetune.compare([run.folder.path, single.folder.path])
+    with pytest.raises(UsageError, match=r"must have the task, tone, kind, got 'tune'\."):
+        finetune.compare([f"{run.folder.path}:tune", single.folder.path])
