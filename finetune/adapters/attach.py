@@ -68,6 +68,9 @@ def attach_adapter(
     from peft import get_peft_model
 
     from finetune.adapters.fast_lora import speed_up_lora
+    from finetune.adapters.frozen import register
+
+    register()
 
     config = method.build(section, Site(model, head, task_type, total_steps))
     with _quiet_peft():
@@ -100,6 +103,8 @@ def _quiet_peft() -> Iterator[None]:
         # AdaLoRA's own names of its ranks, which it reads elsewhere.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
+        # Updates cannot be merged into a base of torchao's, which nobody does here.
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass", category=UserWarning)
         yield
 
 
@@ -140,7 +145,7 @@ def check_adapter(model: nn.Module, section: AdapterSection, max_length: int) ->
 def can_merge(model: nn.Module) -> bool:
     """Whether what was attached can be folded into the base's weights; what was tuned whole is merged already."""
     config: Any = getattr(model, "active_peft_config", None)
-    return config is None or not config.is_prompt_learning
+    return config is None or not (config.is_prompt_learning or config.peft_type == "BOTTLENECK")
 
 
 def merge_adapter(model: nn.Module) -> nn.Module:
@@ -156,9 +161,13 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         return model
     if not can_merge(model):
         kind = str(model.active_peft_config.peft_type.value).lower()
+        reason = (
+            "its virtual tokens are no part of the base's weights"
+            if model.active_peft_config.is_prompt_learning
+            else "it is no linear function"
+        )
         raise ModelError(
-            f"adapter: must be one that can be merged, got {kind}: its virtual tokens are no part of the base's "
-            "weights. Use the base and the adapter together."
+            f"adapter: must be one that can be merged, got {kind}: {reason}. Use the base and the adapter together."
         )
     # PEFT itself can unwrap no head but a single layer.
     for name, module in list(model.named_modules()):
@@ -177,8 +186,14 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     used = [parameter for name, parameter in named.items() if "original_module" not in name and name not in copies]
     return ParameterCount(
         trained=sum(parameter.numel() for parameter in used if parameter.requires_grad),
-        total=sum(parameter.numel() for parameter in used),
+        total=sum(_count_weights(parameter) for parameter in used),
     )
+
+
+def _count_weights(parameter: nn.Parameter) -> int:
+    """Numbers that a tensor stands for; bitsandbytes packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def plan_parameters(
@@ -201,19 +216,26 @@ def list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Put a saved adapter, head included, on a freshly loaded base; nothing is trainable.
+def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Module:
+    """Put a saved adapter, head included, on a freshly loaded base, or beside others; nothing is trainable.
 
     Raises:
         ModelError: the adapter's files do not fit the base.
     """
     from peft import PeftModel
 
+    from finetune.adapters.frozen import register
+
+    register()
     try:
         with _quiet_peft():
             # PEFT only warns when a weight is not in the file, and leaves it random.
             warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
-            loaded = _mark(PeftModel.from_pretrained(model, str(folder), is_trainable=False))
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), name, is_trainable=False)
+                loaded = _mark(model)
+            else:
+                loaded = _mark(PeftModel.from_pretrained(model, str(folder), name, is_trainable=False))
             return loaded.requires_grad_(False)  # of virtual tokens PEFT freezes nothing
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, UserWarning) as error:
         reason = " ".join(str(error).split())

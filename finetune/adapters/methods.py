@@ -225,6 +225,26 @@ def _build_fourierft(section: AdapterSection, site: Site) -> Any:
     )
 
 
+def _build_bottleneck(section: AdapterSection, site: Site) -> Any:
+    from finetune.adapters.bottleneck import BottleneckConfig
+
+    return BottleneckConfig(
+        style=section.style, reduction=section.reduction, activation=section.activation, **site.options
+    )
+
+
+def _build_bitfit(section: AdapterSection, site: Site) -> Any:  # noqa: ARG001
+    from finetune.adapters.bias import BiasConfig
+
+    return BiasConfig(**site.options)
+
+
+def _build_head(section: AdapterSection, site: Site) -> Any:  # noqa: ARG001
+    from finetune.adapters.frozen import HeadConfig
+
+    return HeadConfig(**site.options)
+
+
 _ANY = "goes with every task type and both architectures"
 _LINEAR = f"{_ANY}; not with GPT-2's own class, whose layers are of another kind"
 _PROMPT = (
@@ -244,6 +264,16 @@ METHODS: dict[str, Method] = {
             packs=True,
             limits=_ANY,
             build=None,
+        ),
+        Method(
+            "head",
+            "head only",
+            "",
+            "Nothing of the base: a classifier on its features. The yardstick of what an adapter adds.",
+            merges=True,
+            packs=True,
+            limits="goes with tasks that have a head of their own, on both architectures",
+            build=_build_head,
         ),
         Method(
             "lora",
@@ -371,6 +401,28 @@ METHODS: dict[str, Method] = {
             limits=_ANY,
             build=_build_fourierft,
         ),
+        Method(
+            "adapter",
+            "bottleneck adapters",
+            "2005.00247",
+            "A narrow layer of two matrices behind or beside the sublayers of each block. Near full tuning with few "
+            "weights; slower to predict with than what can be merged. Styles: pfeiffer, houlsby, parallel.",
+            merges=False,
+            packs=True,
+            limits=f"{_ANY}; not merged, as it is no linear function; finds its layers by the names of the common "
+            "families",
+            build=_build_bottleneck,
+        ),
+        Method(
+            "bitfit",
+            "BitFit",
+            "2106.10199",
+            "The biases alone. A tenth of a percent of the weights; good with few rows.",
+            merges=True,
+            packs=True,
+            limits=f"{_ANY}; not with bases without biases, such as Llama's",
+            build=_build_bitfit,
+        ),
     )
 }
 
@@ -391,6 +443,9 @@ def describe(section: AdapterSection) -> str:
         "virtual_tokens": "{:,} virtual tokens",
         "frequencies": "{:,} frequencies",
         "block_size": "blocks of {:,}",
+        "style": "{}",
+        "reduction": "reduction {:g}",
+        "activation": "{}",
         "targets": "{}",
     }
     said = [

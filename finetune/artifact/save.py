@@ -45,8 +45,13 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, settings: dict[st
         custom_object_save(inner, temporary, config=inner.config)
     inner.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    seal_folder(temporary, folder, settings)
+
+
+def seal_folder(temporary: Path, folder: Path, settings: dict[str, Any]) -> None:
+    """Put the settings and every file's checksum into a finished folder, and move it to its place."""
     # A flipped bit in weights loads without a word, and so does a folder without its tokenizer: `load` compares.
-    files = {path.name: compute_sha256(path) for path in sorted(temporary.iterdir())}
-    save_json(temporary / SETTINGS, {"format": FORMAT, "files": files} | settings)
+    files = {path.name: compute_sha256(path) for path in sorted(temporary.iterdir()) if path.name != SETTINGS}
+    save_json(temporary / SETTINGS, settings | {"format": FORMAT, "files": files})
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -34,7 +34,7 @@ class Finding:
     split: str
     """The split of the listed rows; `all` when they are in several."""
     count: int
-    """How many rows (classes for `absent_class` and `imbalance`, texts for `conflicting_labels`)."""
+    """How many rows (classes for `absent_class`, `few_rows` and `imbalance`, texts for `conflicting_labels`)."""
     message: str
     rows: tuple[str, ...] = ()
     """Ids of at most 20 of them."""
@@ -101,6 +101,19 @@ def check_lengths(lengths: Mapping[str, npt.ArrayLike], max_length: int) -> list
             severity: Severity = "warning" if share > CUT_WARNING_RATIO else "note"
             findings.append(Finding("cut_text", severity, split, count, message))
     return findings
+
+
+def check_shots(rows: Sequence[Row], labels: Sequence[str], shots: int) -> list[Finding]:
+    """Name the classes that have fewer than `shots` of the rows that `keep_shots` left."""
+    counts = Counter(row.values["label"] for row in rows)
+    few = [f"{label!r} ({counts[label]})" for label in labels if counts[label] < shots]
+    if not few:
+        return []
+    message = (
+        f"train: every class must have {shots} different texts for split.shots, got fewer of {_some(few)}. All of them"
+        " are kept. Add rows, or lower split.shots."
+    )
+    return [Finding("few_rows", "warning", "train", len(few), message)]
 
 
 def raise_on_errors(findings: Sequence[Finding], origin: str) -> None:

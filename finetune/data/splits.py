@@ -69,6 +69,33 @@ def split_rows(
     return {name: sorted(part, key=_file_order) for name, part in _check_sizes(splits).items()}
 
 
+def keep_shots(splits: Splits, shots: int, *, seed: int) -> Splits:
+    """Make few-shot splits: of each class at most `shots` rows in train and as many in validation; all of test.
+
+    The kept rows of a class are of different texts (see `normalize_for_duplicates`; the first row of a text stands for
+    it) and stay in their order. Which they are depends on the rows and the seed, not on the order of the rows.
+
+    Args:
+        splits: rows whose `label` is a class name.
+        shots: rows of a class, at least 1; a class with fewer keeps those that it has.
+        seed: of the choice.
+    """
+    return {name: rows if name == "test" else _choose_shots(rows, shots, seed) for name, rows in splits.items()}
+
+
+def _choose_shots(rows: Sequence[Row], shots: int, seed: int) -> list[Row]:
+    texts: dict[str | None, dict[str, Row]] = defaultdict(dict)
+    for row in sorted(rows, key=_file_order):
+        texts[_label(row)].setdefault(_text_key(row), row)
+    kept = {
+        row.id
+        for of_class in texts.values()
+        # Not the rank that dealt the rows out to the splits: the choice is to be independent of it.
+        for row in sorted(of_class.values(), key=lambda row: _rank(seed, f"shots {row.id}"))[:shots]
+    }
+    return [row for row in rows if row.id in kept]
+
+
 def _check_sizes(splits: Splits) -> Splits:
     sizes = {name: len(splits[name]) for name in SPLITS}
     if empty := [name for name, size in sizes.items() if not size]:

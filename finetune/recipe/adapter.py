@@ -10,6 +10,7 @@ from finetune.recipe.section import Ratio, Section, raise_all
 
 ADAPTER_KEYS: dict[str, tuple[str, ...]] = {
     "full": (),
+    "head": (),
     "lora": ("rank", "alpha", "dropout", "targets", "dora", "rslora", "init", "learning_rate_ratio"),
     "adalora": ("rank", "final_rank", "alpha", "dropout", "targets"),
     "ia3": (),
@@ -22,6 +23,8 @@ ADAPTER_KEYS: dict[str, tuple[str, ...]] = {
     "lokr": ("rank", "alpha", "targets"),
     "oft": ("block_size", "targets"),
     "fourierft": ("frequencies", "alpha", "targets"),
+    "adapter": ("style", "reduction", "activation"),
+    "bitfit": (),
 }
 """Method -> the keys of `adapter` that it reads besides `method`."""
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {"vera": {"rank": 256}, "fourierft": {"alpha": 150.0}}
@@ -33,6 +36,7 @@ class AdapterSection(Section):
 
     method: Literal[
         "full",
+        "head",
         "lora",
         "adalora",
         "ia3",
@@ -45,6 +49,8 @@ class AdapterSection(Section):
         "lokr",
         "oft",
         "fourierft",
+        "adapter",
+        "bitfit",
     ] = "lora"
     """`full`: every weight. `lora`: low-rank updates, arXiv:2106.09685. `finetune adapters list` explains all."""
     rank: int = Field(default=16, ge=1, le=1024)
@@ -72,6 +78,13 @@ class AdapterSection(Section):
     """Trained coefficients of each update's spectrum."""
     block_size: int = Field(default=32, ge=2, le=1024)
     """Width of the blocks that `oft` turns; must divide the inputs of every target."""
+    style: Literal["pfeiffer", "houlsby", "parallel"] = "pfeiffer"
+    """Where the bottlenecks of `adapter` stand: behind each feed-forward layer (arXiv:2005.00247), behind attention too
+    (arXiv:1902.00751), or beside the feed-forward layer (arXiv:2110.04366)."""
+    reduction: int = Field(default=16, ge=1, le=1024)
+    """The base's width over that of a bottleneck."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """In the middle of a bottleneck."""
 
     @model_validator(mode="before")
     @classmethod

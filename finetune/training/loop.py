@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,13 @@ from finetune.training.signals import StopRequest
 
 NON_FINITE_LIMIT = 3
 
+GivesUp: TypeAlias = Callable[[float, Mapping[str, float]], bool]
+
+
+def never(share: float, metrics: Mapping[str, float]) -> bool:  # noqa: ARG001  (the signature of GivesUp)
+    """Train to the end."""
+    return False
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -43,6 +50,8 @@ class Problem:
         pad_token_id: the tokenizer's; None for a model that takes packed rows.
         rate_factor: name of a weight -> its learning rate as a multiple of the recipe's.
         rule: what is done to the weights after each step, if anything.
+        gives_up: (share of the steps done, validation metrics) -> whether to stop here, as a search does with a run
+            that will not be its best; must be the same in every process.
     """
 
     train: Examples
@@ -56,6 +65,7 @@ class Problem:
     compute_outputs: Callable[..., npt.NDArray[np.floating[Any]]] = compute_logits
     rate_factor: Callable[[str], float] = lambda _name: 1.0
     rule: StepRule | None = None
+    gives_up: GivesUp = never
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,9 @@ def fit(
                 with average.applied():
                     metrics = _evaluate(model, problem, session)
                 state = _record(state, metrics, problem, section.early_stop, halfway=step.number > total / 2)
+                state = replace(
+                    state, stopped_early=state.stopped_early or problem.gives_up(step.number / total, metrics)
+                )
                 session.log.write("evaluation", step=step.number, epoch=step.epoch, metrics=metrics)
                 accelerator.log({f"validation_{name}": value for name, value in metrics.items()}, step=step.number)
                 progress.show(step.number, metrics)

@@ -36,6 +36,9 @@ VALUES: dict[str, Any] = {
     "virtual_tokens": 7,
     "frequencies": 9,
     "block_size": 4,
+    "style": "houlsby",
+    "reduction": 8,
+    "activation": "gelu",
 }
 
 

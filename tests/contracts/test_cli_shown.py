@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from finetune.recipe import list_recipes
 from finetune.recipe.adapter import ADAPTER_KEYS
+from finetune.recipe.comparison import list_comparisons
 from finetune.recipe.loading import recipe_json_schema
 from finetune.training import precision
 
@@ -29,8 +30,10 @@ def test_what_only_shows_speaks_json(command, words):
 
 def test_recipes_are_listed_shown_and_copied(command, tmp_path):
     listed = json.loads(command("recipes", "list", "--json").out)
-    assert {one["name"]: one["description"] for one in listed} == {r.name: r.description for r in list_recipes()}
-    assert all(one["description"] in re.sub(r"\s+", " ", command("recipes", "list").out) for one in listed[:1])
+    known = [("recipe", one) for one in list_recipes()] + [("comparison", one) for one in list_comparisons()]
+    assert listed == [{"name": one.name, "kind": kind, "description": one.description} for kind, one in known]
+    assert {"recipe", "comparison"} == {one["kind"] for one in listed}
+    assert all(one["name"] in command("recipes", "list").out for one in (listed[0], listed[-1]))
     source = (ROOT / "recipes" / "sentiment.yaml").read_text(encoding="utf-8")
     assert command("recipes", "show", "sentiment").out == source
     target = tmp_path / "new" / "mine.yaml"

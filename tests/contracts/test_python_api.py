@@ -44,9 +44,20 @@ def test_a_run_from_python(write_recipe, tmp_path, capfd):
 
 def test_check_from_python(write_recipe, tmp_path):
     plan = finetune.check(write_recipe(tmp_path), ["train.epochs=1"])
-    assert plan["splits"]["train"]["rows"] == 63
+    (task,) = plan["tasks"].values()
+    assert task["splits"]["train"]["rows"] == 63
     with pytest.raises(RecipeError, match=r"train\.epochs: must be at least 1, got 0"):
         finetune.check(write_recipe(tmp_path), ["train.epochs=0"])
+
+
+def test_shots_shrink_train_and_validation_alone(write_recipe, tmp_path):
+    recipe = write_recipe(tmp_path)
+    plans = {shots: finetune.check(recipe, [f"tasks.tone.split.shots={shots}"]) for shots in ("null", 2, 30)}
+    rows = {shots: {name: split["rows"] for name, split in plan["splits"].items()} for shots, plan in plans.items()}
+    assert rows["null"] == rows[30] == {"train": 63, "validation": 9, "test": 18}
+    assert rows[2] == {"train": 6, "validation": 6, "test": 18}
+    kinds = {shots: {finding["kind"] for finding in plan["findings"]} for shots, plan in plans.items()}
+    assert "few_rows" in kinds[30] - kinds[2] - kinds["null"]
 
 
 def test_a_prediction_is_the_most_likely_class_with_its_probability(predictor):

@@ -120,6 +120,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"tasks": {"tone": {"labels": ["a", "b"]}}},
         "tasks.tone.labels: must be left out for seq2seq, got 2 labels.",
     ),
+    "so many rows of each class": (
+        "causal_lm",
+        {"tasks": {"tone": {"split": {"shots": 8}}}},
+        "tasks.tone.split.shots: must be left out for causal_lm, which has no classes, got 8.",
+    ),
     "a separator between sentences of a translation": (
         "seq2seq",
         {"tasks": {"tone": {"separator": "\n"}}},

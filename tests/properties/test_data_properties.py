@@ -9,7 +9,7 @@ from finetune.data.checks import check_rows
 from finetune.data.cleaning import clean_text, normalize_for_duplicates
 from finetune.data.files import read_table
 from finetune.data.rows import SPLITS, Row
-from finetune.data.splits import split_rows
+from finetune.data.splits import keep_shots, split_rows
 from finetune.errors import DataError
 from finetune.recipe.schema import SplitSection
 
@@ -146,3 +146,24 @@ def test_random_split_never_leaks_and_dropping_leaves_no_leak(rows, seed):
     _, findings = check_rows(kept, LABELS, leaks="fail")
     assert not {"leak", "near_leak"} & {finding.kind for finding in findings}
     assert kept["test"] == mixed["test"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(labelled_rows(), st.integers(1, 8), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_shots_choose_within_a_split_and_count_texts_of_each_class(rows, shots, seed, random):
+    splits = {name: rows[start::3] for start, name in enumerate(SPLITS)}
+    kept = keep_shots(splits, shots, seed=seed)
+    assert kept["test"] == splits["test"]
+    for name in ("train", "validation"):
+        chosen = {row.id for row in kept[name]}
+        assert kept[name] == [row for row in splits[name] if row.id in chosen]  # no row moves
+        for label in {row.values["label"] for row in splits[name]}:
+            there = {row.values["text"] for row in splits[name] if row.values["label"] == label}
+            left = [row.values["text"] for row in kept[name] if row.values["label"] == label]
+            assert len(left) == len(set(left)) == min(shots, len(there))
+    for part in splits.values():
+        random.shuffle(part)
+    again = keep_shots(splits, shots, seed=seed)
+    assert {name: {row.id for row in part} for name, part in again.items()} == {
+        name: {row.id for row in part} for name, part in kept.items()
+    }

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from finetune.data.checks import check_lengths, check_rows, findings_to_json, raise_on_errors
+from finetune.data.checks import check_lengths, check_rows, check_shots, findings_to_json, raise_on_errors
 from finetune.data.rows import Row
 from finetune.errors import DataError
 
@@ -228,3 +228,14 @@ def test_findings_are_plain_json():
     (loaded,) = json.loads(json.dumps(findings_to_json(findings)))
     assert loaded["rows"] == ["train:3"]
     assert set(loaded) == {"kind", "severity", "split", "count", "message", "rows"}
+
+
+def test_classes_with_too_few_rows_for_the_shots():
+    rows = make_splits(train=[("one", "pos"), ("two", "pos"), ("three", "neg")])["train"]
+    assert check_shots(rows, ["pos", "neg"], 1) == []
+    [finding] = check_shots(rows, ["pos", "neg", "neutral"], 2)
+    assert (finding.kind, finding.severity, finding.split, finding.count) == ("few_rows", "warning", "train", 2)
+    assert finding.message == (
+        "train: every class must have 2 different texts for split.shots, got fewer of 'neg' (1), 'neutral' (0). All of "
+        "them are kept. Add rows, or lower split.shots."
+    )

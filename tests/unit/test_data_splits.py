@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from finetune.data.rows import Row
-from finetune.data.splits import split_rows
+from finetune.data.splits import keep_shots, split_rows
 from finetune.errors import DataError
 from finetune.recipe.schema import SplitSection
 
@@ -230,3 +230,24 @@ def test_too_few_rows():
         DataError, match=r"every split must hold rows, got .* of 2 rows\. Give more rows, or a larger share"
     ):
         split_rows(rows, SplitSection(), seed=0)
+
+
+def test_shots_follow_from_the_seed_and_every_row_has_the_same_chance():
+    splits = {"train": make_rows(labelled({"a": 8, "b": 8}), "train"), "validation": [], "test": []}
+    chosen = [[row.id for row in keep_shots(splits, 2, seed=seed)["train"]] for seed in range(400)]
+    assert chosen[0] == [row.id for row in keep_shots(splits, 2, seed=0)["train"]]
+    assert len({tuple(ids) for ids in chosen}) > 250  # of 28 * 28
+    times = Counter(row for ids in chosen for row in ids)
+    # 400 draws at 1/4: 100, standard deviation 8.7.
+    assert len(times) == 16
+    assert all(65 <= count <= 135 for count in times.values())
+
+
+def test_shots_are_the_same_on_every_machine_and_of_different_texts():
+    texts = ["One.", "two", "ONE", "three", "four", "one!"]
+    rows = make_rows([{"text": text, "label": "a"} for text in texts], "train")
+    splits = keep_shots({"train": rows, "validation": rows[1:], "test": rows}, 2, seed=13)
+    # By sha256("13\nshots a:<number>") the order is 2 6 3 4 5 1; the first row of a text stands for those after it.
+    assert [row.number for row in splits["train"]] == [2, 4]
+    assert [row.number for row in splits["validation"]] == [2, 3]
+    assert splits["test"] == rows

@@ -66,7 +66,7 @@ CASES: list[tuple[str, str]] = [
     # shapes
     (
         "model: null",
-        "model: must be a section with the keys base, scratch, architecture, max_length, pooling, dropout, got ",
+        "model: must be a section with the keys base, adapters, scratch, architecture, quantize, max_length, pooling, ",
     ),
     ("train: [1]", "train: must be a section with the keys epochs, "),
     ("evaluate: {metrics: macro_f1}", "evaluate.metrics: must be a list, got 'macro_f1'. Write [macro_f1]."),
