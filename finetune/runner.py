@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from finetune.adapters.attach import (
     ParameterCount,
     attach_adapter,
@@ -49,7 +51,8 @@ from finetune.models.quantization import check_quantization, quantize_layers
 from finetune.recipe import dump_recipe, find_recipe, load_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
-from finetune.tasks import TASKS, load_task
+from finetune.tasks import TASKS, MultiTask, Task, load_task
+from finetune.tasks.contrastive import ContrastivePhase, check_rows_per_class
 from finetune.tasks.preparation import Prepared, prepare
 from finetune.training.checkpoint import has_checkpoint, prune_checkpoints
 from finetune.training.events import load_events
@@ -275,34 +278,25 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
     base = resolve_base(recipe.model.base)
     tokenizer = _load_tokenizer(folder) or load_tokenizer(base)
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
-    model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
+    model, new = _build_model(folder, recipe, task, base, tokenizer, train_rows, quiet)
     pad_token_id = get_padding(model, tokenizer)
-    is_fresh = not has_checkpoint(folder.checkpoints)
-    if is_fresh:
-        task.start(model, train_rows, pad_token_id)
-    new, head = task.list_modules(model)
-    if recipe.model.quantize != "none":
-        quantize_layers(model, find_targets(model, "all-linear", head), recipe.model.quantize)
-    new = [] if base.reference == SCRATCH.reference else new  # all is new: no part needs a rate of its own
-    steps = count_steps(train_rows, recipe.train)
-    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type, steps)
-    pad_token_id = get_padding(model, tokenizer)
-    if is_fresh:
-        start_adapter(
-            model, recipe.adapter, train_rows, pad_token_id, partial(task.compute_losses, label_smoothing=0.0)
-        )
-    if is_fresh and recipe.model.adapters:
-        _narrate(quiet, start_from_adapters(model, recipe.model.adapters, head, task, train_rows, pad_token_id))
+    compute_losses, compute_outputs = (
+        partial(task.compute_losses, label_smoothing=recipe.train.label_smoothing),
+        task.compute_outputs,
+    )
+    phase = ContrastivePhase(model, train_rows, pad_token_id) if recipe.train.few_shot == "contrastive" else None
+    if phase:
+        compute_losses, compute_outputs = phase.compute_losses, phase.compute_outputs
     budget = build_budget(model, recipe.adapter)
     count = count_parameters(model)
     problem = Problem(
         train=train_rows,
         validation=validation_rows,
         row_weights=task.compute_row_weights(train_rows, recipe.train.class_weights),
-        compute_losses=add_penalty(partial(task.compute_losses, label_smoothing=recipe.train.label_smoothing), budget),
+        compute_losses=add_penalty(compute_losses, budget),
         compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
         is_larger_better=is_larger_better,
-        compute_outputs=task.compute_outputs,
+        compute_outputs=compute_outputs,
         head=new,
         pad_token_id=pad_token_id,
         rate_factor=get_rate_factor(recipe.adapter),
@@ -313,6 +307,9 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
         if session.accelerator.is_main_process and not quiet:
             _narrate(quiet, str(count))
         state = fit(model, problem, recipe.train, session, quiet=quiet)
+        if phase:
+            phase.fit_head(model)
+            session.log.write("head_fitted", few_shot=recipe.train.few_shot, rows=len(train_rows))
         if session.accelerator.is_main_process:
             settings = {
                 "task": task.to_config(),
@@ -340,6 +337,38 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
                 },
             )
         session.accelerator.wait_for_everyone()
+
+
+def _build_model(
+    folder: RunFolder,
+    recipe: Recipe,
+    task: Task | MultiTask,
+    base: BaseModel,
+    tokenizer: Any,
+    train_rows: Examples,
+    quiet: bool,
+) -> tuple[nn.Module, list[str]]:
+    """The model with its adapter, as training starts with it, and the names of the modules that start at random.
+
+    Where there is a checkpoint, all that is trained comes from there, and nothing needs a start.
+    """
+    model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
+    is_fresh = not has_checkpoint(folder.checkpoints)
+    if is_fresh and recipe.train.few_shot == "none":
+        task.start(model, train_rows, get_padding(model, tokenizer))
+    new, head = task.list_modules(model)
+    if recipe.model.quantize != "none":
+        quantize_layers(model, find_targets(model, "all-linear", head), recipe.model.quantize)
+    steps = count_steps(train_rows, recipe.train)
+    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type, steps)
+    pad_token_id = get_padding(model, tokenizer)
+    if is_fresh:
+        compute_losses = partial(task.compute_losses, label_smoothing=0.0)
+        start_adapter(model, recipe.adapter, train_rows, pad_token_id, compute_losses)
+    if is_fresh and recipe.model.adapters:
+        _narrate(quiet, start_from_adapters(model, recipe.model.adapters, head, task, train_rows, pad_token_id))
+    # From scratch all is new: no part needs a rate of its own.
+    return model, [] if base.reference == SCRATCH.reference else new
 
 
 def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, ready: Ready | None = None) -> Run:
@@ -461,6 +490,8 @@ def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Read
         relative_to=recipe_folder,
         tokenizer=tokenizer,
     )
+    if recipe.train.few_shot == "contrastive":
+        check_rows_per_class(prepared.examples["train"], list(prepared.task.labels or []))
     return base, prepared
 
 

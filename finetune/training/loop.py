@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import Batch, Examples, Indices, collate, plan_batches
+from finetune.data.batches import Batch, Examples, Indices, collate, plan_batches, plan_class_batches
 from finetune.errors import DivergedError, Interrupted, ResourceError
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import EarlyStopSection, TrainSection
@@ -206,6 +206,8 @@ def count_steps(train: Examples, section: TrainSection) -> int:
 
 
 def _plan(train: Examples, section: TrainSection, epoch: int) -> list[Indices]:
+    if section.few_shot == "contrastive":
+        return plan_class_batches(train.labels, train.sizes, section.tokens_per_batch, seed=section.seed, epoch=epoch)
     return plan_batches(train.sizes, section.tokens_per_batch, seed=section.seed, epoch=epoch)
 
 
