@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from finetune.adapters.attach import (
@@ -39,7 +40,7 @@ from finetune.artifact.run_folder import (
 )
 from finetune.artifact.save import save_model
 from finetune.artifact.starting import check_adapters, compute_fingerprints, settle_adapters, start_from_adapters
-from finetune.data.batches import Examples
+from finetune.data.batches import Batch, Examples
 from finetune.data.checks import findings_to_json
 from finetune.errors import DataError, GateError, Interrupted, ResourceError, UsageError
 from finetune.evaluation.gates import raise_on_failed_gates
@@ -64,6 +65,7 @@ from finetune.training.session import build_session
 
 # A base at hand, and rows that passed every check.
 Ready = tuple[BaseModel, Prepared]
+Losses = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -275,18 +277,13 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
     recipe = load_recipe(folder.recipe)
     lock = load_json(folder.lock)
     task = load_task(load_json(folder.data / "task.json"))
-    base = resolve_base(recipe.model.base)
-    tokenizer = _load_tokenizer(folder) or load_tokenizer(base)
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
-    model, new = _build_model(folder, recipe, task, base, tokenizer, train_rows, quiet)
+    model, new, tokenizer = _build_model(folder, recipe, task, train_rows, quiet)
     pad_token_id = get_padding(model, tokenizer)
-    compute_losses, compute_outputs = (
-        partial(task.compute_losses, label_smoothing=recipe.train.label_smoothing),
-        task.compute_outputs,
-    )
+    compute_losses: Losses = partial(task.compute_losses, label_smoothing=recipe.train.label_smoothing)
     phase = ContrastivePhase(model, train_rows, pad_token_id) if recipe.train.few_shot == "contrastive" else None
     if phase:
-        compute_losses, compute_outputs = phase.compute_losses, phase.compute_outputs
+        compute_losses = phase.compute_losses
     budget = build_budget(model, recipe.adapter)
     count = count_parameters(model)
     problem = Problem(
@@ -296,7 +293,7 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
         compute_losses=add_penalty(compute_losses, budget),
         compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
         is_larger_better=is_larger_better,
-        compute_outputs=compute_outputs,
+        compute_outputs=phase.compute_outputs if phase else task.compute_outputs,
         head=new,
         pad_token_id=pad_token_id,
         rate_factor=get_rate_factor(recipe.adapter),
@@ -340,18 +337,15 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
 
 
 def _build_model(
-    folder: RunFolder,
-    recipe: Recipe,
-    task: Task | MultiTask,
-    base: BaseModel,
-    tokenizer: Any,
-    train_rows: Examples,
-    quiet: bool,
-) -> tuple[nn.Module, list[str]]:
-    """The model with its adapter, as training starts with it, and the names of the modules that start at random.
+    folder: RunFolder, recipe: Recipe, task: Task | MultiTask, train_rows: Examples, quiet: bool
+) -> tuple[nn.Module, list[str], Any]:
+    """The model with its adapter, as training starts with it, the names of the modules that start at random, and the
+    tokenizer.
 
     Where there is a checkpoint, all that is trained comes from there, and nothing needs a start.
     """
+    base = resolve_base(recipe.model.base)
+    tokenizer = _load_tokenizer(folder) or load_tokenizer(base)
     model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
     is_fresh = not has_checkpoint(folder.checkpoints)
     if is_fresh and recipe.train.few_shot == "none":
@@ -368,7 +362,7 @@ def _build_model(
     if is_fresh and recipe.model.adapters:
         _narrate(quiet, start_from_adapters(model, recipe.model.adapters, head, task, train_rows, pad_token_id))
     # From scratch all is new: no part needs a rate of its own.
-    return model, [] if base.reference == SCRATCH.reference else new
+    return model, [] if base.reference == SCRATCH.reference else new, tokenizer
 
 
 def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, ready: Ready | None = None) -> Run:
