@@ -13,7 +13,7 @@ To repeat, on a machine that does nothing else:
     .venv/bin/python benchmarks/attention_cost.py --rounds 3 --plot attention_cost.svg --json attention_cost.json
 
 Variants:
-    full, plain      Triad's `attend`: softmax(Q K^T / sqrt(d_k)) V as written, N^2 weights a head in memory
+    full, plain      softmax(Q K^T / sqrt(d_k)) V as Triad's `attend` writes it, N^2 weights a head in memory
     full, SDPA       PyTorch's fused kernel, which keeps no weights
     window, masked   `attend` with a mask of N^2: what is outside of the window is computed, then hidden
     window, blocks   `attend` as Triad calls it: what is far outside of the window is not computed
@@ -123,7 +123,8 @@ def measure_row(setting: Setting, *, window: int | None, way: str) -> list[Cost]
             places = torch.arange(length, device=get_device())
             mask = build_bias(places, places, torch.float32, is_causal=False, window=window)
         function = sdpa_attention_forward if way == "SDPA" else attend
-        option = {"sliding_window": window} if way == "blocks" else {}
+        # Asked for its weights, `attend` neither works in blocks nor leaves long rows to SDPA.
+        option = {"sliding_window": window} if way == "blocks" else {"output_attentions": way != "SDPA"}
         start = read_clock()
         heads, _ = function(module, *(leaf.transpose(1, 2) for leaf in leaves), mask, **option)
         heads.sum().backward()
@@ -171,7 +172,8 @@ def measure_packs(setting: Setting) -> list[PackCost]:
         positions = torch.arange(length, device=get_device()).repeat(PACK_TOKENS // length)[None]
         start = read_clock()
         with torch.set_grad_enabled(training):
-            states = model(input_ids=ids, position_ids=positions).last_hidden_state
+            asked = implementation == "eager"  # for weights: else long rows take SDPA by themselves
+            states = model(input_ids=ids, position_ids=positions, output_attentions=asked).last_hidden_state
             if training:
                 states.sum().backward()
         return 1000 * (read_clock() - start)

@@ -118,7 +118,7 @@ def train_with_trainer(setting: Setting, *, best: bool) -> Outcome:
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-    from finetune.adapters.attach import find_targets
+    from finetune.adapters.targets import find_targets
     from finetune.models.classifier import list_head_modules
     from finetune.recipe.schema import ModelSection
     from finetune.training.precision import choose_precision

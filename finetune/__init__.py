@@ -11,13 +11,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.artifact.load import Predictor, load
+    from finetune.artifact.load import MultiPredictor, Predictor, load
+    from finetune.artifact.merge import merge_adapters
+    from finetune.artifact.pool import AdapterPool, load_adapters
+    from finetune.comparison import compare
+    from finetune.label_audit import audit
     from finetune.runner import Run, check, evaluate, resume, run
+    from finetune.search import sweep
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "Run", "check", "evaluate", "load", "resume", "run"]
+__all__ = [
+    "AdapterPool",
+    "MultiPredictor",
+    "Predictor",
+    "Run",
+    "audit",
+    "check",
+    "compare",
+    "evaluate",
+    "load",
+    "load_adapters",
+    "merge_adapters",
+    "resume",
+    "run",
+    "sweep",
+]
 
-_HOMES = {"load": "finetune.artifact.load", "Predictor": "finetune.artifact.load"}
+_HOMES = {
+    "AdapterPool": "finetune.artifact.pool",
+    "MultiPredictor": "finetune.artifact.load",
+    "Predictor": "finetune.artifact.load",
+    "audit": "finetune.label_audit",
+    "compare": "finetune.comparison",
+    "load": "finetune.artifact.load",
+    "load_adapters": "finetune.artifact.pool",
+    "merge_adapters": "finetune.artifact.merge",
+    "sweep": "finetune.search",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.attach import ParameterCount, attach_adapter, count_parameters, plan_parameters
+import torch
+from torch import nn
+
+from finetune.adapters.attach import (
+    ParameterCount,
+    attach_adapter,
+    check_adapter,
+    count_parameters,
+    plan_parameters,
+)
+from finetune.adapters.budget import add_penalty, build_budget, get_rate_factor, start_adapter
+from finetune.adapters.targets import find_targets
 from finetune.artifact.assess import assess, assess_held_out
-from finetune.artifact.load import Predictor, load
+from finetune.artifact.load import MultiPredictor, Predictor, load
 from finetune.artifact.run_folder import (
     RunFolder,
     create_run_folder,
@@ -28,7 +39,8 @@ from finetune.artifact.run_folder import (
     save_json,
 )
 from finetune.artifact.save import save_model
-from finetune.data.batches import Examples
+from finetune.artifact.starting import check_adapters, compute_fingerprints, settle_adapters, start_from_adapters
+from finetune.data.batches import Batch, Examples
 from finetune.data.checks import findings_to_json
 from finetune.errors import DataError, GateError, Interrupted, ResourceError, UsageError
 from finetune.evaluation.gates import raise_on_failed_gates
@@ -36,20 +48,24 @@ from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.scoring import check_early_stop, check_section
 from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
 from finetune.models.classifier import get_padding
+from finetune.models.quantization import check_quantization, quantize_layers
 from finetune.recipe import dump_recipe, find_recipe, load_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
-from finetune.tasks import TASKS
+from finetune.tasks import TASKS, MultiTask, Task, load_task
 from finetune.tasks.contrastive import ContrastivePhase, check_rows_per_class
 from finetune.tasks.preparation import Prepared, prepare
 from finetune.training.checkpoint import has_checkpoint, prune_checkpoints
-from finetune.training.loop import Problem, count_steps, fit
+from finetune.training.events import load_events
+from finetune.training.loop import GivesUp, Problem, count_steps, fit, never
+from finetune.training.memory import read_peak_memory_mb
 from finetune.training.precision import choose_precision
 from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
 from finetune.training.session import build_session
 
 # A base at hand, and rows that passed every check.
 Ready = tuple[BaseModel, Prepared]
+Losses = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,20 +75,25 @@ class Run:
     folder: RunFolder
 
     @property
+    def tests(self) -> dict[str, dict[str, Any]]:
+        """Task name -> the content of its test.json."""
+        return {name: load_json(folder / "test.json") for name, folder in self.folder.evaluations().items()}
+
+    @property
     def test(self) -> dict[str, Any]:
-        """The content of evaluation/test.json."""
-        return load_json(self.folder.evaluation / "test.json")
+        """The content of evaluation/test.json; `tests` where there are several tasks."""
+        return take_only(self.tests)
 
     @property
     def task_type(self) -> str:
-        """The problem shape, as in the recipe."""
+        """The problem shape, as in the recipe; `multi_task` where there are several."""
         return str(load_json(self.folder.data / "task.json")["type"])
 
-    def evaluate(self, data: str | None = None) -> dict[str, Any]:
-        """Score the test split again (counted), or another held-out set."""
-        return evaluate(self.folder.path, data)
+    def evaluate(self, data: str | None = None, task: str | None = None) -> dict[str, Any]:
+        """Score the test splits again (counted), or another held-out set."""
+        return evaluate(self.folder.path, data, task)
 
-    def load(self) -> Predictor:
+    def load(self) -> Predictor | MultiPredictor:
         """The trained model."""
         return load(self.folder.path)
 
@@ -84,6 +105,7 @@ def run(
     processes: int = 1,
     runs: Path | None = None,
     quiet: bool = False,
+    open_test: bool = True,
 ) -> Run:
     """Run a recipe from its data to a judged model.
 
@@ -93,15 +115,16 @@ def run(
         processes: workers for training; 1 per GPU, or several on a CPU.
         runs: where runs are kept; default ./runs.
         quiet: no progress bars.
+        open_test: False stops after training: nothing is scored on the test split before `resume`.
 
     Returns:
-        The finished run. Under `accelerate launch` every process returns it.
+        The finished run, or the trained one. Under `accelerate launch` every process returns it.
 
     Raises:
         FinetuneError: see `finetune.errors`; a missed gate is raised after everything was written.
     """
     path = find_recipe(recipe)
-    loaded = _settle_base(load_recipe(path, overrides))
+    loaded = settle_base(load_recipe(path, overrides))
     ready: list[Ready] = []
 
     def begin() -> str:
@@ -110,11 +133,11 @@ def run(
         return str(start(loaded, path, ready[0], runs).path)
 
     folder = RunFolder(Path(agree_on(begin)))  # one process checks and encodes; the others are told the folder
-    return _carry_out(folder, processes, quiet, ready[0] if ready else None)
+    return _carry_out(folder, processes, quiet, open_test, ready[0] if ready else None)
 
 
-def resume(reference: str | Path, *, processes: int = 1, quiet: bool = False) -> Run:
-    """Go on with a run that was stopped or failed, from its last good checkpoint.
+def resume(reference: str | Path, *, processes: int = 1, quiet: bool = False, open_test: bool = True) -> Run:
+    """Go on with a run that was stopped or failed, from its last good checkpoint; `open_test` as in `run`.
 
     Raises:
         UsageError: no such run, or it is finished already.
@@ -122,7 +145,7 @@ def resume(reference: str | Path, *, processes: int = 1, quiet: bool = False) ->
     folder = find_run(reference, finished=False)
     if folder.load_status().get("state") == "finished":
         raise UsageError(f"{folder.path}: must be a run that was stopped, got a finished one. Start a new run.")
-    return _carry_out(folder, processes, quiet)
+    return _carry_out(folder, processes, quiet, open_test)
 
 
 def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -132,18 +155,23 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         Findings, rows and tokens of each split, steps, parameters and an estimate of the memory for training.
     """
     path = find_recipe(recipe)
-    loaded = _settle_base(load_recipe(path, overrides))
+    loaded = settle_base(load_recipe(path, overrides))
     base, prepared = _prepare(loaded, path.parent)
     count = _plan_parameters(loaded, (base, prepared))
     return {
         "recipe": str(path),
         "name": loaded.name,
-        "data": prepared.source.origin,
         "base": {"reference": base.reference, "origin": base.origin},
-        "labels": prepared.task.labels,
-        "splits": {
-            name: {"rows": len(rows), "tokens": int(prepared.examples[name].lengths.sum())}
-            for name, rows in prepared.splits.items()
+        "tasks": {
+            name: {
+                "data": part.source.origin,
+                "labels": part.task.labels,
+                "splits": {
+                    split: {"rows": len(rows), "tokens": int(part.examples[split].lengths.sum())}
+                    for split, rows in part.splits.items()
+                },
+            }
+            for name, part in prepared.parts.items()
         },
         "findings": findings_to_json(prepared.findings),
         "parameters": {"trained": count.trained, "total": count.total},
@@ -153,24 +181,28 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def evaluate(reference: str | Path, data: str | None = None) -> dict[str, Any]:
+def evaluate(reference: str | Path, data: str | None = None, task: str | None = None) -> dict[str, Any]:
     """Score a finished run again: on its test split (the opening is counted), or on another held-out set.
 
     Args:
         reference: the run.
         data: a card, path or Hub reference with the same columns; None for the run's own test split.
+        task: whose rows the data are; needed where the run has several tasks.
 
     Returns:
-        The scores, as in evaluation/test.json.
+        The scores, as in evaluation/test.json; of the test splits of several tasks, task name -> scores.
+
+    Raises:
+        UsageError: no such run, no such task, or a task that was not said.
     """
     folder = find_run(reference)
     lock = folder.hold()
     try:
         recipe = load_recipe(folder.recipe)
         base, prepared = _prepare_again(folder, recipe)
-        if data is not None:
-            return assess_held_out(folder, recipe, prepared, base, data)
-        return assess(folder, recipe, prepared, base)
+        if data is None:
+            return take_only(assess(folder, recipe, prepared, base))
+        return assess_held_out(folder, recipe, prepared, base, _settle_task(folder, task), data)
     finally:
         lock.release()
 
@@ -181,7 +213,11 @@ def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFol
     folder = create_run_folder(recipe.name, dump_recipe(recipe), runs)
     write_file_atomically(folder.path / "recipe.yaml", path.read_bytes())
     write_file_atomically(folder.recipe, dump_recipe(recipe).encode())
-    save_json(folder.data / "ids.json", {name: [row.id for row in rows] for name, rows in prepared.splits.items()})
+    ids = {
+        name: {split: [row.id for row in rows] for split, rows in part.splits.items()}
+        for name, part in prepared.parts.items()
+    }
+    save_json(folder.data / "ids.json", ids)
     save_json(folder.data / "findings.json", findings_to_json(prepared.findings))
     save_json(folder.data / "task.json", prepared.task.to_config())
     if base.reference == SCRATCH.reference:
@@ -195,43 +231,75 @@ def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFol
             "seed": recipe.train.seed,
             "precision": choose_precision(recipe.train.precision),
             "base": {"reference": base.reference, "origin": base.origin, "sha256": base.compute_fingerprint()},
-            "data": {"name": prepared.source.name, "sha256": prepared.source.fingerprint},
+            "adapters": compute_fingerprints(recipe.model.adapters),
+            "data": {"name": prepared.source_name, "sha256": prepared.fingerprint},
         },
     )
     folder.update_status(state="started", recipe_folder=str(path.parent.resolve()))
     return folder
 
 
-def train(folder: RunFolder, *, quiet: bool = False) -> None:
+def lay_out(recipe: Recipe, path: Path, runs: Path | None) -> RunFolder:
+    """Prepare the data of a recipe and lay out the folder of its run, as `run` does.
+
+    Args:
+        recipe: resolved.
+        path: its file, for relative paths.
+        runs: where runs are kept.
+    """
+    recipe = settle_base(recipe)
+    ready = _prepare(recipe, path.parent)
+    _plan_parameters(recipe, ready)
+    return start(recipe, path, ready, runs)
+
+
+def search(folder: RunFolder, *, gives_up: GivesUp = never, quiet: bool = False) -> dict[str, Any]:
+    """Train what a run's folder describes, or go on with it, and leave its test split closed.
+
+    Args:
+        folder: laid out by `lay_out`.
+        gives_up: see `training.loop.Problem`.
+        quiet: no progress bar.
+
+    Returns:
+        What status.json says of the training, and `validation`: the metrics of the weights that it kept.
+    """
+    if folder.load_status().get("state") != "trained":
+        train(folder, quiet=quiet, gives_up=gives_up)
+    training = folder.load_status()["training"]
+    evaluations = [event for event in load_events(folder.events) if event["event"] == "evaluation"]
+    kept = [event for event in evaluations if event["step"] == training["best_step"]] or evaluations
+    return dict(training) | {"validation": kept[-1]["metrics"]}
+
+
+def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) -> None:
     """Train what a run's folder describes, and write its `model/`; every worker process calls this."""
     recipe = load_recipe(folder.recipe)
     lock = load_json(folder.lock)
-    task = TASKS[recipe.task.type].from_config(load_json(folder.data / "task.json"))
-    base = resolve_base(recipe.model.base)
-    tokenizer = _load_tokenizer(folder) or task.build_tokenizer(base, [], recipe.model)
+    task = load_task(load_json(folder.data / "task.json"))
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
-    model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
+    model, new, tokenizer = _build_model(folder, recipe, task, train_rows, quiet)
     pad_token_id = get_padding(model, tokenizer)
-    if recipe.train.few_shot == "none" and not has_checkpoint(folder.checkpoints):
-        task.start(model, train_rows, pad_token_id)
-    new, head = task.list_modules(model)
-    new = [] if base.reference == SCRATCH.reference else new  # all is new: no part needs a rate of its own
-    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type)
+    compute_losses: Losses = partial(task.compute_losses, label_smoothing=recipe.train.label_smoothing)
+    phase = ContrastivePhase(model, train_rows, pad_token_id) if recipe.train.few_shot == "contrastive" else None
+    if phase:
+        compute_losses = phase.compute_losses
+    budget = build_budget(model, recipe.adapter)
     count = count_parameters(model)
     problem = Problem(
         train=train_rows,
         validation=validation_rows,
         row_weights=task.compute_row_weights(train_rows, recipe.train.class_weights),
-        compute_losses=lambda model, batch: task.compute_losses(model, batch, recipe.train.label_smoothing),
+        compute_losses=add_penalty(compute_losses, budget),
         compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
         is_larger_better=is_larger_better,
-        compute_outputs=task.compute_outputs,
+        compute_outputs=phase.compute_outputs if phase else task.compute_outputs,
         head=new,
         pad_token_id=pad_token_id,
+        rate_factor=get_rate_factor(recipe.adapter),
+        rule=budget,
+        gives_up=gives_up,
     )
-    phase = ContrastivePhase(model, train_rows, pad_token_id) if recipe.train.few_shot == "contrastive" else None
-    if phase:
-        problem = replace(problem, compute_losses=phase.compute_losses, compute_outputs=phase.compute_outputs)
     with closing(build_session(recipe.train, folder.path, lock["precision"])) as session:
         if session.accelerator.is_main_process and not quiet:
             _narrate(quiet, str(count))
@@ -243,6 +311,7 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
             settings = {
                 "task": task.to_config(),
                 "temperature": 1.0,
+                "temperatures": dict.fromkeys(recipe.tasks, 1.0),
                 "max_length": recipe.model.max_length,
                 "generate": recipe.evaluate.generate.model_dump(mode="json"),
             }
@@ -259,6 +328,7 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
                     "stopped_early": state.stopped_early,
                     "device": str(session.accelerator.device),
                     "processes": session.accelerator.num_processes,
+                    "peak_memory_mb": read_peak_memory_mb(),
                     "parameters": {"trained": count.trained, "total": count.total},
                     "rows": len(train_rows),
                 },
@@ -266,7 +336,36 @@ def train(folder: RunFolder, *, quiet: bool = False) -> None:
         session.accelerator.wait_for_everyone()
 
 
-def _carry_out(folder: RunFolder, processes: int, quiet: bool, ready: Ready | None = None) -> Run:
+def _build_model(
+    folder: RunFolder, recipe: Recipe, task: Task | MultiTask, train_rows: Examples, quiet: bool
+) -> tuple[nn.Module, list[str], Any]:
+    """The model with its adapter, as training starts with it, the names of the modules that start at random, and the
+    tokenizer.
+
+    Where there is a checkpoint, all that is trained comes from there, and nothing needs a start.
+    """
+    base = resolve_base(recipe.model.base)
+    tokenizer = _load_tokenizer(folder) or load_tokenizer(base)
+    model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
+    is_fresh = not has_checkpoint(folder.checkpoints)
+    if is_fresh and recipe.train.few_shot == "none":
+        task.start(model, train_rows, get_padding(model, tokenizer))
+    new, head = task.list_modules(model)
+    if recipe.model.quantize != "none":
+        quantize_layers(model, find_targets(model, "all-linear", head), recipe.model.quantize)
+    steps = count_steps(train_rows, recipe.train)
+    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type, steps)
+    pad_token_id = get_padding(model, tokenizer)
+    if is_fresh:
+        compute_losses = partial(task.compute_losses, label_smoothing=0.0)
+        start_adapter(model, recipe.adapter, train_rows, pad_token_id, compute_losses)
+    if is_fresh and recipe.model.adapters:
+        _narrate(quiet, start_from_adapters(model, recipe.model.adapters, head, task, train_rows, pad_token_id))
+    # From scratch all is new: no part needs a rate of its own.
+    return model, [] if base.reference == SCRATCH.reference else new, tokenizer
+
+
+def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, ready: Ready | None = None) -> Run:
     """Train and judge, keeping status.json true whatever happens."""
     if not is_main_process():
         train(folder, quiet=True)
@@ -276,13 +375,15 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, ready: Ready | No
         recipe = load_recipe(folder.recipe)
         # Before training, so that rows that changed since the start cost no time.
         base, prepared = ready or _prepare_again(folder, recipe)
-        _narrate(quiet, f"{folder.path}: {_count_rows(prepared)} from {prepared.source.origin}")
+        _narrate(quiet, f"{folder.path}: {_count_rows(prepared)} from {prepared.origin}")
         if folder.load_status().get("state") != "trained":
             folder.update_status(state="training", pid=os.getpid())
             if processes > 1 and world_size() == 1:
                 _train_in_workers(folder, processes, quiet)
             else:
                 train(folder, quiet=quiet)
+        if not open_test:
+            return Run(folder)
         _narrate(
             quiet, f"judging: {', '.join(recipe.evaluate.baselines) or 'no baselines'}, bootstrap intervals, report"
         )
@@ -307,15 +408,41 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, ready: Ready | No
         held.release()
 
 
-def _check_gates(folder: RunFolder, scored: dict[str, Any]) -> None:
+def _check_gates(folder: RunFolder, scored: Mapping[str, dict[str, Any]]) -> None:
+    several = len(scored) > 1
+    results = {
+        f"{name}.{gate}" if several else gate: result
+        for name, test in scored.items()
+        for gate, result in test["gates"].items()
+    }
     try:
-        raise_on_failed_gates(scored["gates"])
+        raise_on_failed_gates(results)
     except GateError as error:
-        raise GateError(f"{error}\n  Everything was written; see {folder.evaluation / 'report.html'}") from None
+        reports = ", ".join(str(place / "report.html") for place in folder.evaluations().values())
+        raise GateError(f"{error}\n  Everything was written; see {reports}") from None
 
 
 def _count_rows(prepared: Prepared) -> str:
-    return ", ".join(f"{len(rows):,} {name}" for name, rows in prepared.splits.items()) + " rows"
+    counts = {
+        name: ", ".join(f"{len(rows):,} {split}" for split, rows in part.splits.items()) + " rows"
+        for name, part in prepared.parts.items()
+    }
+    return "; ".join(f"{name}: {count}" if len(counts) > 1 else count for name, count in counts.items())
+
+
+def take_only(values: dict[str, Any]) -> dict[str, Any] | Any:
+    """What belongs to the only task; what belongs to each of several, by name."""
+    return next(iter(values.values())) if len(values) == 1 else values
+
+
+def _settle_task(folder: RunFolder, task: str | None) -> str:
+    names = list(folder.evaluations())
+    if task is None and len(names) == 1:
+        return names[0]
+    if task not in names:
+        got = "none" if task is None else repr(task)
+        raise UsageError(f"--task: must be one of {', '.join(names)}, got {got}.")
+    return task
 
 
 def _narrate(quiet: bool, text: str) -> None:
@@ -342,13 +469,15 @@ def _train_in_workers(folder: RunFolder, processes: int, quiet: bool) -> None:
 
 
 def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Ready:
-    task = TASKS[recipe.task.type]
-    check_section(recipe.evaluate, task.scored_by)
+    kind = TASKS[next(iter(recipe.tasks.values())).type].scored_by
+    for name in recipe.tasks:
+        check_section(recipe.evaluate_for(name), kind)
     if recipe.train.early_stop:
-        check_early_stop(recipe.train.early_stop.metric, task.scored_by)
+        check_early_stop(recipe.train.early_stop.metric, kind)
+    check_quantization(recipe.model.quantize)
     base = resolve_base(recipe.model.base)
     prepared = prepare(
-        recipe.task,
+        recipe.tasks,
         recipe.model,
         base,
         seed=recipe.train.seed,
@@ -356,7 +485,7 @@ def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Read
         tokenizer=tokenizer,
     )
     if recipe.train.few_shot == "contrastive":
-        check_rows_per_class(prepared.examples["train"], prepared.task.labels or [])
+        check_rows_per_class(prepared.examples["train"], list(prepared.task.labels or []))
     return base, prepared
 
 
@@ -367,12 +496,20 @@ def _plan_parameters(recipe: Recipe, ready: Ready) -> ParameterCount:
         RecipeError, ModelError: a model that cannot be built, or has nothing that the adapter could change.
     """
     base, prepared = ready
-    model = prepared.task.build_shape(base, recipe.model, prepared.tokenizer)
-    return plan_parameters(model, recipe.adapter, prepared.task.list_modules(model)[1])
+    task = prepared.task
+    model = task.build_shape(base, recipe.model, prepared.tokenizer)
+    check_adapter(model, recipe.adapter, recipe.model.max_length)
+    head = task.list_modules(model)[1]
+    count = plan_parameters(model, recipe.adapter, head, task.peft_type)
+    if recipe.model.adapters:
+        check_adapters(model, recipe.adapter, head, base, recipe.model.adapters)
+    return count
 
 
-def _settle_base(recipe: Recipe) -> Recipe:
-    """A recipe whose base is a run, with that run's model in its place: its name may mean another run tomorrow."""
+def settle_base(recipe: Recipe) -> Recipe:
+    """A recipe with the models of the runs that it starts from: a name may mean another run tomorrow."""
+    model = recipe.model.model_copy(update={"adapters": settle_adapters(recipe.model.adapters)})
+    recipe = recipe.model_copy(update={"model": model})
     path = Path(recipe.model.base).expanduser()
     if not is_run(path):
         return recipe
@@ -394,10 +531,10 @@ def _prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
     """
     recipe_folder = Path(folder.load_status().get("recipe_folder", "."))
     base, prepared = _prepare(recipe, recipe_folder, _load_tokenizer(folder))
-    expected, found = load_json(folder.lock)["data"]["sha256"], prepared.source.fingerprint
+    expected, found = load_json(folder.lock)["data"]["sha256"], prepared.fingerprint
     if expected != found:
         raise DataError(
-            f"{prepared.source.origin}: must be the data that {folder.name} was started with (sha256 {expected[:12]}), "
+            f"{prepared.origin}: must be the data that {folder.name} was started with (sha256 {expected[:12]}), "
             f"got other rows (sha256 {found[:12]}). Restore the file, or start a new run."
         )
     return base, prepared

@@ -5,20 +5,25 @@ PEFT is imported where it is used: it takes seconds, and `finetune check` only c
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from torch import nn
 
+from finetune.adapters.methods import METHODS, Site
+from finetune.adapters.saving import remember_start
 from finetune.errors import ModelError, RecipeError
 from finetune.recipe.reference import split_revision
 from finetune.recipe.schema import AdapterSection
+
+OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ def attach_adapter(
     head: Sequence[str],
     base_reference: str,
     task_type: str = "SEQ_CLS",
+    total_steps: int = 1,
 ) -> nn.Module:
     """Make a model trainable in the way that the recipe asks for.
 
@@ -47,86 +53,127 @@ def attach_adapter(
         head: names of the head's modules; always trained and saved whole.
         base_reference: what a saved adapter names as its base (a Hub id or a folder).
         task_type: PEFT's name for what the model does.
+        total_steps: optimizer steps of the whole run, which AdaLoRA plans with.
 
     Returns:
-        The model itself (`full`) or a `PeftModel` around it (`lora`).
+        The model itself (`full`) or a `PeftModel` around it; one that takes no packed rows says so in its
+        `packs_rows`.
 
     Raises:
-        RecipeError: `adapter.targets` names no linear layer.
+        RecipeError: the base lacks what the method changes.
     """
-    if section.method == "full":
+    method = METHODS[section.method]
+    if method.build is None:
         return model.requires_grad_(True)
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model
 
     from finetune.adapters.fast_lora import speed_up_lora
+    from finetune.adapters.frozen import register
 
-    config = LoraConfig(
-        task_type=TaskType[task_type],
-        r=section.rank,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        target_modules=find_targets(model, section.targets, head),
-        modules_to_save=list(head),
-    )
+    register()
+
+    config = method.build(section, Site(model, head, task_type, total_steps))
     with _quiet_peft():
         wrapped = get_peft_model(model, config)
     # PEFT records the folder that the weights were loaded from; a saved adapter must name what the recipe says.
     saved = wrapped.peft_config["default"]
     saved.base_model_name_or_path, saved.revision = split_revision(base_reference)
-    return speed_up_lora(wrapped)
+    remember_start(wrapped)
+    return _mark(speed_up_lora(wrapped))
+
+
+def _mark(wrapped: Any) -> nn.Module:
+    """Say on the model itself what `models/` must know about it."""
+    if wrapped.active_peft_config.is_prompt_learning:
+        wrapped.packs_rows = False
+        # Rows come without padding in front, so that counting from the first virtual token is right.
+        warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
+    return cast(nn.Module, wrapped)
 
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """PEFT 0.21 reads an attribute that transformers renames in version 6, and warns each time."""
+    """No warnings of PEFT 0.21 that nobody here can act on."""
     with warnings.catch_warnings():
+        # An attribute that transformers renames in version 6.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        # GPT-2's own layers, whose weights lie the other way round: PEFT turns itself to them.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        warnings.filterwarnings("ignore", message="Unsupported layer type '.*Norm")
+        # AdaLoRA's own names of its ranks, which it reads elsewhere.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
+        # Updates cannot be merged into a base of torchao's, which nobody does here.
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass", category=UserWarning)
         yield
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
-    """Full names of the linear layers of the base that get an update.
+def check_adapter(model: nn.Module, section: AdapterSection, max_length: int) -> None:
+    """Refuse what a method and a base cannot do together; what the base lacks, `plan_parameters` finds.
 
-    Not the layer over the vocabulary, which PEFT's own all-linear leaves out too: where its matrix is also that of the
-    tokens, an update merged into it would change what the model reads.
+    Args:
+        model: of shapes alone.
+        section: the recipe's `adapter`.
+        max_length: most tokens of a text.
 
     Raises:
-        RecipeError: a name that matches no linear layer, or a base without any.
+        RecipeError: virtual tokens that the model has no positions for, or cannot read.
     """
-    over_vocabulary = getattr(model, "get_output_embeddings", lambda: None)()
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not over_vocabulary
-        and not any(name == part or name.startswith(f"{part}.") for part in head)
-    ]
-    if not linear:
+    if METHODS[section.method].packs:
+        return
+    config: Any = model.config
+    is_triad = config.model_type == "triad"
+    if section.method != "prefix" and not is_triad and getattr(config, "scale_embedding", False):
         raise RecipeError(
-            "adapter.targets: must be linear layers of the base, got a base without one (GPT-2's own class has another "
-            "kind). Set model.architecture: triad, or adapter.method: full."
+            f"adapter.method: {section.method} needs a model that reads embeddings, got {config.model_type}'s own "
+            "class, which scales only those that it looks up itself. Set model.architecture: triad."
         )
-    if targets == "all-linear":
-        return linear
-    if targets == "attention":
-        return [name for name in linear if "attention" in name or "attn" in name]
-    endings = sorted({name.rpartition(".")[2] for name in linear})
-    unknown = [
-        target for target in targets if not any(name == target or name.endswith(f".{target}") for name in linear)
-    ]
-    if unknown:
+    if is_triad and config.position != "learned":  # computed for any position
+        return
+    room = getattr(config, "max_position_embeddings", None)
+    if room is None:
+        return
+    # RoBERTa's kin count from behind the padding token.
+    room -= getattr(config, "position_offset", config.pad_token_id + 1 if config.model_type in OFFSET_FAMILIES else 0)
+    if max_length + section.virtual_tokens > room:
         raise RecipeError(
-            f"adapter.targets: each name must end the name of a linear layer of the base, got {', '.join(unknown)}. "
-            f"This base has {', '.join(endings)}; or say all-linear or attention."
+            f"adapter.virtual_tokens: must fit into the {room} positions of the base together with model.max_length, "
+            f"got {section.virtual_tokens} + {max_length}. Lower one of them."
         )
-    return [name for name in linear if any(name == target or name.endswith(f".{target}") for target in targets)]
+
+
+def can_merge(model: nn.Module) -> bool:
+    """Whether what was attached can be folded into the base's weights; what was tuned whole is merged already."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return config is None or not (config.is_prompt_learning or config.peft_type == "BOTTLENECK")
 
 
 def merge_adapter(model: nn.Module) -> nn.Module:
-    """Fold the updates into the base's weights: a plain Hugging Face model with the same logits."""
-    from peft import PeftModel
+    """Fold the updates into the base's weights: a plain Hugging Face model with the same logits.
 
-    return cast(nn.Module, model.merge_and_unload(safe_merge=True)) if isinstance(model, PeftModel) else model
+    Raises:
+        ModelError: what was trained stands beside the base's weights; see `can_merge`.
+    """
+    from peft import PeftModel
+    from peft.utils import ModulesToSaveWrapper
+
+    if not isinstance(model, PeftModel):
+        return model
+    if not can_merge(model):
+        kind = str(model.active_peft_config.peft_type.value).lower()
+        reason = (
+            "its virtual tokens are no part of the base's weights"
+            if model.active_peft_config.is_prompt_learning
+            else "it is no linear function"
+        )
+        raise ModelError(
+            f"adapter: must be one that can be merged, got {kind}: {reason}. Use the base and the adapter together."
+        )
+    # PEFT itself can unwrap no head but a single layer.
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save[model.active_adapter])
+    return cast(nn.Module, model.merge_and_unload(safe_merge=True))
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -134,27 +181,34 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
     PEFT keeps a frozen copy of each module that it trains whole; the copy is no weight of the model.
     """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if "original_module" not in name]
+    named = dict(model.named_parameters())
+    copies = {name.replace("ln_tuning_layers.default", "base_layer") for name in named if "ln_tuning_layers" in name}
+    used = [parameter for name, parameter in named.items() if "original_module" not in name and name not in copies]
     return ParameterCount(
-        trained=sum(parameter.numel() for _, parameter in named if parameter.requires_grad),
-        total=sum(parameter.numel() for _, parameter in named),
+        trained=sum(parameter.numel() for parameter in used if parameter.requires_grad),
+        total=sum(_count_weights(parameter) for parameter in used),
     )
 
 
-def plan_parameters(model: nn.Module, section: AdapterSection, head: Sequence[str]) -> ParameterCount:
+def _count_weights(parameter: nn.Parameter) -> int:
+    """Numbers that a tensor stands for; bitsandbytes packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
+
+
+def plan_parameters(
+    model: nn.Module, section: AdapterSection, head: Sequence[str], task_type: str = "SEQ_CLS"
+) -> ParameterCount:
     """What `count_parameters` will say once the adapter is attached, from shapes alone.
 
     Args:
-        model, section, head: as for `attach_adapter`; nothing is attached.
+        model, section, head, task_type: as for `attach_adapter`, with what it raises; nothing is attached.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    if section.method == "full":
-        return ParameterCount(total, total)
-    targets = find_targets(model, section.targets, head)
-    # W (out, in) + B A, with A (rank, in) and B (out, rank): arXiv:2106.09685, section 4.1.
-    updates = sum(section.rank * sum(model.get_parameter(f"{name}.weight").shape) for name in targets)
-    trained = sum(parameter.numel() for name in head for parameter in model.get_submodule(name).parameters())
-    return ParameterCount(updates + trained, updates + total)
+    if METHODS[section.method].build is None:
+        return count_parameters(copy.deepcopy(model).requires_grad_(True))
+    # The start takes weights apart, which a shape has none of.
+    plain = section.model_copy(update={"init": "default"})
+    return count_parameters(attach_adapter(copy.deepcopy(model), plain, head, "", task_type))
 
 
 def list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -162,19 +216,27 @@ def list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Put a saved adapter, head included, on a freshly loaded base; nothing is trainable.
+def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Module:
+    """Put a saved adapter, head included, on a freshly loaded base, or beside others; nothing is trainable.
 
     Raises:
         ModelError: the adapter's files do not fit the base.
     """
     from peft import PeftModel
 
+    from finetune.adapters.frozen import register
+
+    register()
     try:
         with _quiet_peft():
             # PEFT only warns when a weight is not in the file, and leaves it random.
             warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
-            return cast(nn.Module, PeftModel.from_pretrained(model, str(folder), is_trainable=False))
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), name, is_trainable=False)
+                loaded = _mark(model)
+            else:
+                loaded = _mark(PeftModel.from_pretrained(model, str(folder), name, is_trainable=False))
+            return loaded.requires_grad_(False)  # of virtual tokens PEFT freezes nothing
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, UserWarning) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder}: must hold an adapter that fits its base model; {reason[:300]}") from error

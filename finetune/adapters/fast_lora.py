@@ -18,15 +18,16 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 def speed_up_lora(model: nn.Module) -> nn.Module:
     """Let the model's plain LoRA layers compute by `LoraFunction`, in place; nothing else about them changes."""
-    return _change_class(model, Linear, FastLinear)
+    return change_class(model, Linear, FastLinear)
 
 
 def restore_lora(model: nn.Module) -> nn.Module:
     """Undo `speed_up_lora`, in place."""
-    return _change_class(model, FastLinear, Linear)
+    return change_class(model, FastLinear, Linear)
 
 
-def _change_class(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> nn.Module:
+def change_class(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> nn.Module:
+    """Give modules of exactly one class the forward of another, in place."""
     # A class, not a forward of the instance: copies and pickles of a module would keep the first module's forward.
     for module in model.modules():
         if type(module) is old:

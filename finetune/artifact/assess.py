@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from finetune.adapters.methods import describe
 from finetune.artifact.card import build_model_card
-from finetune.artifact.load import load
+from finetune.artifact.load import Predictor, list_predictors, load
 from finetune.artifact.run_folder import RunFolder, load_json, now, save_json
 from finetune.artifact.save import SETTINGS
 from finetune.data.checks import findings_to_json
@@ -19,15 +20,15 @@ from finetune.data.rows import Row
 from finetune.evaluation.report import ReportData, write_report
 from finetune.models.base import BaseModel
 from finetune.recipe.files import write_file_atomically
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import EvaluateSection, Recipe
 from finetune.tasks import HeldOut, Judgement
-from finetune.tasks.preparation import Prepared, load_held_out
+from finetune.tasks.preparation import Part, Prepared, load_held_out
 from finetune.training.events import load_events
 
 CONTRASTIVE = "a contrastive loss on the base, then a head by logistic regression"
 
 
-def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseModel) -> dict[str, Any]:
+def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseModel) -> dict[str, dict[str, Any]]:
     """Calibrate, score validation and test, and write everything that people read.
 
     The model is loaded from the run's `model/`: what is judged is what will be used.
@@ -39,72 +40,98 @@ def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseMode
         base: for the baseline on frozen embeddings.
 
     Returns:
-        The content of evaluation/test.json.
+        Task name -> the content of its test.json.
     """
-    opened = (
-        load_json(folder.evaluation / "test.json")["opened"] + 1 if (folder.evaluation / "test.json").exists() else 1
-    )
-    judgement = _judge(folder, recipe, prepared, base, opened=opened)
-    save_json(folder.model / SETTINGS, load_json(folder.model / SETTINGS) | dict(judgement.settings))
-    for name, content in judgement.scored.items():
-        save_json(folder.evaluation / f"{name}.json", content)
-    _save_predictions(folder.evaluation / "predictions.parquet", judgement.predictions)
-    _write_pages(folder, recipe, prepared, judgement)
-    return judgement.scored["test"]
+    predictors = list_predictors(load(folder.model), list(prepared.parts))
+    scored, temperatures = {}, {}
+    for name, place in folder.evaluations().items():
+        path = place / "test.json"
+        opened = load_json(path)["opened"] + 1 if path.exists() else 1
+        section = _list_known_slices(recipe.evaluate_for(name), prepared, name)
+        judgement = _judge(predictors[name], prepared.parts[name], section, base, recipe.train.seed, opened=opened)
+        scored[name] = judgement.scored
+        temperatures[name] = judgement.settings.get("temperature", 1.0)
+        place.mkdir(exist_ok=True)
+        for split, content in judgement.scored.items():
+            save_json(place / f"{split}.json", content)
+        _save_predictions(place / "predictions.parquet", judgement.predictions)
+        _write_report(folder, recipe, prepared, name, judgement)
+    fitted = {"temperature": next(iter(temperatures.values())), "temperatures": temperatures}
+    save_json(folder.model / SETTINGS, load_json(folder.model / SETTINGS) | fitted)
+    tests = {name: splits["test"] for name, splits in scored.items()}
+    cards = {name: part.source.card for name, part in prepared.parts.items()}
+    card = build_model_card(recipe, cards, tests, folder.load_status(), load_json(folder.lock))
+    write_file_atomically(folder.card, card.encode())
+    return tests
 
 
 def assess_held_out(
-    folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseModel, data: str
+    folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseModel, name: str, data: str
 ) -> dict[str, Any]:
     """Score a finished run on another held-out set with the same columns; its own test split stays closed.
+
+    Args:
+        folder, recipe, prepared, base: as for `assess`.
+        name: the task whose rows these are.
+        data: the set.
 
     Returns:
         The content of evaluation/<name of the set>.json (other-<name> if the set is called like a split): as
         test.json, with the rows shared with train in `findings`.
     """
-    source, rows, findings = load_held_out(prepared.task, data, recipe.task.columns, prepared.splits["train"])
-    task = prepared.task
-    examples = task.build_examples(rows, prepared.tokenizer, recipe.model.max_length)
-    other = replace(
-        prepared,
-        splits=prepared.splits | {"test": rows},
-        examples=prepared.examples | {"test": examples},
-    )
-    slices = [name for name in recipe.evaluate.slices if _has_column(rows, name)]
-    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"slices": slices})})
-    settings = load_json(folder.model / SETTINGS)
-    scored = _judge(folder, recipe, other, base, opened=None, settings=settings).scored["test"]
+    part = prepared.parts[name]
+    source, rows, findings = load_held_out(part.task, data, part.section.columns, part.splits["train"])
+    examples = part.task.build_examples(rows, prepared.tokenizer, recipe.model.max_length)
+    other = replace(part, splits=part.splits | {"test": rows}, examples=part.examples | {"test": examples})
+    section = recipe.evaluate_for(name)
+    slices = [column for column in section.slices if _has_column(rows, column)]
+    section = section.model_copy(update={"slices": slices})
+    predictor = list_predictors(load(folder.model), [name])[name]
+    settings = {"temperature": predictor.temperature}
+    judgement = _judge(predictor, other, section, base, recipe.train.seed, opened=None, settings=settings)
     # A file called test.csv must not take the place of the run's own scores.
-    name = f"other-{source.name}" if source.name in prepared.splits else source.name
-    scored = scored | {"split": name, "data": source.origin, "findings": findings_to_json(findings)}
-    save_json(folder.evaluation / f"{name}.json", scored)
+    split = f"other-{source.name}" if source.name in part.splits else source.name
+    found = {"split": split, "data": source.origin, "findings": findings_to_json(findings)}
+    scored = judgement.scored["test"] | found
+    save_json(folder.evaluations()[name] / f"{split}.json", scored)
     return scored
+
+
+def _list_known_slices(section: EvaluateSection, prepared: Prepared, name: str) -> EvaluateSection:
+    """Of several tasks each is sliced by the columns that its data have; what none has stays, and is refused."""
+    rows = {task: part.splits["test"] for task, part in prepared.parts.items()}
+    slices = [
+        column
+        for column in section.slices
+        if _has_column(rows[name], column) or not any(_has_column(others, column) for others in rows.values())
+    ]
+    return section.model_copy(update={"slices": slices})
 
 
 def _has_column(rows: Sequence[Row], name: str) -> bool:
     return name == "length" or (bool(rows) and name in rows[0].values)
 
 
-def _judge(
-    folder: RunFolder,
-    recipe: Recipe,
-    prepared: Prepared,
+def _judge(  # noqa: PLR0913  (whom, on what, how)
+    predictor: Predictor,
+    part: Part,
+    section: EvaluateSection,
     base: BaseModel,
+    seed: int,
     *,
     opened: int | None,
     settings: Mapping[str, Any] | None = None,
 ) -> Judgement:
-    predictor = load(folder.model)
-    return prepared.task.judge(
+    return part.task.judge(
         HeldOut(
             model=predictor.model,
             tokenizer=predictor.tokenizer,
-            rows=prepared.splits,
-            examples=prepared.examples,
+            rows=part.splits,
+            examples=part.examples,
             base=base,
-            section=recipe.evaluate,
+            section=section,
             max_length=predictor.max_length,
-            seed=recipe.train.seed,
+            seed=seed,
             opened=opened,
             settings=settings,
         )
@@ -117,47 +144,53 @@ def _save_predictions(path: Path, columns: Mapping[str, Any]) -> None:
     write_file_atomically(path, sink.getvalue().to_pybytes())
 
 
-def _write_pages(
-    folder: RunFolder,
-    recipe: Recipe,
-    prepared: Prepared,
-    judgement: Judgement,
-) -> None:
+def _write_report(folder: RunFolder, recipe: Recipe, prepared: Prepared, name: str, judgement: Judgement) -> None:
     status, lock = folder.load_status(), load_json(folder.lock)
-    card, scored = prepared.source.card, judgement.scored
+    part, scored = prepared.parts[name], judgement.scored
+    several = len(prepared.parts) > 1
     report = ReportData(
-        name=recipe.name,
+        name=f"{recipe.name}: {name}" if several else recipe.name,
         created=now(),
         test=scored["test"],
         validation=scored["validation"],
-        events=load_events(folder.events),
-        findings=findings_to_json(prepared.findings),
+        events=[_select_metrics(event, name) if several else event for event in load_events(folder.events)],
+        findings=findings_to_json(part.findings),
         mistakes=judgement.mistakes,
         samples=judgement.samples,
         samples_title=judgement.samples_title,
-        facts=_build_facts(recipe, prepared, status["training"], lock),
+        facts=_build_facts(recipe, prepared, name, status["training"], lock),
         recipe_yaml=folder.recipe.read_text(encoding="utf-8"),
     )
-    write_report(folder.evaluation / "report.html", report)
-    write_file_atomically(folder.card, build_model_card(recipe, card, scored["test"], status, lock).encode())
+    write_report(folder.evaluations()[name] / "report.html", report)
+
+
+def _select_metrics(event: dict[str, Any], name: str) -> dict[str, Any]:
+    """An event with one task's metrics alone, without the task's name."""
+    metrics = {
+        key.removeprefix(f"{name}."): value for key, value in event.get("metrics", {}).items() if f"{name}." in key
+    }
+    return event | ({"metrics": metrics} if metrics else {})
 
 
 def _build_facts(
-    recipe: Recipe, prepared: Prepared, training: Mapping[str, Any], lock: Mapping[str, Any]
+    recipe: Recipe, prepared: Prepared, name: str, training: Mapping[str, Any], lock: Mapping[str, Any]
 ) -> dict[str, dict[str, str]]:
-    """What the report says about the run: section -> label -> value."""
-    card, adapter, count, split = prepared.source.card, recipe.adapter, training["parameters"], recipe.task.split
-    lora = f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, {adapter.targets}"
+    """What the report of a task says about the run: section -> label -> value."""
+    part, count = prepared.parts[name], training["parameters"]
+    card = part.source.card
+    split = part.section.split
+    others = ", ".join(other for other in prepared.parts if other != name)
     return {
         "Model": {
             "Base": f"{recipe.model.base} ({lock['base']['origin']})",
-            "Tuning": lora if adapter.method == "lora" else "full",
+            "Tuning": describe(recipe.adapter),
             "Trained": f"{count['trained']:,} of {count['total']:,} parameters",
-        },
+        }
+        | ({"Shared with": others} if others else {}),
         "Data": {
-            "Set": card.title if card else prepared.source.origin,
+            "Set": card.title if card else part.source.origin,
             "Licence": card.licence if card else "the user's own data",
-            "Rows": ", ".join(f"{name} {len(rows):,}" for name, rows in prepared.splits.items()),
+            "Rows": ", ".join(f"{name} {len(rows):,}" for name, rows in part.splits.items()),
             "Split": f"by {split.by}" + (f", at most {split.shots} rows of a class" if split.shots else ""),
         },
         "Training": ({"Few-shot": CONTRASTIVE} if recipe.train.few_shot == "contrastive" else {})

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from finetune.adapters.methods import METHODS, describe
 from finetune.evaluation.wording import MEANINGS, decimals_of, format_score
 from finetune.recipe.card import Card
 from finetune.recipe.reference import SCRATCH_BASE, split_revision
-from finetune.recipe.schema import GenerateSection, Recipe
+from finetune.recipe.schema import GenerateSection, Recipe, TaskSection
 
 # What the Hub's leaderboards call our metrics.
 HUB_METRICS = {
@@ -31,71 +33,105 @@ SHAPES = {
     "masked_lm": ("fill-mask", "ForMaskedLM", "A masked language model."),
     "seq2seq": ("text-generation", "ForSeq2SeqLM", "A model that writes a text for a text."),
 }
+SEVERAL = ("ForMultiTask", "A text classifier with several heads.")
 TRANSLATION = ("translation", "ForSeq2SeqLM", "A translation model.")
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What the card says about one task."""
+
+    name: str
+    section: TaskSection
+    data: Card | None
+    test: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """What the data set is called."""
+        return self.data.title if self.data else Path(self.section.data).name
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Role -> column."""
+        return (self.data.roles if self.data else {}) | self.section.columns
+
+    def list_results(self, task_type: str) -> list[EvalResult]:
+        """Its scores as the Hub's leaderboards read them."""
+        data = self.data
+        return [
+            EvalResult(
+                task_type=task_type,
+                dataset_type=data.hub.id if data and data.hub else self.section.data if data else "private",
+                dataset_name=self.title,
+                dataset_split="test",
+                metric_type=HUB_METRICS.get(name, name),
+                metric_name=name,
+                metric_value=score["value"],
+            )
+            for name, score in self.test["metrics"].items()
+            if score["value"] is not None
+        ]
+
+
 def build_model_card(
-    recipe: Recipe, data: Card | None, test: Mapping[str, Any], status: Mapping[str, Any], lock: Mapping[str, Any]
+    recipe: Recipe,
+    data: Mapping[str, Card | None],
+    tests: Mapping[str, Mapping[str, Any]],
+    status: Mapping[str, Any],
+    lock: Mapping[str, Any],
 ) -> str:
     """Write the card of a run.
 
     Args:
         recipe: resolved.
-        data: the data set's card; None for a user's own file.
-        test: the content of evaluation/test.json.
+        data: task name -> the data set's card; None for a user's own file.
+        tests: task name -> the content of its test.json.
         status: the content of status.json.
         lock: the content of run.lock.
     """
+    parts = [_Part(name, section, data[name], tests[name]) for name, section in recipe.tasks.items()]
+    cards = [part.data for part in parts if part.data]
+    kind = parts[0].section.type
     base = split_revision(recipe.model.base)[0]
     is_scratch = recipe.model.base == SCRATCH_BASE
     is_hub_base = not is_scratch and not Path(base).is_dir()
-    is_translation = recipe.task.type == "seq2seq" and data is not None and len(data.language) > 1
+    is_translation = kind == "seq2seq" and bool(cards) and len(cards[0].language) > 1
     # The Hub has no task for other texts from texts: it counts them as text generation.
-    pipeline_tag, head, shape = TRANSLATION if is_translation else SHAPES[recipe.task.type]
-    title = data.title if data else Path(recipe.task.data).name
-    results = [
-        EvalResult(
-            task_type=pipeline_tag,
-            dataset_type=data.hub.id if data and data.hub else recipe.task.data if data else "private",
-            dataset_name=title,
-            dataset_split="test",
-            metric_type=HUB_METRICS.get(name, name),
-            metric_name=name,
-            metric_value=score["value"],
-        )
-        for name, score in test["metrics"].items()
-        if score["value"] is not None
-    ]
+    pipeline_tag, head, shape = TRANSLATION if is_translation else SHAPES[kind]
+    if len(parts) > 1:
+        head, shape = SEVERAL
     description = recipe.description or shape
+    is_peft = METHODS[recipe.adapter.method].build is not None
+    hub_sets = dict.fromkeys(card.hub.id for card in cards if card.hub)
     header = ModelCardData(
         model_name=recipe.name,
         base_model=base if is_hub_base else None,
-        language=data.language if data else None,
-        datasets=[data.hub.id] if data and data.hub else None,
-        library_name="peft" if recipe.adapter.method == "lora" else "transformers",
+        language=list(dict.fromkeys(language for card in cards for language in card.language)) or None,
+        datasets=list(hub_sets) or None,
+        library_name="peft" if is_peft else "transformers",
         pipeline_tag=pipeline_tag,
         tags=["finetune-toolkit", "from-scratch" if is_scratch else recipe.adapter.method],
-        eval_results=results,
+        eval_results=[result for part in parts for result in part.list_results(pipeline_tag)],
     )
     environment = Environment(
         loader=PackageLoader("finetune", "artifact"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"score": format_score, "decimals": decimals_of}
+    names = dict.fromkeys(metric for part in parts for metric in part.test["metrics"])
     body = environment.get_template("model_card.md.j2").render(
         recipe=recipe,
-        kind=recipe.task.type,
+        parts=parts,
+        kind=kind,
         head=head,
-        columns=(data.roles if data else {}) | recipe.task.columns,
         description=description if description.endswith(".") else f"{description}.",
         scratch=recipe.model.scratch if is_scratch else None,
         base=base if is_hub_base else Path(base).name,
-        data=data,
-        title=title,
-        test=test,
-        meanings={name: MEANINGS[name] for name in test["metrics"] if name in MEANINGS},
+        meanings={name: MEANINGS[name] for name in names if name in MEANINGS},
         training=status["training"],
         lock=lock,
-        lora=recipe.adapter.method == "lora",
+        tuning=describe(recipe.adapter),
+        peft=is_peft,
         triad=recipe.model.architecture == "triad",
         generation=_describe_generation(recipe.evaluate.generate),
     )

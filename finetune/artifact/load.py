@@ -12,18 +12,18 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.adapters.attach import load_adapter, merge_adapter, read_adapter_base
-from finetune.artifact.run_folder import find_run, load_json
-from finetune.artifact.save import FORMAT, SETTINGS
+from finetune.adapters.attach import can_merge, load_adapter, merge_adapter
+from finetune.artifact.saved import Saved, open_saved
+from finetune.data.batches import Examples
 from finetune.data.rows import Row
-from finetune.errors import ModelError, UsageError
+from finetune.errors import UsageError
 from finetune.models.base import resolve_base
 from finetune.models.classifier import get_padding
 from finetune.models.generation import generate_texts, stream_text
+from finetune.models.multi_task import OneHead
 from finetune.models.prediction import compute_logits
-from finetune.recipe.files import compute_sha256
 from finetune.recipe.schema import GenerateSection
-from finetune.tasks import TASKS, Task, TextClassification
+from finetune.tasks import MultiTask, Task, TextClassification
 
 WRITING = ("causal_lm", "seq2seq")
 """Task types whose models write text."""
@@ -43,6 +43,15 @@ class Prediction:
     label: str
     confidence: float
     scores: dict[str, float]
+
+
+def build_prediction(labels: Sequence[str], scores: npt.NDArray[np.float64]) -> Prediction:
+    """The answer that a row of scores, (K,), means."""
+    return Prediction(
+        label=labels[int(scores.argmax())],
+        confidence=float(scores.max()),
+        scores={label: float(score) for label, score in zip(labels, scores, strict=True)},
+    )
 
 
 @dataclass(frozen=True)
@@ -77,25 +86,18 @@ class Predictor:
             texts: any number, as they come; the cleaning of the recipe is applied.
             advance: called with the number of texts after each batch.
         """
-        if isinstance(texts, str):
-            raise UsageError("predict: texts must be a list of texts, got one text. Write predict([text]).")
-        task = self._classify()
-        return [
-            Prediction(
-                label=task.labels[int(row.argmax())],
-                confidence=float(row.max()),
-                scores={label: float(score) for label, score in zip(task.labels, row, strict=True)},
-            )
-            for row in self.compute_scores(texts, advance=advance)
-        ]
+        check_texts(texts)
+        return [build_prediction(self.labels, row) for row in self.compute_scores(texts, advance=advance)]
 
     def compute_scores(
         self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
     ) -> npt.NDArray[np.float64]:
         """Calibrated probabilities, (N, K)."""
-        task = self._classify()
-        rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
-        return task.compute_scores(self.compute_logits(task.prepare_rows(rows), advance), self.temperature)
+        return self.calibrate(self.compute_logits(self._clean(texts), advance))
+
+    def calibrate(self, logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+        """Calibrated probabilities from logits, both (N, K)."""
+        return self._classify().compute_scores(logits, self.temperature)
 
     def compute_logits(
         self, rows: Sequence[Row], advance: Callable[[int], None] = lambda _rows: None
@@ -103,6 +105,10 @@ class Predictor:
         """Raw outputs of a classifier for prepared rows, (N, K)."""
         examples = self._classify().build_examples(rows, self.tokenizer, self.max_length)
         return compute_logits(self.model, examples, get_padding(self.model, self.tokenizer), advance=advance)
+
+    def encode(self, texts: Sequence[str]) -> Examples:
+        """Texts as the classifier reads them."""
+        return self._classify().build_examples(self._clean(texts), self.tokenizer, self.max_length)
 
     def generate(
         self,
@@ -155,20 +161,16 @@ class Predictor:
             seed=seed,
         )
 
-    def check_writes(self) -> None:
-        """Raise UsageError unless the task writes text."""
-        if self.task.type not in WRITING:
-            raise UsageError(
-                f"generate: must get a run that writes text ({', '.join(WRITING)}), got {self.task.type}. "
-                + ("Use finetune predict." if isinstance(self.task, TextClassification) else USE_AS_BASE)
-            )
-
     def _prepare_prompts(self, texts: Sequence[str]) -> list[str]:
         """Cleaned texts; one that goes on with nothing begins where one does in training: behind what separates two."""
-        self.check_writes()
-        rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
+        _check_writes(self.task)
         beginning = getattr(self.task, "separator", None) or ""
-        return [row.values["text"] or beginning for row in self.task.prepare_rows(rows)]
+        return [row.values["text"] or beginning for row in self._clean(texts)]
+
+    def _clean(self, texts: Sequence[str]) -> list[Row]:
+        """The rows that a task makes of texts."""
+        rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
+        return self.task.prepare_rows(rows)
 
     def _classify(self) -> TextClassification:
         """The task; UsageError unless it gives labels."""
@@ -180,51 +182,137 @@ class Predictor:
         )
 
 
-def load(reference: str | Path) -> Predictor:
+@dataclass(frozen=True)
+class MultiPredictor:
+    """A model with several heads: one pass through the base answers for every task.
+
+    Args:
+        model: in evaluation mode, on the best device.
+        task: the tasks on it.
+        predictors: task name -> what answers for that task alone.
+    """
+
+    model: nn.Module
+    task: MultiTask
+    predictors: Mapping[str, Predictor]
+
+    def __getitem__(self, name: str) -> Predictor:
+        """The predictor of one task."""
+        if name not in self.predictors:
+            raise UsageError(f"task: must be one of {', '.join(self.predictors)}, got {name!r}.")
+        return self.predictors[name]
+
+    def predict(
+        self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
+    ) -> dict[str, list[Prediction]]:
+        """Score texts, in order.
+
+        Args:
+            texts, advance: as in `Predictor.predict`.
+
+        Returns:
+            Task name -> a prediction for each text.
+        """
+        check_texts(texts)
+        return {
+            name: [build_prediction(self[name].labels, row) for row in scores]
+            for name, scores in self.compute_scores(texts, advance=advance).items()
+        }
+
+    def compute_scores(
+        self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
+    ) -> dict[str, npt.NDArray[np.float64]]:
+        """Task name -> calibrated probabilities, (N, K). Texts are cleaned once if the tasks agree how."""
+        tasks = self.task.tasks
+        first, predictor = next((task, self.predictors[name]) for name, task in tasks.items())
+        if any(task.clean != first.clean for task in tasks.values()):
+            return {name: part.compute_scores(texts, advance=advance) for name, part in self.predictors.items()}
+        pad_token_id = get_padding(self.model, predictor.tokenizer)
+        outputs = self.task.compute_outputs(self.model, predictor.encode(texts), pad_token_id, advance=advance)
+        return {name: self.predictors[name].calibrate(logits) for name, logits in self.task.split_outputs(outputs)}
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise UsageError for one text in place of a list."""
+    if isinstance(texts, str):
+        raise UsageError("predict: texts must be a list of texts, got one text. Write predict([text]).")
+
+
+def load_writer(reference: str | Path) -> Predictor:
+    """Load a run that writes text.
+
+    Raises:
+        UsageError: it gives something else; and as `load`.
+    """
+    loaded = load(reference)
+    _check_writes(loaded.task)
+    assert isinstance(loaded, Predictor)  # several tasks write no text
+    return loaded
+
+
+def _check_writes(task: Task | MultiTask) -> None:
+    """Raise UsageError unless the task writes text."""
+    if task.type not in WRITING:
+        gives_labels = isinstance(task, TextClassification | MultiTask)
+        raise UsageError(
+            f"generate: must get a run that writes text ({', '.join(WRITING)}), got {task.type}. "
+            + ("Use finetune predict." if gives_labels else USE_AS_BASE)
+        )
+
+
+def list_predictors(loaded: Predictor | MultiPredictor, names: Sequence[str] = ()) -> dict[str, Predictor]:
+    """Task name -> predictor, also of a run with one task, which keeps no name: then that of `names`."""
+    if isinstance(loaded, MultiPredictor):
+        return dict(loaded.predictors)
+    return dict.fromkeys(names, loaded)
+
+
+def load(reference: str | Path) -> Predictor | MultiPredictor:
     """Load a run (`runs/name`, its latest finished one), or a `model/` folder.
+
+    Returns:
+        A `MultiPredictor` where the run has several tasks.
 
     Raises:
         UsageError: no such run, or a folder of a newer toolkit.
         ModelError: a damaged folder, or the base that an adapter needs is not at hand.
     """
+    saved = open_saved(reference)
+    if saved.base is None:
+        model = saved.task.load_model(saved.folder)
+    else:
+        model = saved.task.load_model(saved.folder, resolve_base(saved.base))
+        model = load_adapter(model, saved.folder)
+        if can_merge(model):  # one product a layer instead of three, and the same logits (tests/parity)
+            model = merge_adapter(model)
+    model = model.eval().requires_grad_(False).to(choose_device())
+    if not isinstance(saved.task, MultiTask):
+        return build_predictor(saved, model)
+    predictors = {name: build_predictor(saved, OneHead(model, name).eval(), name) for name in saved.task.tasks}
+    return MultiPredictor(model, saved.task, predictors)
+
+
+def build_predictor(saved: Saved, model: nn.Module, name: str | None = None) -> Predictor:
+    """All but the weights comes from the model's folder.
+
+    Args:
+        saved: the folder.
+        model: answers for the task.
+        name: of the task, where the folder has several.
+    """
     from transformers import AutoTokenizer
 
-    folder = Path(reference)
-    if not (folder / SETTINGS).exists():
-        folder = find_run(reference).model
-    settings = load_json(folder / SETTINGS)
-    if settings.get("format") != FORMAT:
-        raise UsageError(
-            f"{folder}: must be in format {FORMAT}, got {settings.get('format')}. "
-            "Update the toolkit: pip install -U finetune-toolkit"
-        )
-    _check_files(folder, settings.get("files", {}))
-    task = TASKS[settings["task"]["type"]].from_config(settings["task"])
-    base = read_adapter_base(folder)
-    if base is None:
-        model = task.load_model(folder)
-    else:
-        model = task.load_model(folder, resolve_base(base))
-        # Merged: one product a layer instead of three, and the same logits (tests/parity).
-        model = merge_adapter(load_adapter(model, folder))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    several, settings = isinstance(saved.task, MultiTask), saved.settings
     return Predictor(
-        model=model.eval().requires_grad_(False).to(device),
-        tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-        task=task,
-        temperature=settings["temperature"],
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(saved.folder, trust_remote_code=False),
+        task=saved.task.tasks[name or ""] if isinstance(saved.task, MultiTask) else saved.task,
+        temperature=settings["temperatures"][name] if several else settings["temperature"],
         max_length=settings["max_length"],
         writing=GenerateSection(**settings.get("generate", {})),
     )
 
 
-def _check_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Compare each file with its sha256 from the time it was saved."""
-    for name, sha256 in files.items():
-        path = folder / name
-        found = compute_sha256(path) if path.is_file() else "no file"
-        if found != sha256:
-            raise ModelError(
-                f"{path}: must be as it was saved (sha256 {sha256[:12]}), got {found[:12]}. Get the folder again; "
-                f"if you changed it on purpose, take its line out of `files` in {SETTINGS}."
-            )
+def choose_device() -> str:
+    """Where predictions are computed."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

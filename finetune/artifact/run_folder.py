@@ -67,8 +67,13 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        """Scores, predictions and the report."""
+        """Scores, predictions and the report; where there are several tasks, a folder of these for each."""
         return self.path / "evaluation"
+
+    def evaluations(self) -> dict[str, Path]:
+        """Task name -> where its scores lie."""
+        names = load_json(self.data / "ids.json")
+        return {name: self.evaluation / name if len(names) > 1 else self.evaluation for name in names}
 
     @property
     def card(self) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from finetune.adapters.saving import save_adapter
 from finetune.artifact.run_folder import save_json
 from finetune.recipe.files import compute_sha256
 
@@ -32,20 +33,25 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, settings: dict[st
     logging.disable_progress_bar()  # it counts files of which there is one
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    # PEFT would ask the Hub whether the base's vocabulary was enlarged; we never enlarge it.
-    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    inner: Any = model.get_base_model() if options else model  # type: ignore[operator]  # PEFT's
-    model.save_pretrained(temporary, **options)  # type: ignore[operator]  # a Hugging Face model
-    # PEFT leaves a README with empty headings; the run has a card of its own.
-    (temporary / "README.md").unlink(missing_ok=True)
+    inner: Any = model
+    if hasattr(model, "peft_config"):
+        inner = model.get_base_model()  # type: ignore[operator]  # PEFT's
+        save_adapter(model, temporary)
+    else:
+        inner.save_pretrained(temporary)
     # The adapter's folder carries the configuration too: it knows the classes, which the base does not. A class of
     # our own comes with its code, so that the folder loads where this toolkit is not installed.
     if type(inner).__module__.startswith("finetune."):
         custom_object_save(inner, temporary, config=inner.config)
     inner.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    seal_folder(temporary, folder, settings)
+
+
+def seal_folder(temporary: Path, folder: Path, settings: dict[str, Any]) -> None:
+    """Put the settings and every file's checksum into a finished folder, and move it to its place."""
     # A flipped bit in weights loads without a word, and so does a folder without its tokenizer: `load` compares.
-    files = {path.name: compute_sha256(path) for path in sorted(temporary.iterdir())}
-    save_json(temporary / SETTINGS, {"format": FORMAT, "files": files} | settings)
+    files = {path.name: compute_sha256(path) for path in sorted(temporary.iterdir()) if path.name != SETTINGS}
+    save_json(temporary / SETTINGS, settings | {"format": FORMAT, "files": files})
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

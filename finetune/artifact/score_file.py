@@ -16,7 +16,7 @@ import pyarrow.parquet
 from rich.console import Console
 from rich.progress import Progress
 
-from finetune.artifact.load import load
+from finetune.artifact.load import MultiPredictor, Prediction, list_predictors, load
 from finetune.data.sources import load_texts
 from finetune.errors import DataError, ResourceError, UsageError
 
@@ -25,6 +25,8 @@ FORMATS = (".csv", ".jsonl", ".parquet")
 
 def score_file(run: str | Path, source: Path, output: Path, *, column: str = "text", quiet: bool = False) -> int:
     """Write every row of `source` with `predicted_label`, `confidence` and one `score_<class>` column each.
+
+    Where the run has several tasks, these columns come for each, with `<task>_` before their names.
 
     Args:
         run: a finished run.
@@ -43,13 +45,26 @@ def score_file(run: str | Path, source: Path, output: Path, *, column: str = "te
     """
     records, texts = _read(source, output, column)
     predictor = load(run)
-    added = ["predicted_label", "confidence", *(f"score_{label}" for label in predictor.labels)]
-    _check_free(source, records[0], added)
+    several = isinstance(predictor, MultiPredictor)
+    added = {
+        name: [
+            f"{name}_{column}" if several else column
+            for column in ("predicted_label", "confidence", *(f"score_{label}" for label in part.labels))
+        ]
+        for name, part in list_predictors(predictor, [""]).items()
+    }
+    _check_free(source, records[0], [column for columns in added.values() for column in columns])
     with _show_progress("predict", len(texts), quiet) as advance:
-        predictions = predictor.predict(texts, advance=advance)
+        answers = predictor.predict(texts, advance=advance)
+    predictions = answers if isinstance(answers, dict) else {"": answers}
     scored = [
-        record | dict(zip(added, [prediction.label, prediction.confidence, *prediction.scores.values()], strict=True))
-        for record, prediction in zip(records, predictions, strict=True)
+        record
+        | {
+            column: value
+            for name, columns in added.items()
+            for column, value in zip(columns, _list_values(predictions[name][i]), strict=True)
+        }
+        for i, record in enumerate(records)
     ]
     _write(scored, output)
     return len(scored)
@@ -70,6 +85,10 @@ def generate_file(
         written = generate(texts, advance=advance)
     _write([record | {"generated": text} for record, text in zip(records, written, strict=True)], output)
     return len(records)
+
+
+def _list_values(prediction: Prediction) -> list[Any]:
+    return [prediction.label, prediction.confidence, *prediction.scores.values()]
 
 
 def _read(source: Path, output: Path, column: str) -> tuple[list[dict[str, Any]], list[str]]:

@@ -47,11 +47,10 @@ def generate_command(
         raise UsageError(f"generate: --input must come with --output, got none. Add --output generated{source.suffix}")
     if output and not source:
         raise UsageError("generate: --output must come with --input, got none. Add --input FILE, or leave it out.")
-    from finetune.artifact.load import load
+    from finetune.artifact.load import load_writer
     from finetune.artifact.score_file import generate_file
 
-    predictor = load(run)
-    predictor.check_writes()
+    predictor = load_writer(run)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "beams": beams}
     given = {name: value for name, value in options.items() if value is not None}
     section = _build_section(predictor.writing, given)

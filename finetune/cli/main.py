@@ -9,7 +9,7 @@ from types import FrameType
 
 import typer
 
-from finetune.cli import data, doctor, evaluate, generate, predict, recipes, run, schema
+from finetune.cli import adapters, compare, data, doctor, evaluate, generate, predict, recipes, run, schema, sweep
 from finetune.cli.output import fail
 from finetune.errors import FinetuneError, Interrupted
 
@@ -29,10 +29,13 @@ app.command("run")(run.run_command)
 app.command("check")(run.check_command)
 app.command("resume")(run.resume_command)
 app.command("evaluate")(evaluate.evaluate_command)
+app.command("compare")(compare.compare_command)
 app.command("predict")(predict.predict_command)
 app.command("generate")(generate.generate_command)
+app.command("sweep")(sweep.sweep_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
+app.add_typer(adapters.app, name="adapters")
 app.command("schema")(schema.schema_command)
 app.command("doctor")(doctor.doctor_command)
 

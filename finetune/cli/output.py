@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -23,6 +24,7 @@ RecipeArgument = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's folder; runs/NAME means its latest finished run.")
 ]
+Runs = Annotated[Path | None, typer.Option("--runs", help="Where runs are kept; default ./runs.")]
 
 
 def print_json(content: Any) -> None:

@@ -44,9 +44,23 @@ def predict_command(
 def _predict_texts(run: str, texts: list[str], as_json: bool) -> None:
     from dataclasses import asdict
 
-    from finetune.artifact.load import load
+    from finetune.artifact.load import MultiPredictor, load
 
-    predictions = load(run).predict(texts)
+    predictor = load(run)
+    if isinstance(predictor, MultiPredictor):
+        answers = predictor.predict(texts)
+        if as_json:
+            tasks = [{name: asdict(answers[name][i]) for name in answers} for i in range(len(texts))]
+            print_json([{"text": text, "tasks": task} for text, task in zip(texts, tasks, strict=True)])
+            return
+        rows = [
+            [name, answers[name][i].label, f"{answers[name][i].confidence:.1%}", text]
+            for i, text in enumerate(texts)
+            for name in answers
+        ]
+        print_table(["task", "label", "confidence", "text"], rows)
+        return
+    predictions = predictor.predict(texts)
     if as_json:
         print_json([{"text": text, **asdict(prediction)} for text, prediction in zip(texts, predictions, strict=True)])
         return

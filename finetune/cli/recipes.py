@@ -15,14 +15,17 @@ RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="A name from `fi
 
 @app.command("list")
 def list_command(as_json: AsJson = False) -> None:
-    """List recipes by use."""
+    """List recipes by use, and comparisons of them."""
     from finetune.recipe import list_recipes
+    from finetune.recipe.comparison import list_comparisons
 
-    recipes = list_recipes()
+    recipes, comparisons = list_recipes(), list_comparisons()
     if as_json:
-        print_json([{"name": recipe.name, "description": recipe.description} for recipe in recipes])
-    else:
-        print_table(["recipe", "what it does"], [[recipe.name, recipe.description] for recipe in recipes])
+        listed = [("recipe", one) for one in recipes] + [("comparison", one) for one in comparisons]
+        print_json([{"name": one.name, "kind": kind, "description": one.description} for kind, one in listed])
+        return
+    print_table(["recipe", "what it does"], [[recipe.name, recipe.description] for recipe in recipes])
+    print_table(["comparison", "what it compares"], [[one.name, one.description] for one in comparisons])
 
 
 @app.command("show")
@@ -30,7 +33,7 @@ def show_command(name: RecipeName, as_json: AsJson = False) -> None:
     """Print a recipe."""
     from finetune.recipe import find_recipe
 
-    path = find_recipe(name)
+    path = find_recipe(name, None)
     text = path.read_text(encoding="utf-8")
     if as_json:
         print_json({"path": str(path), "text": text})
@@ -48,7 +51,7 @@ def copy_command(
     from finetune.errors import UsageError
     from finetune.recipe import find_recipe
 
-    source = find_recipe(name)
+    source = find_recipe(name, None)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists():
         raise UsageError(f"{target}: must not exist yet, got a file. Choose another name, or remove it.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ from finetune.cli.output import (
     AsJson,
     Overrides,
     RecipeArgument,
+    Runs,
     print_findings,
     print_json,
     print_table,
@@ -23,30 +23,36 @@ if TYPE_CHECKING:
 Processes = Annotated[
     int, typer.Option("--processes", min=1, help="Training processes: one per GPU, or several on a CPU.")
 ]
+NoTest = Annotated[
+    bool, typer.Option("--no-test", help="Stop after training; the test split stays closed until `finetune resume`.")
+]
 
 
 def run_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     processes: Processes = 1,
-    runs: Annotated[Path | None, typer.Option("--runs", help="Where runs are kept; default ./runs.")] = None,
+    runs: Runs = None,
+    no_test: NoTest = False,
     as_json: AsJson = False,
 ) -> None:
     """Train and judge a recipe: check, split, train, evaluate, report, model card."""
     from finetune.runner import run
 
-    _show(run(recipe, overrides or (), processes=processes, runs=runs, quiet=as_json), as_json)
+    options: dict[str, Any] = {"processes": processes, "quiet": as_json, "open_test": not no_test}
+    _show(run(recipe, overrides or (), runs=runs, **options), as_json)
 
 
 def resume_command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder; runs/NAME means its latest run.")],
     processes: Processes = 1,
+    no_test: NoTest = False,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a stopped run, from its last good checkpoint."""
     from finetune.runner import resume
 
-    _show(resume(run, processes=processes, quiet=as_json), as_json)
+    _show(resume(run, processes=processes, quiet=as_json, open_test=not no_test), as_json)
 
 
 def check_command(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -58,12 +64,13 @@ def check_command(recipe: RecipeArgument, overrides: Overrides = None, as_json: 
         print_json(plan)
         return
     print_text(f"{plan['recipe']}: good.")
-    print_text(f"data  {plan['data']}")
     print_text(f"base  {plan['base']['reference']} ({plan['base']['origin']})")
-    print_table(
-        ["split", "rows", "tokens"],
-        [[name, f"{split['rows']:,}", f"{split['tokens']:,}"] for name, split in plan["splits"].items()],
-    )
+    for name, task in plan["tasks"].items():
+        print_text(f"data  {task['data']}" + (f", for {name}" if len(plan["tasks"]) > 1 else ""))
+        print_table(
+            ["split", "rows", "tokens"],
+            [[split, f"{part['rows']:,}", f"{part['tokens']:,}"] for split, part in task["splits"].items()],
+        )
     print_findings(plan["findings"])
     trained, total = plan["parameters"]["trained"], plan["parameters"]["total"]
     print_text(
@@ -73,27 +80,48 @@ def check_command(recipe: RecipeArgument, overrides: Overrides = None, as_json: 
 
 
 def _show(run: Run, as_json: bool) -> None:
+    from finetune.runner import take_only
     from finetune.training.processes import is_main_process
 
     if not is_main_process():
         return
-    test = run.test
-    if as_json:
-        print_json({"run": str(run.folder.path), "report": str(run.folder.evaluation / "report.html"), "test": test})
+    places = run.folder.evaluations()
+    if not all((place / "test.json").exists() for place in places.values()):
+        _show_trained(run, as_json)
         return
-    show_scores(test)
-    print_text(f"report  {run.folder.evaluation / 'report.html'}")
+    tests, reports = run.tests, {name: str(place / "report.html") for name, place in places.items()}
+    if as_json:
+        print_json({"run": str(run.folder.path), "report": take_only(reports), "test": take_only(tests)})
+        return
+    show_all_scores(tests)
+    for report in reports.values():
+        print_text(f"report  {report}")
     print_text(f"card    {run.folder.card}")
     name = run.folder.path.parent
     print_text(
         {
             "text_classification": f'predict finetune predict {name} "some text"',
+            "multi_task": f'predict finetune predict {name} "some text"',
             "masked_lm": f"next    finetune run RECIPE --set model.base={name}",
         }.get(run.task_type, f'write   finetune generate {name} --prompt "some text"')
     )
 
 
-def show_scores(scored: dict[str, Any]) -> None:
+def show_all_scores(tests: dict[str, dict[str, Any]]) -> None:
+    """The scores of a run's tasks; the name of a task where there are several."""
+    for name, scored in tests.items():
+        show_scores(scored, f"{name}, " if len(tests) > 1 else "")
+
+
+def _show_trained(run: Run, as_json: bool) -> None:
+    """A run that was told to keep its test split closed."""
+    if as_json:
+        print_json({"run": str(run.folder.path), "training": run.folder.load_status()["training"]})
+    else:
+        print_text(f"{run.folder.path}: trained; the test split is closed. Judge it: finetune resume {run.folder.path}")
+
+
+def show_scores(scored: dict[str, Any], of: str = "") -> None:
     """The table of a scored split: the model above its baselines."""
     from finetune.evaluation.wording import decimals_of, format_score
 
@@ -103,4 +131,6 @@ def show_scores(scored: dict[str, Any]) -> None:
         for name, system in [("model", scored), *scored["baselines"].items()]
     ]
     level = f"{scored['confidence']:.0%}"
-    print_table(["", *metrics], rows, title=f"{scored['split']}: {scored['rows']:,} rows, {level} bootstrap intervals")
+    print_table(
+        ["", *metrics], rows, title=f"{of}{scored['split']}: {scored['rows']:,} rows, {level} bootstrap intervals"
+    )

@@ -61,6 +61,13 @@ class Examples:
         parts = _lay_end_to_end(encoded)
         return cls(*parts, known.astype(np.int64), *(() if targets is None else _lay_end_to_end(targets)))
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Examples]) -> Examples:
+        """Rows of several sets, without targets, in order."""
+        starts = np.cumsum([0, *np.concatenate([part.lengths for part in parts])])
+        ids, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("input_ids", "labels"))
+        return cls(ids, starts, labels)
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -78,6 +85,11 @@ class Examples:
     def sizes(self) -> Indices:
         """What each row counts against a batch's budget, (N,): the longer of its two sides."""
         return np.maximum(self.lengths, self.target_lengths)
+
+    def take(self, rows: Indices) -> Examples:
+        """Some of the rows, in that order; without targets."""
+        tokens = _take(self.input_ids, self.starts[rows], self.lengths[rows])
+        return Examples(tokens, np.concatenate([[0], np.cumsum(self.lengths[rows])]), self.labels[rows])
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""

@@ -81,6 +81,43 @@ def compute_difference(estimate: Estimate, other: Estimate, confidence: float) -
     return {"value": estimate.value - other.value, "low": low, "high": high, "p_value": p_value}
 
 
+def compute_ratio(estimate: Estimate, other: Estimate, confidence: float) -> Interval:
+    """Paired ratio `estimate / other`, of two systems' estimates on the same rows, resamples and seed."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        samples, value = estimate.samples / other.samples, np.float64(estimate.value) / other.value
+    return compute_interval(Estimate(float(value), samples), confidence)
+
+
+def average_over_seeds(estimates: Sequence[Estimate], seed: int) -> Estimate:
+    """The mean of one system's estimates over its training seeds.
+
+    Each resample draws as many training seeds as there are, with replacement, and takes their values on its rows: the
+    interval holds chance in the test rows and in training. With S seeds the part of training is too small by
+    (S - 1) / S; with one seed there is none.
+
+    Args:
+        estimates: one for each training seed, with equally many resamples.
+        seed: fixes the draws; they depend on (S, resamples, seed) only, so that systems stay paired.
+    """
+    samples = np.stack([estimate.samples for estimate in estimates])  # (S, resamples)
+    drawn = np.random.default_rng(seed).integers(0, len(samples), size=samples.shape)
+    value = float(np.mean([estimate.value for estimate in estimates]))
+    return Estimate(value, np.take_along_axis(samples, drawn, axis=0).mean(axis=0))
+
+
+def adjust_p_values(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (1979): the chance of any false alarm among all tests stays below the level.
+
+    A p-value that is nan stays nan, and does not count as a test.
+    """
+    adjusted, largest = list(p_values), 0.0
+    order = sorted((i for i, p_value in enumerate(p_values) if not np.isnan(p_value)), key=lambda i: p_values[i])
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
 def compute_estimates(
     references: Ints, scores: Floats, names: Sequence[str], *, resamples: int, seed: int
 ) -> dict[str, Estimate]:

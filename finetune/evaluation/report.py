@@ -66,24 +66,6 @@ def write_report(path: Path, data: ReportData) -> None:
 
 def render_report(data: ReportData) -> str:
     """The page as one HTML text: no script, and nothing that is fetched."""
-    environment = Environment(
-        loader=PackageLoader("finetune", "evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": wording.format_number,
-        "interval": wording.format_interval,
-        "signed": wording.format_signed,
-        "p": wording.format_p,
-        "count": wording.format_count,
-        "condition": wording.format_condition,
-        "decimals": decimals_of,
-        "named": name_of,
-        "breakable": wording.mark_breaks,
-    }
     metrics = part_of(data.test, "metrics")
     primary = next(iter(metrics), None)
     view = {
@@ -110,7 +92,30 @@ def render_report(data: ReportData) -> str:
         "findings": sorted(map(_build_finding, data.findings), key=lambda finding: finding["order"]),
         "meanings": [(name_of(key), wording.MEANINGS[key]) for key in metrics if key in wording.MEANINGS],
     }
-    return environment.get_template("report.html.j2").render(view)
+    return build_environment().get_template("report.html.j2").render(view)
+
+
+def build_environment() -> Environment:
+    """The templates of this room, with numbers written as `wording` does."""
+    environment = Environment(
+        loader=PackageLoader("finetune", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": wording.format_number,
+        "interval": wording.format_interval,
+        "signed": wording.format_signed,
+        "p": wording.format_p,
+        "count": wording.format_count,
+        "condition": wording.format_condition,
+        "decimals": decimals_of,
+        "named": name_of,
+        "breakable": wording.mark_breaks,
+    }
+    return environment
 
 
 def _build_scores(data: ReportData, primary: str | None) -> dict[str, Any]:

@@ -119,6 +119,30 @@ def format_condition(condition: Any) -> str:
     return text.replace(">=", "\N{GREATER-THAN OR EQUAL TO}").replace("<=", "\N{LESS-THAN OR EQUAL TO}")
 
 
+def format_size(size: Any) -> str:
+    """Bytes as `1.2 MB`, or a dash."""
+    if not is_number(size):
+        return DASH
+    unit, scale = next((pair for pair in (("GB", 1e9), ("MB", 1e6)) if size >= pair[1]), ("kB", 1e3))
+    return f"{size / scale:,.1f} {unit}"
+
+
+def format_duration(seconds: Any) -> str:
+    """`8.4 s`, `95 s`, `12 min`, `3.1 h`, or a dash."""
+    if not is_number(seconds):
+        return DASH
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def format_share(share: Any, digits: int = 1) -> str:
+    """A share as `98.7%`, or a dash; small ones with two figures."""
+    if not is_number(share):
+        return DASH
+    return f"{100 * share:.2g}%" if 0 < abs(share) < 0.001 else f"{100 * share:.{digits}f}%"
+
+
 def format_created(created: str) -> str:
     """An ISO 8601 moment as `22 November 2026, 17:10 UTC`; anything else as it is."""
     try:

@@ -22,17 +22,19 @@ def start_at_centroids(model: nn.Module, examples: Examples, pad_token_id: int |
     in the first steps; this one sends what is still missing. It is the imprinting of arXiv:1712.07136, with a bias.
 
     Args:
-        model: on any device; its linear layer `classifier`, (D) -> (K), is changed in place.
+        model: on any device; its last linear layer, (D) -> (K), is changed in place: `classifier`, or what the model
+            names as its `layer`.
         examples: training rows, labels in [0, K).
         pad_token_id: as for `compute_logits`.
 
     Returns:
         False, with nothing changed, where the model has no such layer.
     """
-    classifier: Any = getattr(model, "classifier", None)
+    layer = getattr(model, "layer", "classifier")
+    classifier: Any = dict(model.named_modules()).get(layer)
     if not isinstance(classifier, nn.Linear):
         return False
-    features = _compute_features(model, classifier, examples, pad_token_id)  # (N, D)
+    features = _compute_features(model, layer, examples, pad_token_id)  # (N, D)
     labels = torch.from_numpy(examples.labels)
     center = features.mean(0)
     features = features - center
@@ -43,14 +45,12 @@ def start_at_centroids(model: nn.Module, examples: Examples, pad_token_id: int |
     return True
 
 
-def _compute_features(
-    model: nn.Module, classifier: nn.Linear, examples: Examples, pad_token_id: int | None
-) -> torch.Tensor:
+def _compute_features(model: nn.Module, layer: str, examples: Examples, pad_token_id: int | None) -> torch.Tensor:
     """What reaches the last layer: with the identity in its place, a model's logits are its features."""
-    width = classifier.in_features
-    model.classifier = nn.Identity()
+    classifier: Any = model.get_submodule(layer)
+    model.set_submodule(layer, nn.Identity())
     try:
         logits = compute_logits(model, examples, pad_token_id)
     finally:
-        model.classifier = classifier
-    return torch.from_numpy(logits).reshape(len(examples), width)
+        model.set_submodule(layer, classifier)
+    return torch.from_numpy(logits).reshape(len(examples), classifier.in_features)

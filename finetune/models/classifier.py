@@ -150,6 +150,11 @@ def build_classifier_shape(base: BaseModel, labels: Sequence[str], section: Mode
     return build_shape(build_classifier_config(base, labels, section), CLASSIFIER)
 
 
+def load_saved_classifier_shape(folder: Path) -> nn.Module:
+    """The model of `load_saved_classifier` on the meta device."""
+    return build_shape(load_config(BaseModel(str(folder), folder, "saved model")), CLASSIFIER)
+
+
 def build_shape(config: Any, classes: ModelClass) -> nn.Module:
     """A model on the meta device, which has no weights."""
     import transformers
@@ -161,19 +166,18 @@ def build_shape(config: Any, classes: ModelClass) -> nn.Module:
 
 
 def choose_attention() -> str:
-    """Plain matrix products on a CPU, SDPA elsewhere.
-
-    One layer of MiniLM's width, one thread, float32 (benchmarks/attention_cost.py): below 256 tokens a row the two are
-    within noise of each other; from 512 on SDPA is 1.3 to 1.8 times as fast to train.
-    """
+    """SDPA on an accelerator. On a CPU plain matrix products, of which Triad's `attend` leaves long rows to SDPA."""
     return "sdpa" if torch.cuda.is_available() or torch.backends.mps.is_available() else "eager"
 
 
 def get_padding(model: nn.Module, tokenizer: Any) -> int | None:
-    """The padding token for a model's batches; None for a Triad of one stack, which takes rows without padding."""
+    """The padding token for a model's batches; None for a Triad of one stack, which takes rows without padding.
+
+    A model with `packs_rows` False gets padding all the same: with it, something stands in front of each row.
+    """
     config: Any = model.config
     packs = config.model_type == "triad" and config.shape != "encoder_decoder"
-    return None if packs else int(tokenizer.pad_token_id)
+    return None if packs and getattr(model, "packs_rows", True) else int(tokenizer.pad_token_id)
 
 
 def list_head_modules(model: nn.Module) -> list[str]:

@@ -153,9 +153,15 @@ class _Writer:
         return self.max_length if self.answers else self.max_length + 1 - len(window)
 
     def _plan(self, windows: dict[int, Tokens], counts: dict[int, int]) -> Iterator[list[int]]:
-        """Batches of rows that get equally many tokens, so that a row outgrows the model where it would alone."""
-        for count in sorted(set(counts.values())):
-            rows = np.array([row for row in windows if counts[row] == count])
+        """Batches of rows that get equally many tokens, so that a row outgrows the model where it would alone.
+
+        Of equal length too where something stands in front of each row: padding must not come between the two.
+        """
+        alike = getattr(self.model, "packs_rows", True) or self.answers
+        groups = {row: (counts[row], 0 if alike else len(windows[row])) for row in windows}
+        for group in sorted(set(groups.values())):
+            count = group[0]
+            rows = np.array([row for row in windows if groups[row] == group])
             sizes = np.array([len(windows[row]) + count for row in rows]) * self.section.beams
             yield from (rows[batch].tolist() for batch in plan_prediction(sizes, TOKENS_PER_BATCH))
 

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from finetune.recipe.schema import Name, Section, check_classes, raise_all
+from finetune.recipe.schema import Name, check_classes
+from finetune.recipe.section import Section, raise_all
 
 HUB_ID_PATTERN = r"^[\w.-]+(/[\w.-]+)?$"
 REVISION_PATTERN = r"^[0-9a-f]{40}$"

@@ -63,8 +63,8 @@ class Document:
 
     values: Any = None
     """Mappings, lists, text, numbers, booleans and None; keys of mappings are text as written."""
-    lines: dict[KeyPath, int] = field(default_factory=dict)
-    """Path of a key or list entry -> line, 1-based; values behind an alias have the line of the alias."""
+    lines: dict[KeyPath, int | str] = field(default_factory=dict)
+    """Path of a key or list entry -> line, 1-based, or `--set`; values behind an alias have the line of the alias."""
     problems: list[Problem] = field(default_factory=list)
     readable: bool = True
     """False when the text is not YAML at all: `values` is then None."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,12 @@ from finetune.recipe.messages import OVERRIDE, KeyPath, Problem, explain, format
 from finetune.recipe.schema import Recipe, Section
 
 MAX_BYTES = 1_000_000
+KINDS = {
+    "compare": ("a comparison", "finetune compare"),
+    "sweep": ("a sweep", "finetune sweep"),
+    "recipe": ("a recipe", "finetune run"),
+}
+"""Key that tells what a file is -> what it is, and the command that takes it. The first two name a `recipe` too."""
 
 S = TypeVar("S", bound=Section)
 
@@ -48,24 +55,65 @@ def load_document(path: Path, schema: type[S], overrides: Sequence[str] = ()) ->
     Raises:
         RecipeError: with every problem found, each with its line.
     """
+    document = read_document(path, schema, overrides)
+    section = check_document(document, schema)
+    if section is None:
+        raise RecipeError(format_problems(str(path), document.problems))
+    return section
+
+
+def check_document(document: Document, schema: type[S]) -> S | None:
+    """The section that a document holds; None where it has problems, which are then all in `document.problems`."""
+    section = _check(document.values, schema, document.lines, document.problems) if document.readable else None
+    return None if document.problems else section
+
+
+def read_document(path: Path, schema: type[Section], overrides: Sequence[str] = ()) -> Document:
+    """Read a YAML 1.2 file that holds keys and values and apply overrides, without checking them: no defaults in them.
+
+    Raises:
+        RecipeError: the file cannot be read, holds something else, or is of another kind: a recipe, a comparison, a
+            sweep. Other problems are in the document.
+    """
     document = parse_yaml(_read(path))
-    problems = document.problems
-    where: dict[KeyPath, int | str] = dict(document.lines)
-    if document.readable and not isinstance(document.values, dict):
-        key = next(iter(schema.model_fields))
+    if not document.readable:
+        return document
+    key = next(iter(schema.model_fields))
+    if not isinstance(document.values, dict):
         got = "an empty file" if document.values is None else show(document.values)
         raise RecipeError(f"{path}: the file must hold keys and values, such as `{key}: ...`, got {got}.")
-    if document.readable:
-        for override in overrides:
-            _apply_override(override, document.values, where, problems)
-        section = _check(document.values, schema, where, problems)
-        if section is not None and not problems:
-            return section
-    raise RecipeError(format_problems(str(path), problems))
+    kind = next((kind for kind in KINDS if kind in document.values), key)
+    if key in KINDS and kind != key:
+        raise RecipeError(f"{path}: must be {KINDS[key][0]}, got {KINDS[kind][0]}. Try: {KINDS[kind][1]} {path}")
+    for override in overrides:
+        _apply_override(override, document.values, document.lines, document.problems)
+    return document
+
+
+def build_recipe(values: dict[str, Any], changes: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    """A recipe out of values that were read, with some changed.
+
+    Args:
+        values: of a recipe's file; they stay as they are.
+        changes: `train.epochs` -> value, the last of two wins.
+
+    Returns:
+        The recipe, or None, and every problem, without a place.
+    """
+    values, problems = deepcopy(values), list[Problem]()
+    for key, value in changes.items():
+        _set_value(key, value, values, {}, problems)
+    recipe = _check(values, Recipe, {}, problems)
+    return (None if problems else recipe), problems
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML of every key with its resolved value; loads back to an equal recipe."""
+    return dump_values(recipe.to_dict())
+
+
+def dump_values(values: Any) -> str:
+    """Plain values as YAML."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
@@ -73,7 +121,7 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml.width = 10**6  # a folded value reads worse than a long line
     yaml.indent(mapping=2, sequence=4, offset=2)
     text = io.StringIO()
-    yaml.dump(recipe.to_dict(), text)
+    yaml.dump(values, text)
     return text.getvalue()
 
 
@@ -119,11 +167,17 @@ def _apply_override(
         return
     # `evaluate.gates.macro_f1=>= 0.8` after the shell has taken the quotes: a folded text makes no sense here.
     parsed = Document(values=text) if text.lstrip()[:1] in (">", "|") else parse_yaml(text)
-    parts = key.strip().split(".")
-    problems += [Problem(OVERRIDE, tuple(parts), problem.sentence) for problem in parsed.problems]
-    if not parsed.readable:
-        return
+    problems += [Problem(OVERRIDE, tuple(key.strip().split(".")), problem.sentence) for problem in parsed.problems]
+    if parsed.readable:
+        _set_value(key.strip(), parsed.values, values, where, problems)
+
+
+def _set_value(
+    key: str, value: Any, values: dict[str, Any], where: dict[KeyPath, int | str], problems: list[Problem]
+) -> None:
+    """Put a value where `train.epochs` says, in place."""
     path: KeyPath = ()
+    parts = key.split(".")
     while True:
         # The name of a task may hold dots: prefer the longest key that is there.
         taken = next((n for n in range(len(parts), 1, -1) if ".".join(parts[:n]) in values), 1)
@@ -138,7 +192,7 @@ def _apply_override(
             sentence = f"must be a section to set {'.'.join(parts)!r} in it, got {show(values)}."
             problems.append(Problem(OVERRIDE, path, sentence))
             return
-    values[name] = parsed.values
+    values[name] = value
     for old in [old for old in where if old[: len(path)] == path]:
         del where[old]
     where[path] = OVERRIDE

@@ -150,6 +150,11 @@ def explain(errors: Sequence[ErrorDetails], schema: type[BaseModel]) -> list[tup
     return list(dict.fromkeys(sentences))
 
 
+def find_types(path: KeyPath, schema: type[BaseModel]) -> list[Any]:
+    """The types that a schema gives the value of a key, None left out; [] for a key that it does not have."""
+    return _members(_find(path, schema).wanted)
+
+
 def _find(loc: tuple[int | str, ...], schema: type[BaseModel]) -> _Place:
     """Walk the schema's types along `loc`, leaving out the names that Pydantic adds for the members of a union."""
     place = _Place(wanted=schema)

@@ -6,10 +6,13 @@ import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from finetune.recipe.adapter import AdapterSection as AdapterSection  # as: part of this module for those who import it
 from finetune.recipe.defaults import fill_in_defaults
 from finetune.recipe.reference import SCRATCH_BASE
+from finetune.recipe.section import Ratio, raise_all
+from finetune.recipe.section import Section as Section
 
 SCHEMA_VERSION = 1
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -18,26 +21,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 REPO_PATTERN = r"^[\w.-]+/[\w.-]+$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 TextStep = Literal["html", "urls"]
-
-
-class Section(BaseModel):
-    """One block of a recipe: unknown keys and silently converted types are errors, and values cannot change.
-
-    A validator raises `ValueError` with one sentence per line, each `sentence` or `key: sentence`; the sentence begins
-    with what must hold. `finetune.recipe.messages` puts the file, the line and the full key in front.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-def raise_all(problems: list[str]) -> None:
-    """Raise ValueError with one sentence per line when there are any."""
-    if problems:
-        raise ValueError("\n".join(problems))
 
 
 class ScratchSection(Section):
@@ -75,11 +59,17 @@ class ModelSection(Section):
     base: str = Field(default=DEFAULT_BASE, min_length=1)
     """A Hub id, `id@revision`, a local folder, a run (`runs/pretrain_mlm`), or `scratch`: random weights, and a
     tokenizer learned from the train split."""
+    adapters: list[str] = Field(default_factory=list)
+    """Saved adapters of this base (runs, or folders that PEFT wrote) to start from: one with the method and shapes of
+    `adapter`, or several of method lora, whose mean is taken. A head for the same classes is taken over."""
     scratch: ScratchSection = Field(default_factory=ScratchSection)
     """Tokenizer and size where `base` is `scratch`."""
     architecture: Literal["triad", "native"] = "triad"
     """`triad`: the base's weights in the project's own Transformer, which packs rows without padding. `native`: the
     base's own Hugging Face class, for families that Triad has no form of."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Keep the base's linear layers in 8 or 4 bits while a LoRA adapter is trained on it (the extra `quantize`):
+    `int8` with a scale for each output, `nf4` as in arXiv:2305.14314. The adapter then loads on the whole base."""
     max_length: int = Field(default=128, ge=8, le=8192)
     """Tokens after which a text is cut."""
     pooling: Literal["auto", "first", "mean"] = "auto"
@@ -87,21 +77,6 @@ class ModelSection(Section):
     says so in `1_Pooling/config.json`, as sentence encoders do; else what the base's own class reads."""
     dropout: Ratio = 0.0
     """Dropout inside the base while training; short runs on small models do better without."""
-
-
-class AdapterSection(Section):
-    """What is trained besides the head."""
-
-    method: Literal["full", "lora"] = "lora"
-    """`full`: every weight. `lora`: low-rank updates, arXiv:2106.09685."""
-    rank: int = Field(default=16, ge=1, le=1024)
-    """Rank of each update."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Updates are scaled by alpha / rank."""
-    dropout: Ratio = 0.0
-    """Dropout on the input of each update."""
-    targets: Literal["all-linear", "attention"] | list[str] = "all-linear"
-    """Which linear layers of the base get an update: a word, or module names."""
 
 
 def check_classes(labels: list[str] | dict[str, str]) -> None:
@@ -171,6 +146,8 @@ class TaskSection(Section):
     much."""
     split: SplitSection = Field(default_factory=SplitSection)
     """How rows become train, validation and test."""
+    weight: float = Field(default=1.0, gt=0)
+    """What a row counts in the loss, beside those of other tasks."""
 
     @field_validator("labels")
     @classmethod
@@ -278,7 +255,8 @@ class EvaluateSection(Section):
     slices: list[str] = Field(default_factory=lambda: ["length"])
     """Columns by whose values the score is broken down; `length` is the number of words."""
     gates: dict[str, str | bool] = Field(default_factory=dict)
-    """Metric -> condition on its test value such as `">= 0.80"`; `beats_baselines: true`."""
+    """Metric -> condition on its test value such as `">= 0.80"`; `beats_baselines: true`. With several tasks it holds
+    for each, and `<task>.<metric>` for one."""
 
     @field_validator("gates", mode="before")
     @classmethod
@@ -287,7 +265,7 @@ class EvaluateSection(Section):
             return gates
         problems = []
         for metric, condition in gates.items():
-            if metric == "beats_baselines":
+            if metric.rpartition(".")[2] == "beats_baselines":
                 if not isinstance(condition, bool):
                     problems.append(f"beats_baselines: must be true or false, got {condition!r}.")
             elif not isinstance(condition, str) or not re.fullmatch(r"(>=|<=|>|<)\s*\d*\.?\d+", condition):
@@ -318,8 +296,8 @@ class Recipe(Section):
     """The pretrained part."""
     adapter: AdapterSection = Field(default_factory=AdapterSection)
     """What is trained besides the head."""
-    tasks: dict[Name, TaskSection] = Field(min_length=1, max_length=1)
-    """Task name -> task. One for now: several tasks on one base need a model with several heads."""
+    tasks: dict[Name, TaskSection] = Field(min_length=1)
+    """Task name -> task. Several share the base and the adapter, each with a head of its own."""
     train: TrainSection = Field(default_factory=TrainSection)
     """The loop."""
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
@@ -343,43 +321,69 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
+        raise_all([*self._check_base(), *self._check_tasks(), *self._check_several()])
+        return self
+
+    def _check_base(self) -> list[str]:
         problems = []
-        where, task = f"tasks.{self.task_name}", self.task
-        scratch, is_classifier = self.model.base == SCRATCH_BASE, task.type == "text_classification"
-        if scratch and is_classifier:
+        types = {task.type for task in self.tasks.values()}
+        if self.model.base == SCRATCH_BASE:
+            if "text_classification" in types:
+                problems.append(
+                    "model.base: must be a pretrained base for text_classification, got 'scratch'. Pretrain one first: "
+                    "finetune run pretrain_mlm, then set model.base to that run."
+                )
+            if self.adapter.method != "full":
+                problems.append(
+                    f"adapter.method: must be full when model.base is scratch, got {self.adapter.method!r}: random "
+                    "weights need training."
+                )
+            if self.model.architecture != "triad":
+                problems.append(
+                    f"model.architecture: must be triad when model.base is scratch, got {self.model.architecture!r}."
+                )
+        if self.model.quantize != "none" and self.adapter.method != "lora":
             problems.append(
-                "model.base: must be a pretrained base for text_classification, got 'scratch'. Pretrain one first: "
-                "finetune run pretrain_mlm, then set model.base to that run."
+                f"model.quantize: must be none unless adapter.method is lora, got {self.model.quantize!r} with "
+                f"{self.adapter.method!r}."
             )
-        if scratch and self.adapter.method != "full":
+        elif self.model.quantize != "none" and (self.adapter.dora or self.adapter.init != "default"):
+            given = "dora" if self.adapter.dora else f"init {self.adapter.init}"
             problems.append(
-                f"adapter.method: must be full when model.base is scratch, got {self.adapter.method!r}: random weights "
-                "need training."
+                f"model.quantize: must be none with adapter.{given}, which reads the base's weights in full; got "
+                f"{self.model.quantize!r}."
             )
-        if scratch and self.model.architecture != "triad":
+        if self.model.adapters and self.adapter.method == "full":
             problems.append(
-                f"model.architecture: must be triad when model.base is scratch, got {self.model.architecture!r}."
+                "model.adapters: must be left out when adapter.method is full, got "
+                f"{len(self.model.adapters)}: nothing would take their place."
             )
-        if task.type == "masked_lm" and self.adapter.method != "full":
+        if "masked_lm" in types and self.adapter.method != "full":
             problems.append(
                 f"adapter.method: must be full for masked_lm, got {self.adapter.method!r}: what it trains becomes the "
                 "base of other recipes."
             )
-        if not is_classifier:
-            if task.labels is not None:
-                problems.append(f"{where}.labels: must be left out for {task.type}, got {len(task.labels)} labels.")
-            if self.train.class_weights != "none":
-                problems.append(f"train.class_weights: must be none for {task.type}, got {self.train.class_weights!r}.")
-            if self.evaluate.calibrate != "none":
-                problems.append(f"evaluate.calibrate: must be none for {task.type}, got {self.evaluate.calibrate!r}.")
-        problems += self._list_few_shot_problems()
-        if task.separator is not None and task.type != "causal_lm":
-            problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
-        raise_all(problems)
-        return self
+        return problems
 
-    def _list_few_shot_problems(self) -> list[str]:
-        where, task, train = f"tasks.{self.task_name}", self.task, self.train
+    def _check_tasks(self) -> list[str]:
+        problems = []
+        for name, task in self.tasks.items():
+            where = f"tasks.{name}"
+            if task.type != "text_classification" and task.labels is not None:
+                problems.append(f"{where}.labels: must be left out for {task.type}, got {len(task.labels)} labels.")
+            problems += self._list_few_shot_problems(where, task)
+            if task.separator is not None and task.type != "causal_lm":
+                problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
+        others = [task.type for task in self.tasks.values() if task.type != "text_classification"]
+        if others:
+            if self.train.class_weights != "none":
+                problems.append(f"train.class_weights: must be none for {others[0]}, got {self.train.class_weights!r}.")
+            if self.evaluate.calibrate != "none":
+                problems.append(f"evaluate.calibrate: must be none for {others[0]}, got {self.evaluate.calibrate!r}.")
+        return problems
+
+    def _list_few_shot_problems(self, where: str, task: TaskSection) -> list[str]:
+        train = self.train
         if task.type != "text_classification":
             given = {
                 f"{where}.class_names: must be ignore": task.class_names if task.class_names != "ignore" else None,
@@ -398,15 +402,45 @@ class Recipe(Section):
         }
         return [problem for problem, is_there in tests.items() if is_there]
 
-    @property
-    def task(self) -> TaskSection:
-        """The recipe's only task."""
-        return next(iter(self.tasks.values()))
+    def _check_several(self) -> list[str]:
+        """Several tasks on one base."""
+        if len(self.tasks) == 1:
+            return []
+        problems = [
+            f"tasks.{name}.type: must be text_classification where a recipe has several tasks, got {task.type}. "
+            "Give it a recipe of its own."
+            for name, task in self.tasks.items()
+            if task.type != "text_classification"
+        ]
+        problems += [
+            f"tasks.{name}: must have no dot in its name where a recipe has several tasks; it names a head."
+            for name in self.tasks
+            if "." in name
+        ]
+        if self.model.architecture != "triad":
+            problems.append(
+                "model.architecture: must be triad for several tasks, got native: Hugging Face's own classes have one "
+                "head."
+            )
+        if self.train.few_shot != "none":
+            problems.append(f"train.few_shot: must be none for several tasks, got {self.train.few_shot!r}.")
+        known = {gate for gate in self.evaluate.gates if "." in gate}
+        problems += [
+            f"evaluate.gates.{gate}: must begin with a task of this recipe ({', '.join(self.tasks)}) and a dot."
+            for gate in sorted(known)
+            if gate.partition(".")[0] not in self.tasks
+        ]
+        return problems
 
-    @property
-    def task_name(self) -> str:
-        """The name of the recipe's only task."""
-        return next(iter(self.tasks))
+    def evaluate_for(self, name: str) -> EvaluateSection:
+        """`evaluate` as it holds for one of the tasks: gates called `<task>.<metric>` are for that task alone."""
+        if len(self.tasks) == 1:
+            return self.evaluate
+        own, gates = f"{name}.", self.evaluate.gates
+        chosen = {
+            gate.removeprefix(own): value for gate, value in gates.items() if "." not in gate or gate.startswith(own)
+        }
+        return self.evaluate.model_copy(update={"gates": chosen})
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its resolved value, as plain YAML types."""

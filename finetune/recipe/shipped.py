@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from finetune.errors import RecipeError
 from finetune.recipe.loading import load_recipe
 from finetune.recipe.messages import suggest
+
+
+class _Described(Protocol):
+    @property
+    def description(self) -> str: ...
+
+
+Kind = Literal["recipe", "sweep", "compare"]
+"""What a file below `recipes/` is; the key that holds its schema version."""
+
+_OTHER_KINDS = re.compile(rb"^(sweep|compare):", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +48,28 @@ def shipped_folder(kind: Literal["recipes", "data"]) -> Path:
 
 def list_recipes() -> list[ShippedRecipe]:
     """Every shipped recipe by name, uses before benchmarks; a broken file is listed with its problem."""
-    recipes = []
-    for name, path in _paths().items():
+    return list_files(load_recipe, "recipe")
+
+
+def list_files(load: Callable[[Path], _Described], kind: Kind) -> list[ShippedRecipe]:
+    """The shipped files of a kind, which lie among those of the others."""
+    found = []
+    for name, path in _paths(kind).items():
         description, problem = "", None
         try:
-            description = load_recipe(path).description
+            description = load(path).description
         except RecipeError as error:
             problem = str(error)
-        recipes.append(ShippedRecipe(name, path, description, _is_benchmark(name), problem))
-    return recipes
+        found.append(ShippedRecipe(name, path, description, _is_benchmark(name), problem))
+    return found
 
 
-def find_recipe(name_or_path: str | Path) -> Path:
-    """The file that a user means: an existing path, else the name of a shipped recipe.
+def find_recipe(name_or_path: str | Path, kind: Kind | None = "recipe") -> Path:
+    """The file that a user means: an existing path, else the name of a shipped file.
+
+    Args:
+        name_or_path: what the user wrote.
+        kind: of the shipped files to look among; None for all.
 
     Raises:
         RecipeError: neither; lists the names.
@@ -55,18 +77,25 @@ def find_recipe(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    paths = _paths()
+    paths, what = _paths(kind), kind or "file"
     name = path.as_posix().removesuffix(".yaml").removeprefix("recipes/")
     if name in paths:
         return paths[name]
-    known = f"Shipped: {', '.join(paths)}." if paths else "No recipe is shipped with this installation."
-    raise RecipeError(f"{name_or_path}: must be a file or the name of a shipped recipe.{suggest(name, paths)} {known}")
+    known = f"Shipped: {', '.join(paths)}." if paths else f"No {what} is shipped with this installation."
+    raise RecipeError(f"{name_or_path}: must be a file or the name of a shipped {what}.{suggest(name, paths)} {known}")
 
 
-def _paths() -> dict[str, Path]:
+def _paths(kind: Kind | None) -> dict[str, Path]:
     folder = shipped_folder("recipes")
-    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    files = [path for path in folder.rglob("*.yaml") if kind is None or _read_kind(path) == kind]
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
     return {name: names[name] for name in sorted(names, key=lambda name: (_is_benchmark(name), name))}
+
+
+def _read_kind(path: Path) -> str:
+    """What a file is, by its first key; a broken one counts as a recipe, and is listed with its problem."""
+    other = _OTHER_KINDS.search(path.read_bytes())
+    return other[1].decode() if other else "recipe"
 
 
 def _is_benchmark(name: str) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from finetune.tasks.causal_lm import CausalLM
 from finetune.tasks.masked_lm import MaskedLM
+from finetune.tasks.multi_task import MultiTask
 from finetune.tasks.seq2seq import Seq2Seq
-from finetune.tasks.task import HeldOut, Judgement, Task
+from finetune.tasks.task import HeldOut, Judgement, Task, Trainable
 from finetune.tasks.text_classification import TextClassification
 
 TASKS: dict[str, type[Task]] = {
@@ -15,4 +19,24 @@ TASKS: dict[str, type[Task]] = {
     Seq2Seq.type: Seq2Seq,
 }
 
-__all__ = ["TASKS", "CausalLM", "HeldOut", "Judgement", "MaskedLM", "Seq2Seq", "Task", "TextClassification"]
+
+def load_task(config: Mapping[str, Any]) -> Task | MultiTask:
+    """The task, or the several on one base, whose `to_config` this was."""
+    if config["type"] == MultiTask.type:
+        return MultiTask.from_config(config)
+    return TASKS[config["type"]].from_config(config)
+
+
+__all__ = [
+    "TASKS",
+    "CausalLM",
+    "HeldOut",
+    "Judgement",
+    "MaskedLM",
+    "MultiTask",
+    "Seq2Seq",
+    "Task",
+    "TextClassification",
+    "Trainable",
+    "load_task",
+]

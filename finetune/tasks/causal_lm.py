@@ -103,7 +103,7 @@ class CausalLM:
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Mean over the tokens of each block, (B,)."""
-        logits = model(**list_inputs(batch)).logits
+        logits = _run(model, batch)
         return language.compute_mean_losses(logits, batch["labels"], batch, label_smoothing)
 
     def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
@@ -122,7 +122,7 @@ class CausalLM:
         """Likelihoods, (N, 4)."""
 
         def measure(batch: Batch, _rows: Indices) -> torch.Tensor:
-            return language.measure_tokens(model(**list_inputs(batch)).logits, batch["labels"])
+            return language.measure_tokens(_run(model, batch), batch["labels"])
 
         return language.compute_likelihoods(model, examples, pad_token_id, measure, share=share, advance=advance)
 
@@ -237,3 +237,9 @@ class CausalLM:
             {"input": prompt, "output": text, "reference": rest, "note": "", "continues": True}
             for prompt, text, rest in zip(prompts, written, rests, strict=True)
         ]
+
+
+def _run(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits of each token, (B, T, V), without those of virtual tokens in front of the rows."""
+    logits: torch.Tensor = model(**list_inputs(batch)).logits
+    return logits[:, -batch["labels"].shape[1] :]

@@ -1,4 +1,4 @@
-"""What a task is: a problem shape. The rest of the house talks to this protocol, so a new shape is one new file."""
+"""What a task is: a problem shape. The rest of the house talks to its protocols, so a new shape is one new file."""
 
 from __future__ import annotations
 
@@ -75,38 +75,12 @@ class Judgement:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Task(Protocol):
-    """A problem shape with all that the data settle, such as labels."""
+class Trainable(Protocol):
+    """What the loop trains: the model, its losses, its scores on validation."""
 
     type: ClassVar[str]
-    roles: ClassVar[tuple[str, ...]]
-    """The columns that training data must have."""
-    scored_by: ClassVar[str]
-    """What its metrics look at, a key of `evaluation.metrics.KINDS`."""
     peft_type: ClassVar[str]
     """PEFT's name for it."""
-    cuts_rows: ClassVar[bool]
-    """Whether what is beyond `max_length` is lost; then row i gives example i."""
-
-    @property
-    def labels(self) -> list[str] | None:
-        """Names of the classes in the order of the logits; None where there are none."""
-
-    @classmethod
-    def build(cls, section: TaskSection, card_labels: list[str] | dict[str, str] | None, rows: Sequence[Row]) -> Task:
-        """Settle what the recipe leaves to the data."""
-
-    def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
-        """Rows as the task reads them: texts cleaned, label codes replaced by class names."""
-
-    def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
-        """The base's tokenizer; learned from the train rows where the base is `scratch`."""
-
-    def bind(self, tokenizer: Any) -> Task:
-        """The task with what it needs to know of its tokenizer."""
-
-    def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
-        """Encode prepared rows, at most `max_length` tokens each."""
 
     def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
         """The model before training, in float32."""
@@ -145,11 +119,46 @@ class Task(Protocol):
     ) -> dict[str, float]:
         """Point values for validation while training: `loss`, then the named metrics."""
 
-    def judge(self, held_out: HeldOut) -> Judgement:
-        """Score validation and test, with baselines and intervals."""
-
     def to_config(self) -> dict[str, Any]:
         """What prediction needs beside the weights, as plain JSON."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Trainable:
+        """Inverse of `to_config`."""
+
+
+class Task(Trainable, Protocol):
+    """A problem shape with all that the data settle, such as labels: what is trained, and how its rows are read."""
+
+    roles: ClassVar[tuple[str, ...]]
+    """The columns that training data must have."""
+    scored_by: ClassVar[str]
+    """What its metrics look at, a key of `evaluation.metrics.KINDS`."""
+    cuts_rows: ClassVar[bool]
+    """Whether what is beyond `max_length` is lost; then row i gives example i."""
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Names of the classes in the order of the logits; None where there are none."""
+
+    @classmethod
+    def build(cls, section: TaskSection, card_labels: list[str] | dict[str, str] | None, rows: Sequence[Row]) -> Task:
+        """Settle what the recipe leaves to the data."""
+
+    def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Rows as the task reads them: texts cleaned, label codes replaced by class names."""
+
+    def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
+        """The base's tokenizer; learned from the train rows where the base is `scratch`."""
+
+    def bind(self, tokenizer: Any) -> Task:
+        """The task with what it needs to know of its tokenizer."""
+
+    def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
+        """Encode prepared rows, at most `max_length` tokens each."""
+
+    def judge(self, held_out: HeldOut) -> Judgement:
+        """Score validation and test, with baselines and intervals."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Task:

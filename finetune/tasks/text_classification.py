@@ -117,10 +117,11 @@ class TextClassification:
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Cross-entropy of each row, (B,)."""
-        logits = model(**list_inputs(batch)).logits
-        return nn.functional.cross_entropy(
-            logits.float(), batch["labels"], reduction="none", label_smoothing=label_smoothing
-        )
+        return self.compute_loss(model(**list_inputs(batch)).logits, batch["labels"], label_smoothing)
+
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        """Cross-entropy of each row, (B,), from its logits (B, K)."""
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
 
     def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
         """1 for every row, or the weight of its class: n / (K * count), or the root of that."""

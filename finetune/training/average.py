@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from finetune.training.rule import StepRule
+
 
 class WeightAverage:
     """Exponential moving average: average = d * average + (1 - d) * weights after each step.
@@ -20,11 +22,13 @@ class WeightAverage:
     Args:
         trained: name -> weight; the average starts from their values.
         decay: largest d in (0, 1); None keeps no average, and every method does nothing.
+        rule: what the average is held to once it is in the model.
     """
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], decay: float | None) -> None:
+    def __init__(self, trained: Mapping[str, nn.Parameter], decay: float | None, rule: StepRule | None = None) -> None:
         self._trained = trained
         self._decay = decay
+        self._rule = rule
         self.tensors = {} if decay is None else {name: weight.detach().clone() for name, weight in trained.items()}
 
     def update(self, step: int) -> None:
@@ -39,6 +43,7 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """Within the block the model holds the average."""
         self._swap()
+        self._constrain()
         try:
             yield
         finally:
@@ -49,6 +54,11 @@ class WeightAverage:
         """Put the average into the model for good."""
         for name, average in self.tensors.items():
             self._trained[name].copy_(average)
+        self._constrain()
+
+    def _constrain(self) -> None:
+        if self._rule is not None and self.tensors:
+            self._rule.constrain()
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,18 @@ from finetune.recipe.schema import EarlyStopSection, TrainSection
 from finetune.training.average import WeightAverage
 from finetune.training.optimizer import build_optimizer, compute_rate_factor, set_learning_rate
 from finetune.training.progress import TrainingProgress
+from finetune.training.rule import StepRule
 from finetune.training.session import LoopState, Session
 from finetune.training.signals import StopRequest
 
 NON_FINITE_LIMIT = 3
+
+GivesUp: TypeAlias = Callable[[float, Mapping[str, float]], bool]
+
+
+def never(share: float, metrics: Mapping[str, float]) -> bool:  # noqa: ARG001  (the signature of GivesUp)
+    """Train to the end."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,10 @@ class Problem:
         is_larger_better: metric name -> which way is up.
         head: names of the modules that start at random and take the head's learning rate.
         pad_token_id: the tokenizer's; None for a model that takes packed rows.
+        rate_factor: name of a weight -> its learning rate as a multiple of the recipe's.
+        rule: what is done to the weights after each step, if anything.
+        gives_up: (share of the steps done, validation metrics) -> whether to stop here, as a search does with a run
+            that will not be its best; must be the same in every process.
     """
 
     train: Examples
@@ -51,6 +63,9 @@ class Problem:
     head: Sequence[str]
     pad_token_id: int | None
     compute_outputs: Callable[..., npt.NDArray[np.floating[Any]]] = compute_logits
+    rate_factor: Callable[[str], float] = lambda _name: 1.0
+    rule: StepRule | None = None
+    gives_up: GivesUp = never
 
 
 @dataclass(frozen=True)
@@ -89,9 +104,11 @@ def fit(
     """
     accelerator = session.accelerator
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    replica, optimizer = accelerator.prepare(model, build_optimizer(trained, problem.head, section))
-    average = WeightAverage(trained, section.ema_decay)
-    state = session.restore(trained, optimizer, average) or LoopState(micro_steps=section.micro_steps)
+    replica, optimizer = accelerator.prepare(
+        model, build_optimizer(trained, problem.head, section, problem.rate_factor)
+    )
+    average = WeightAverage(trained, section.ema_decay, problem.rule)
+    state = session.restore(trained, optimizer, average, problem.rule) or LoopState(micro_steps=section.micro_steps)
     total = count_steps(problem.train, section)
     model.train()
 
@@ -113,8 +130,7 @@ def fit(
             )
             finite = math.isfinite(loss) and math.isfinite(norm)
             if finite:
-                optimizer.step()
-                average.update(step.number)
+                _update(optimizer, average, problem.rule, step.number)
             optimizer.zero_grad()
             state = replace(
                 state,
@@ -134,6 +150,9 @@ def fit(
                 with average.applied():
                     metrics = _evaluate(model, problem, session)
                 state = _record(state, metrics, problem, section.early_stop, halfway=step.number > total / 2)
+                state = replace(
+                    state, stopped_early=state.stopped_early or problem.gives_up(step.number / total, metrics)
+                )
                 session.log.write("evaluation", step=step.number, epoch=step.epoch, metrics=metrics)
                 accelerator.log({f"validation_{name}": value for name, value in metrics.items()}, step=step.number)
                 progress.show(step.number, metrics)
@@ -141,7 +160,7 @@ def fit(
                 session, stop.requested, time.monotonic() - session.saved_at > section.checkpoint_seconds
             )
             if step.evaluate or stopping or overdue:
-                session.save(trained, optimizer, average, state, section.keep_checkpoints)
+                session.save(trained, optimizer, average, state, section.keep_checkpoints, problem.rule)
             if stopping:
                 raise Interrupted(
                     f"stopped by {stop.signal_name or 'a signal'} after step {step.number} of {total}; saved."
@@ -150,6 +169,13 @@ def fit(
     average.keep()
     session.load_best(trained, state)
     return state
+
+
+def _update(optimizer: Any, average: WeightAverage, rule: StepRule | None, step: int) -> None:
+    optimizer.step()
+    if rule is not None:
+        rule.after_step(step)
+    average.update(step)
 
 
 def _record(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,7 +16,10 @@ HEAD_RATE_FACTOR = 3.0
 
 
 def build_optimizer(
-    trained: Mapping[str, nn.Parameter], head: Sequence[str], section: TrainSection
+    trained: Mapping[str, nn.Parameter],
+    head: Sequence[str],
+    section: TrainSection,
+    rate_factor: Callable[[str], float] = lambda _name: 1.0,
 ) -> torch.optim.AdamW:
     """Group weights by rate (head or not) and by decay (matrices only, not biases and norms).
 
@@ -24,11 +27,12 @@ def build_optimizer(
         trained: name -> weight.
         head: names of the head's modules.
         section: the recipe's `train`.
+        rate_factor: name of a weight beside the head -> its rate as a multiple of `learning_rate`.
     """
     head_rate = section.head_learning_rate or HEAD_RATE_FACTOR * section.learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        rate = head_rate if is_in_head(name, head) else section.learning_rate
+        rate = head_rate if is_in_head(name, head) else rate_factor(name) * section.learning_rate
         decay = section.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(

@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 from finetune import errors
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, Interrupted
 
 # Long enough for one process to check and encode a large data set while the others wait.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
@@ -79,11 +82,46 @@ def start_workers(module: str, arguments: Sequence[str], processes: int) -> int:
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     # A session of its own: a Ctrl-C in the terminal reaches the workers once, through us.
     launcher = subprocess.Popen([*command, "-m", module, *arguments], env=environment, start_new_session=True)
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with _passing_signals_to(launcher):
+        return launcher.wait()
+
+
+def run_command(arguments: Sequence[str]) -> tuple[int, str, str]:
+    """Run a `finetune` command in a process of its own, and wait; SIGTERM and Ctrl-C are passed on to it.
+
+    Returns:
+        Exit code, standard output, standard error. The code is `Interrupted.exit_code` whenever a signal was passed
+        on: the command may have been too young to answer for itself, or already done.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    with _passing_signals_to(process) as passed:
+        out, err = process.communicate()
+    return Interrupted.exit_code if passed else process.returncode, out, err
+
+
+@contextmanager
+def _passing_signals_to(process: subprocess.Popen[Any]) -> Iterator[list[int]]:
+    """Send a process the SIGTERM and SIGINT that reach this one; gives the list of those that were sent so far."""
+    passed: list[int] = []
+
+    def pass_on(received: int, _frame: FrameType | None) -> None:
+        passed.append(received)
+        process.send_signal(received)
+
+    # Python allows handlers in the main thread only.
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    former = {number: signal.getsignal(number) for number in numbers}
     try:
         for number in former:
-            signal.signal(number, lambda received, _frame: launcher.send_signal(received))
-        return launcher.wait()
+            signal.signal(number, pass_on)
+        yield passed
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -23,8 +23,10 @@ from finetune.training.checkpoint import has_checkpoint, load_checkpoint, prune_
 from finetune.training.events import EventLog
 from finetune.training.precision import choose_precision
 from finetune.training.processes import PROCESS_GROUP_TIMEOUT, is_cpu_only
+from finetune.training.rule import StepRule
 
 AVERAGE = "average"  # the checkpoint's file of averaged weights; empty without them
+RULE = "rule"  # the checkpoint's file of what a rule knows; only where there is one
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -73,7 +75,13 @@ class Session:
     saved_at: float = field(default_factory=time.monotonic)
 
     def save(
-        self, trained: Mapping[str, nn.Parameter], optimizer: Any, average: WeightAverage, state: LoopState, keep: int
+        self,
+        trained: Mapping[str, nn.Parameter],
+        optimizer: Any,
+        average: WeightAverage,
+        state: LoopState,
+        keep: int,
+        rule: StepRule | None = None,
     ) -> None:
         """Write a checkpoint from the main process; the others wait."""
         self.saved_at = time.monotonic()
@@ -83,11 +91,19 @@ class Session:
                 "optimizer": _export_moments(trained, optimizer),
                 AVERAGE: average.tensors,
             }
+            if rule is not None:
+                tensors[RULE] = rule.export_state()
             save_checkpoint(self.checkpoints, state.step, tensors, asdict(state))
             prune_checkpoints(self.checkpoints, keep, state.best_step)
         self.accelerator.wait_for_everyone()
 
-    def restore(self, trained: Mapping[str, nn.Parameter], optimizer: Any, average: WeightAverage) -> LoopState | None:
+    def restore(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        optimizer: Any,
+        average: WeightAverage,
+        rule: StepRule | None = None,
+    ) -> LoopState | None:
         """Load the newest checkpoint that verifies, in place; None where the run has none yet."""
         if not has_checkpoint(self.checkpoints):
             self.log.truncate_after_step(0)  # a crash before the first checkpoint: all steps are done again
@@ -98,6 +114,8 @@ class Session:
         load_weights(trained, checkpoint.tensors["model"])
         _import_moments(trained, optimizer, checkpoint.tensors["optimizer"])
         load_weights(average.tensors, checkpoint.tensors[AVERAGE])
+        if rule is not None:
+            rule.import_state(checkpoint.tensors[RULE])
         self.log.truncate_after_step(checkpoint.step)
         self.log.write("resumed", step=checkpoint.step)
         return LoopState(**checkpoint.state)

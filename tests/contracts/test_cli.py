@@ -21,19 +21,27 @@ from finetune import runner
 from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["run", "check", "resume", "evaluate", "predict", "generate", "recipes", "data", "schema", "doctor"]
+VERBS = [
+    *("run", "check", "resume", "evaluate", "predict", "generate", "compare", "sweep"),
+    *("recipes", "data", "adapters", "schema", "doctor"),
+]
 COMMANDS = [
     "run",
     "check",
     "resume",
     "evaluate",
+    "compare",
     "predict",
     "generate",
+    "sweep",
     "recipes list",
     "recipes show",
     "recipes copy",
     "data list",
     "data show",
+    "data audit",
+    "adapters list",
+    "adapters merge",
     "schema",
     "doctor",
 ]
@@ -251,8 +259,9 @@ def test_check_speaks_json(command, write_recipe, tmp_path):
     done = command("check", write_recipe(tmp_path), "--json", "--set", "train.epochs=3")
     assert done.code == 0
     plan = json.loads(done.out)
-    assert {name: split["rows"] for name, split in plan["splits"].items()} == {"train": 63, "validation": 9, "test": 18}
-    assert plan["labels"] == ["negative", "neutral", "positive"]
+    (task,) = plan["tasks"].values()
+    assert {name: split["rows"] for name, split in task["splits"].items()} == {"train": 63, "validation": 9, "test": 18}
+    assert task["labels"] == ["negative", "neutral", "positive"]
     assert 0 < plan["parameters"]["trained"] < plan["parameters"]["total"]
     assert plan["steps"] % 3 == 0
 

@@ -11,6 +11,8 @@ import torch
 from ruamel.yaml import YAML
 
 from finetune.recipe import list_recipes
+from finetune.recipe.adapter import ADAPTER_KEYS
+from finetune.recipe.comparison import list_comparisons
 from finetune.recipe.loading import recipe_json_schema
 from finetune.training import precision
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "words", ["recipes list", "recipes show sentiment", "data list", "data show banking77", "schema"]
+    "words", ["recipes list", "recipes show sentiment", "data list", "data show banking77", "adapters list", "schema"]
 )
 def test_what_only_shows_speaks_json(command, words):
     done = command(*words.split(), "--json")
@@ -28,8 +30,10 @@ def test_what_only_shows_speaks_json(command, words):
 
 def test_recipes_are_listed_shown_and_copied(command, tmp_path):
     listed = json.loads(command("recipes", "list", "--json").out)
-    assert {one["name"]: one["description"] for one in listed} == {r.name: r.description for r in list_recipes()}
-    assert all(one["description"] in re.sub(r"\s+", " ", command("recipes", "list").out) for one in listed[:1])
+    known = [("recipe", one) for one in list_recipes()] + [("comparison", one) for one in list_comparisons()]
+    assert listed == [{"name": one.name, "kind": kind, "description": one.description} for kind, one in known]
+    assert {"recipe", "comparison"} == {one["kind"] for one in listed}
+    assert all(one["name"] in command("recipes", "list").out for one in (listed[0], listed[-1]))
     source = (ROOT / "recipes" / "sentiment.yaml").read_text(encoding="utf-8")
     assert command("recipes", "show", "sentiment").out == source
     target = tmp_path / "new" / "mine.yaml"
@@ -44,6 +48,20 @@ def test_recipes_are_listed_shown_and_copied(command, tmp_path):
     assert json.loads(command("recipes", "copy", "sentiment", tmp_path, "--json").out) == {
         "path": str(tmp_path / "sentiment.yaml")
     }
+
+
+def test_methods_are_listed(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    listed = {method["method"]: method for method in json.loads(command("adapters", "list", "--json").out)}
+    assert set(listed) == set(ADAPTER_KEYS)
+    assert listed["vera"]["paper"] == "https://arxiv.org/abs/2310.11454"
+    assert listed["lora"]["keys"] == list(ADAPTER_KEYS["lora"])
+    assert [name for name, method in listed.items() if not method["merges"]] == ["prefix", "prompt", "p_tuning"]
+    text = command("adapters", "list").out
+    assert re.search(r"^lokr +arXiv:2309\.14859 +yes +A Kronecker product", text, re.M)
+    assert text.endswith(
+        "In a recipe: adapter: {method: lora, rank: 16}. A key that the method does not read is an error.\n"
+    )
 
 
 def test_cards_are_listed_and_shown(command, monkeypatch):

@@ -27,6 +27,7 @@ from finetune.data.splits import split_rows
 from finetune.evaluation.corpus_metrics import CORPUS_METRICS
 from finetune.evaluation.metrics import METRICS
 from finetune.recipe import Card, HubSource, Recipe, Section, TaskSection, load_recipe
+from finetune.recipe.comparison import Comparison
 from finetune.recipe.schema import SplitSection
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +158,8 @@ def describe_type(schema: dict[str, Any]) -> str:
     if schema.get("type") == "array":
         return f"list of {describe_type(schema['items'])}"
     if schema.get("type") == "object":
-        return f"mapping to {describe_type(schema['additionalProperties'])}"
+        inner = schema.get("additionalProperties") or next(iter(schema["patternProperties"].values()))
+        return "mapping" if inner is True else f"mapping to {describe_type(inner)}"
     limits = [(sign, schema[key]) for key, sign in BOUNDS.items() if key in schema]
     bounds = ", ".join(f"{sign} {limit if isinstance(limit, int) else f'{limit:g}'}" for sign, limit in limits)
     return f"{TYPES[schema['type']]} {bounds}".rstrip()
@@ -229,6 +231,7 @@ def build_metrics() -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "recipe": lambda: "".join(build_tables(Recipe, "The recipe")).rstrip() + "\n",
     "metrics": build_metrics,
+    "comparison": lambda: "".join(build_tables(Comparison, "The comparison")).rstrip() + "\n",
     "card": lambda: "".join(build_tables(Card, "The card")).rstrip() + "\n",
 }
 
@@ -312,7 +315,7 @@ def test_readme_recipe_is_a_recipe(tmp_path: Path) -> None:
     assert len(text.splitlines()) == 5
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
-    assert load_recipe(path).task.columns == {"text": "body", "label": "queue"}
+    assert next(iter(load_recipe(path).tasks.values())).columns == {"text": "body", "label": "queue"}
 
 
 def test_readme_names_the_files_of_every_catalog_card() -> None:
@@ -332,7 +335,7 @@ def test_the_row_that_architecture_follows_is_there() -> None:
     assert f'"{row.values["text"]}", labelled `{row.values["label"]}`' in text
     assert row.number == 6
     recipe = load_recipe(ROOT / "recipes" / "sentiment.yaml")
-    splits: dict[str, list[Row]] = split_rows(source.rows, recipe.task.split, seed=recipe.train.seed)
+    splits: dict[str, list[Row]] = split_rows(source.rows, recipe.tasks["sentiment"].split, seed=recipe.train.seed)
     assert row in splits["test"]
 
 
@@ -364,7 +367,7 @@ def test_tables_of_keys_are_up_to_date() -> None:
     assert rewrite(text) == text, "docs/recipes.md is out of date. Run: .venv/bin/python tests/contracts/test_docs.py"
 
 
-@pytest.mark.parametrize("section", [Recipe, TaskSection, SplitSection, Card, HubSource])
+@pytest.mark.parametrize("section", [Recipe, TaskSection, SplitSection, Comparison, Card, HubSource])
 def test_every_key_has_a_meaning(section: type[Section]) -> None:
     assert [name for name, field in section.model_fields.items() if not field.description] == []
 

@@ -91,7 +91,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """Stopped in the first epoch, and cut off after the head was fitted, before anything was saved."""
-    monkeypatch.setattr(runner, "assess", lambda *_arguments: {"gates": {}})
+    monkeypatch.setattr(runner, "assess", lambda *_arguments: {"tone": {"gates": {}}})
     overrides = [f"adapter.method={method}", "model.dropout=0.1", "train.epochs=2", "train.early_stop=null"]
     uninterrupted = finetune.run(recipe, overrides, runs=tmp_path, quiet=True)
     compute, calls = ContrastivePhase.compute_losses, 0
@@ -177,7 +177,7 @@ def test_names_of_classes_are_rows_of_train_alone(
         tasks={"tone": {"labels": labels, "class_names": "rows", "split": {"shots": 2}}},
         train={"max_steps": 1},
     )
-    monkeypatch.setattr(runner, "assess", lambda *_arguments: {"gates": {}})
+    monkeypatch.setattr(runner, "assess", lambda *_arguments: {"tone": {"gates": {}}})
     run = finetune.run(recipe, runs=tmp_path / "runs", quiet=True)
     ids = load_json(run.folder.data / "ids.json")
     assert ids["train"][-3:] == ["class:1", "class:2", "class:3"]

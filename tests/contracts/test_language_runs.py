@@ -98,9 +98,10 @@ def find_input(run: Run) -> Path:
 
 def read_test_texts(run: Run) -> list[str]:
     """The texts of the test split, by their ids."""
-    columns = load_recipe(run.folder.recipe).task.columns
+    columns = next(iter(load_recipe(run.folder.recipe).tasks.values())).columns
     texts = {row.id: row.values["text"] for row in load_rows(str(find_input(run)), columns, roles=("text",)).rows}
-    return [texts[i] for i in json.loads((run.folder.data / "ids.json").read_text())["test"]]
+    (ids,) = json.loads((run.folder.data / "ids.json").read_text()).values()
+    return [texts[i] for i in ids["test"]]
 
 
 def read_predictions(run: Run) -> dict[str, list[Any]]:

@@ -97,7 +97,8 @@ def save_run(kind: str, folder: Path, tiny_base: Path) -> str:
         base = BaseModel(str(tiny_base), tiny_base, "local folder")
         model = build_classifier(base, TEST["labels"], recipe.model, seed=1)
     save_model(model, tokenizer, folder / "model", {})
-    card = build_model_card(recipe, None, TEST, STATUS, LOCK)
+    (name,) = recipe.tasks
+    card = build_model_card(recipe, {name: None}, {name: TEST}, STATUS, LOCK)
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
 
 

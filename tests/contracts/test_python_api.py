@@ -44,7 +44,8 @@ def test_a_run_from_python(write_recipe, tmp_path, capfd):
 
 def test_check_from_python(write_recipe, tmp_path):
     plan = finetune.check(write_recipe(tmp_path), ["train.epochs=1"])
-    assert plan["splits"]["train"]["rows"] == 63
+    (task,) = plan["tasks"].values()
+    assert task["splits"]["train"]["rows"] == 63
     with pytest.raises(RecipeError, match=r"train\.epochs: must be at least 1, got 0"):
         finetune.check(write_recipe(tmp_path), ["train.epochs=0"])
 

@@ -127,7 +127,7 @@ def test_the_resolved_recipe_runs_to_the_same_scores(finished_run, monkeypatch, 
 
 def test_the_lock_names_what_a_repetition_needs(finished_run, tiny_base):
     lock = load(finished_run / "run.lock")
-    assert lock.keys() == {"python", "system", "cores", "versions", "seed", "precision", "base", "data"}
+    assert lock.keys() == {"python", "system", "cores", "versions", "seed", "precision", "base", "adapters", "data"}
     assert lock["base"]["origin"] == "local folder"
     assert (
         lock["base"]["sha256"] == run_folder.hashlib.sha256((tiny_base / "model.safetensors").read_bytes()).hexdigest()
@@ -136,8 +136,14 @@ def test_the_lock_names_what_a_repetition_needs(finished_run, tiny_base):
     assert re.fullmatch(r"[0-9a-f]{64}", lock["data"]["sha256"])
 
 
+def load_ids(run: Path) -> dict[str, list[str]]:
+    """Split -> ids of the run's only task."""
+    (ids,) = load(run / "data" / "ids.json").values()
+    return ids
+
+
 def test_ids_name_every_row_once(finished_run):
-    ids = load(finished_run / "data" / "ids.json")
+    ids = load_ids(finished_run)
     assert {split: len(rows) for split, rows in ids.items()} == {"train": 63, "validation": 9, "test": 18}
     assert sorted(row for rows in ids.values() for row in rows) == sorted(read_rows(finished_run))
 
@@ -194,7 +200,7 @@ def test_predictions_give_the_scores(finished_run):
     assert table.column_names == ["id", "text", "reference", "prediction", *(f"score_{label}" for label in LABELS)]
     rows, test = read_rows(finished_run), load(finished_run / "evaluation" / "test.json")
     ids, references, predictions = (table[name].to_pylist() for name in ("id", "reference", "prediction"))
-    assert ids == load(finished_run / "data" / "ids.json")["test"]
+    assert ids == load_ids(finished_run)["test"]
     assert [rows[i] for i in ids] == list(zip(table["text"].to_pylist(), references, strict=True))
     scores = np.stack([table[f"score_{label}"].to_numpy() for label in LABELS], axis=1)
     assert scores.sum(axis=1) == pytest.approx(1.0)
@@ -217,7 +223,7 @@ def test_every_opening_of_the_test_split_is_counted_and_shown(own_run):
 
 @pytest.mark.parametrize(("file", "name"), [("later.csv", "later"), ("test.csv", "other-test")])
 def test_another_set_leaves_the_test_split_closed_and_names_shared_rows(own_run, finished_run, tmp_path, file, name):
-    rows, ids = read_rows(finished_run), load(finished_run / "data" / "ids.json")
+    rows, ids = read_rows(finished_run), load_ids(finished_run)
     fresh = [(f"an entirely new headline number {i}", label) for i, label in enumerate(LABELS)]
     path = write_csv(tmp_path / file, [*fresh, rows[ids["train"][0]], rows[ids["train"][5]]])
     before = {key: (own_run / "evaluation" / key).read_bytes() for key in ("test.json", "validation.json")}

@@ -193,7 +193,7 @@ def test_an_adapter_on_a_class_without_linear_layers(refuse: Callable[..., None]
         "kind). Set model.architecture: triad, or adapter.method: full."
     )
     model = {"base": str(base), "architecture": "native"}
-    refuse(write("causal_lm", model=model, adapter={"method": "lora"}), 2, words)
+    refuse(write("causal_lm", model=model, adapter={"method": "loha"}), 2, words)
 
 
 # The rows

@@ -23,6 +23,7 @@ from finetune.models.triad import (
     TriadModel,
 )
 from finetune.models.triad.modeling_triad import (
+    FUSED_FROM,
     TriadAttention,
     TriadFeedForward,
     attend,
@@ -106,6 +107,38 @@ def test_attention_is_that_of_torch(key_heads: int, masked: bool, scaling: float
     expected = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
     check_close(found, expected.transpose(1, 2), 1e-6)
     check_close(weights.sum(-1), torch.ones(2, 4, 5))
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("masked", [False, True])
+@torch.enable_grad()
+def test_long_rows_are_the_same_products(key_heads: int, masked: bool) -> None:
+    """Through the fused kernel, which gives no weights; through the products where the weights are asked for."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, FUSED_FROM, 8, requires_grad=True) for heads in (4, key_heads, key_heads)]
+    mask = torch.randn(2, 1, FUSED_FROM, FUSED_FROM) if masked else None
+    found, none = attend(nn.Identity(), *inputs, mask, scaling=0.3)
+    expected, weights = attend(nn.Identity(), *inputs, mask, scaling=0.3, output_attentions=True)
+    assert none is None
+    assert weights is not None
+    check_close(found, expected, 1e-5)
+    upstream = torch.randn_like(found)
+    pairs = (torch.autograd.grad(states, inputs, upstream) for states in (found, expected))
+    for ours, theirs in zip(*pairs, strict=True):
+        check_close(ours, theirs, 1e-5)
+    short = [states[:, :, : FUSED_FROM - 1] for states in inputs]
+    assert attend(nn.Identity(), *short, None)[1] is not None
+
+
+def test_long_rows_drop_weights_in_training_only() -> None:
+    torch.manual_seed(0)
+    states = torch.randn(1, 1, FUSED_FROM, 4)
+    module = nn.Identity()
+    kept, dropped = (
+        attend(mode, states, states, states, None, dropout=0.9)[0] for mode in (module.eval(), nn.Identity())
+    )
+    check_close(kept, attend(module.eval(), states, states, states, None)[0])
+    assert not torch.allclose(kept, dropped)
 
 
 def test_attention_drops_weights_in_training_only() -> None:

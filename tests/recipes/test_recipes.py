@@ -10,15 +10,17 @@ import pytest
 from finetune.data.catalog import card_names, list_cards, load_card
 from finetune.data.cleaning import normalize_for_duplicates
 from finetune.data.sources import load_rows
-from finetune.recipe import list_recipes, load_recipe, shipped_folder
+from finetune.recipe import AdapterSection, list_recipes, load_recipe, shipped_folder
+from finetune.recipe.comparison import list_comparisons, load_comparison
 from finetune.runner import check
 
 RECIPES = list_recipes()
+COMPARISONS = list_comparisons()
 names = pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.name for recipe in RECIPES])
 
 
 def test_recipes_are_found():
-    assert {recipe.name for recipe in RECIPES} == {
+    assert {recipe.name for recipe in [*RECIPES, *COMPARISONS]} == {
         path.relative_to(shipped_folder("recipes")).with_suffix("").as_posix()
         for path in shipped_folder("recipes").rglob("*.yaml")
     }
@@ -35,15 +37,34 @@ def test_a_recipe_is_short_and_says_what_it_is_for(recipe):
     assert max(map(len, lines)) <= 140
 
 
+@pytest.mark.parametrize("one", COMPARISONS, ids=lambda one: one.name)
+def test_a_comparison_says_what_it_is_for(one):
+    assert one.problem is None
+    assert 10 < len(one.description) <= 110
+    lines = one.path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    assert max(map(len, lines)) <= 140
+
+
+@pytest.mark.skipif("dora" not in AdapterSection.model_fields, reason="the adapters that they compare are not there")
+@pytest.mark.parametrize("one", COMPARISONS, ids=lambda one: one.name)
+def test_a_comparison_gives_each_candidate_the_same_number_of_rates(one):
+    loaded = load_comparison(one.path)
+    assert loaded.section.name == one.path.stem
+    assert {len(loaded.section.list_rates(name)) for name in loaded.section.candidates} == {3}
+    assert loaded.section.reference == "full"
+
+
 @names
 def test_a_recipe_names_data_that_has_a_card(recipe):
     loaded = load_recipe(recipe.path)
-    card = load_card(loaded.task.data)
-    assert set(loaded.task.columns.values()) <= set(card.columns)
-    if isinstance(loaded.task.labels, list) and isinstance(card.labels, list):
-        assert sorted(loaded.task.labels) == sorted(card.labels)
+    cards = {name: load_card(task.data) for name, task in loaded.tasks.items()}
+    for name, task in loaded.tasks.items():
+        assert set(task.columns.values()) <= set(cards[name].columns)
+        if isinstance(task.labels, list) and isinstance(cards[name].labels, list):
+            assert sorted(task.labels) == sorted(cards[name].labels)
     for column in loaded.evaluate.slices:
-        assert column == "length" or column in card.columns
+        assert column == "length" or any(column in card.columns for card in cards.values())
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if not recipe.benchmark], ids=lambda one: one.name)
@@ -57,9 +78,10 @@ def test_a_recipe_trains_with_the_defaults_where_it_can(recipe):
 
 def test_the_sentiment_recipe_passes_check():
     plan = check("sentiment")
-    assert plan["data"] == "folder data/samples/financial_headlines"
-    assert plan["labels"] == ["negative", "neutral", "positive"]
-    assert {name: split["rows"] for name, split in plan["splits"].items()} == {
+    task = plan["tasks"]["sentiment"]
+    assert task["data"] == "folder data/samples/financial_headlines"
+    assert task["labels"] == ["negative", "neutral", "positive"]
+    assert {name: split["rows"] for name, split in task["splits"].items()} == {
         "train": 560,
         "validation": 80,
         "test": 160,
@@ -72,7 +94,7 @@ def test_the_sentiment_recipe_passes_check():
 def test_a_recipe_on_a_sample_set_passes_check(recipe):
     plan = check(recipe.path)
     assert [finding for finding in plan["findings"] if finding["severity"] == "error"] == []
-    assert min(split["rows"] for split in plan["splits"].values()) >= 30
+    assert min(split["rows"] for task in plan["tasks"].values() for split in task["splits"].values()) >= 30
     assert plan["steps"] < 3000
 
 

@@ -25,7 +25,6 @@ from transformers import (
 from finetune.adapters.attach import (
     attach_adapter,
     count_parameters,
-    find_targets,
     list_trained,
     load_adapter,
     merge_adapter,
@@ -33,6 +32,7 @@ from finetune.adapters.attach import (
     read_adapter_base,
 )
 from finetune.adapters.fast_lora import restore_lora
+from finetune.adapters.targets import find_targets
 from finetune.data.batches import Examples
 from finetune.errors import ModelError, RecipeError
 from finetune.models.base import BaseModel

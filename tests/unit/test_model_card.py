@@ -55,7 +55,7 @@ def write_card(kind: str, data: Card | None = None, **recipe: Any) -> ModelCard:
     if kind == "text_classification":
         test |= {"labels": ["bad", "good"], "temperature": 1.31}
     values = {"recipe": 1, "name": "card", "tasks": {"only": {"type": kind, "data": "rows.csv"}}} | recipe
-    return ModelCard(build_model_card(Recipe.model_validate(values), data, test, STATUS, LOCK))
+    return ModelCard(build_model_card(Recipe.model_validate(values), {"only": data}, {"only": test}, STATUS, LOCK))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,16 @@ from finetune import errors
 from finetune.artifact.run_folder import find_run, load_json
 from finetune.errors import DataError, FinetuneError, Interrupted
 from finetune.runner import resume
+from finetune.training import processes
 from finetune.training.events import load_events
-from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
+from finetune.training.processes import (
+    agree_on,
+    is_main_process,
+    rebuild_error,
+    run_command,
+    start_workers,
+    world_size,
+)
 
 TOLERANCE = 1e-5
 # Each of two processes writes what it was told; the second one then fails.
@@ -83,6 +91,37 @@ def test_two_processes_hear_the_same(tmp_path, monkeypatch):
     assert other["said"] == ["runs/a", refused, ["FinetuneError", "the main process failed: 'lost'"], "runs/b"]
     assert (main["asked"], other["asked"]) == ([1], [])
     assert main["of"] == other["of"] == 2
+
+
+def test_a_command_runs_in_a_process_of_its_own():
+    code, out, err = run_command(["recipes", "list", "--json"])
+    assert (code, err) == (0, "")
+    assert json.loads(out)[0]["name"]
+    code, out, err = run_command(["recipes", "show", "nowhere"])
+    assert (code, out) == (2, "")
+    assert err.startswith("finetune: nowhere: must be a file or the name of a shipped recipe.")
+
+
+@pytest.mark.parametrize("received", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_a_signal_reaches_the_command_and_is_not_forgotten(monkeypatch, tmp_path, received, ends_well):
+    """Whatever the command makes of it, its caller hears that it is to stop; then the former handlers are back."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        f"signal.signal({int(received)}, lambda *_: sys.exit({0 if ends_well else 75}))\n"
+        "os.kill(os.getppid(), int(sys.argv[-1]))\n"
+        "while True: signal.pause()\n"
+    )
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        processes.subprocess,
+        "Popen",
+        lambda _command, **options: start([sys.executable, str(script), str(int(received))], **options),
+    )
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert run_command(["run"])[0] == Interrupted.exit_code
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def load_weights(run: Path) -> dict[str, torch.Tensor]:

@@ -46,8 +46,8 @@ def _write(path: Path, text: str) -> Path:
 
 def test_a_recipe_is_read_and_defaults_are_filled_in(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.task_name == "sentiment"
-    assert recipe.task.data == "headlines"
+    assert list(recipe.tasks) == ["sentiment"]
+    assert recipe.tasks["sentiment"].data == "headlines"
     assert recipe.train.epochs == 3
     assert recipe.train.early_stop is None
     assert recipe.adapter.method == "lora"
@@ -187,8 +187,8 @@ def test_overrides_change_values_and_make_sections(path: Path) -> None:
     assert recipe.adapter.rank == 4
     assert recipe.evaluate.metrics == ["macro_f1"]
     assert recipe.evaluate.gates == {"macro_f1": ">= 0.8"}
-    assert recipe.task.data == "./my data.csv"
-    assert recipe.task.labels == {"0": "bad", "1": "good"}
+    assert recipe.tasks["sentiment"].data == "./my data.csv"
+    assert recipe.tasks["sentiment"].labels == {"0": "bad", "1": "good"}
     assert recipe.description == "no"
 
 
@@ -201,7 +201,7 @@ def test_an_override_fills_a_section_that_is_null(path: Path) -> None:
 
 def test_a_task_with_dots_in_its_name_can_be_overridden(path: Path) -> None:
     _write(path, RECIPE.replace("  sentiment:", "  v1.0:"))
-    assert load_recipe(path, ["tasks.v1.0.data=x.csv"]).task.data == "x.csv"
+    assert load_recipe(path, ["tasks.v1.0.data=x.csv"]).tasks["v1.0"].data == "x.csv"
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,34 @@ def test_problems_of_overrides_are_shown_as_set(path: Path, override: str, sente
     assert any(problem.startswith(sentence) for _, problem in places)
 
 
-def test_a_second_task_is_refused(path: Path) -> None:
-    override = "tasks.other={type: text_classification, data: x}"
-    assert _message(path, override) == "x.yaml: 1 problem\n  line 4  tasks: must have at most 1 entry, got 2."
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["tasks.other={type: causal_lm, data: x}", "evaluate.calibrate=none"],
+            "tasks.other.type: must be text_classification where a recipe has several tasks, got causal_lm. Give it a "
+            "recipe of its own.",
+        ),
+        (
+            ["tasks.other={type: text_classification, data: x}", "model.architecture=native"],
+            "model.architecture: must be triad for several tasks, got native: Hugging Face's own classes have one "
+            "head.",
+        ),
+        (
+            ["tasks.other={type: text_classification, data: x}", "evaluate.gates={ohter.accuracy: '> 0.5'}"],
+            "evaluate.gates.ohter.accuracy: must begin with a task of this recipe (sentiment, other) and a dot.",
+        ),
+    ],
+)
+def test_what_several_tasks_cannot_share_is_refused(path: Path, overrides: list[str], problem: str) -> None:
+    assert problem in _message(path, *overrides)
+
+
+def test_a_gate_is_for_every_task_or_for_one(path: Path) -> None:
+    gates = "evaluate.gates={accuracy: '> 0.5', other.macro_f1: '> 0.4'}"
+    recipe = load_recipe(path, ["tasks.other={type: text_classification, data: x}", gates])
+    assert recipe.evaluate_for("sentiment").gates == {"accuracy": "> 0.5"}
+    assert recipe.evaluate_for("other").gates == {"accuracy": "> 0.5", "macro_f1": "> 0.4"}
 
 
 def test_a_value_in_the_file_that_an_override_replaces_is_not_a_problem(path: Path) -> None:

@@ -10,9 +10,12 @@ from pydantic import ValidationError
 
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe, Section, load_recipe
+from finetune.recipe.adapter import ADAPTER_KEYS
 from finetune.recipe.messages import Problem, explain, format_path, format_problems, show, suggest
 
 TASK = "tasks: {s: {type: text_classification, data: d, %s}}"
+
+METHODS = ", ".join(ADAPTER_KEYS)
 
 CASES: list[tuple[str, str]] = [
     # versions
@@ -52,9 +55,9 @@ CASES: list[tuple[str, str]] = [
     ("hub: {private: 'off'}", "hub.private: must be true or false, got 'off'. Write false."),
     ("hub: {private: 1}", "hub.private: must be true or false, got 1."),
     # choices
-    ("adapter: {method: lor}", "adapter.method: must be one of full, lora, got 'lor'. Did you mean 'lora'?"),
-    ("adapter: {method: LoRA}", "adapter.method: must be one of full, lora, got 'LoRA'. Did you mean 'lora'?"),
-    ("adapter: {method: x}", "adapter.method: must be one of full, lora, got 'x'."),
+    ("adapter: {method: lor}", f"adapter.method: must be one of {METHODS}, got 'lor'. Did you mean 'lora'?"),
+    ("adapter: {method: LoRA}", f"adapter.method: must be one of {METHODS}, got 'LoRA'. Did you mean 'lora'?"),
+    ("adapter: {method: x}", f"adapter.method: must be one of {METHODS}, got 'x'."),
     ("model: {architecture: bert}", "model.architecture: must be one of triad, native, got 'bert'."),
     (
         "train: {trackers: [wand]}",
@@ -63,7 +66,7 @@ CASES: list[tuple[str, str]] = [
     # shapes
     (
         "model: null",
-        "model: must be a section with the keys base, scratch, architecture, max_length, pooling, dropout, got ",
+        "model: must be a section with the keys base, adapters, scratch, architecture, quantize, max_length, pooling, ",
     ),
     ("train: [1]", "train: must be a section with the keys epochs, "),
     ("evaluate: {metrics: macro_f1}", "evaluate.metrics: must be a list, got 'macro_f1'. Write [macro_f1]."),

@@ -10,6 +10,7 @@ import pytest
 
 from finetune.errors import RecipeError
 from finetune.recipe import find_recipe, list_recipes, load_recipe, shipped, shipped_folder
+from finetune.recipe.comparison import list_comparisons
 
 RECIPES = list_recipes()
 
@@ -64,6 +65,21 @@ def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     mine = Path("mine.yaml")
     mine.touch()
     assert find_recipe(mine) == mine
+
+
+def test_comparisons_lie_among_the_recipes_and_are_listed_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {comparison.name for comparison in list_comparisons()}
+    assert names == {"benchmarks/adapters", "benchmarks/adapters_full"}
+    assert names.isdisjoint(recipe.name for recipe in list_recipes())
+    assert find_recipe("benchmarks/adapters") == shipped_folder("recipes") / "benchmarks" / "adapters.yaml"
+    (tmp_path / "a.yaml").write_text("# compare: 1\n\nrecipe: 1\ncompare: 1\n", encoding="utf-8")
+    (tmp_path / "b.yaml").write_text("# two\n\n# lines\ncompare: 1\nrecipe: x\n", encoding="utf-8")
+    monkeypatch.setattr(shipped, "shipped_folder", lambda _: tmp_path)
+    assert [recipe.name for recipe in list_recipes()] == ["a"]
+    assert [(one.name, one.description) for one in list_comparisons()] == [("b", "")]
+    assert "b.yaml: 3 problems" in str(list_comparisons()[0].problem)
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:

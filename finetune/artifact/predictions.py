@@ -1,0 +1,102 @@
+"""What a run said about each row of its test split, and its metrics on resamples of those rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+
+from finetune.artifact.run_folder import RunFolder, load_json
+from finetune.errors import UsageError
+from finetune.evaluation.corpus_metrics import CORPUS_METRICS, LIKELIHOOD_WIDTH, Floats, compute_text_statistics
+from finetune.evaluation.corpus_scoring import compute_corpus_estimates
+from finetune.evaluation.intervals import Estimate, compute_estimates
+from finetune.evaluation.metrics import METRICS
+
+SCORE = "score_"
+"""What stands before a class in the name of the column with its scores."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The test rows of a finished run, in the order of their keys, and what the run said about them."""
+
+    run: RunFolder
+    test: Mapping[str, Any]
+    """The content of evaluation/test.json."""
+    columns: Mapping[str, Sequence[Any]]
+
+    @property
+    def keys(self) -> list[tuple[Any, ...]]:
+        """What makes a row the same in two runs: its id and its truth; text and tokens where the model is scored by
+        token, whose rows have no id."""
+        names = ("id", "reference") if "id" in self.columns else ("text", "tokens")
+        return list(zip(*(self.columns[name] for name in names), strict=True))
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of the run that can be computed again from its predictions, the headline first."""
+        return [name for name in self.test["metrics"] if self._can_compute(name)]
+
+    def compute_estimates(self, names: Sequence[str], *, resamples: int, seed: int) -> dict[str, Estimate]:
+        """Value and resampled values of each metric; equal seeds and rows give equal resamples for every run."""
+        if self._is_classifier:
+            labels = list(self.test["labels"])
+            index = {label: i for i, label in enumerate(labels)}
+            references = np.array([index[label] for label in self.columns["reference"]], dtype=np.int64)
+            scores = np.column_stack([self.columns[f"{SCORE}{label}"] for label in labels]).astype(np.float64)
+            return compute_estimates(references, scores, names, resamples=resamples, seed=seed)
+        tables = {name: self._build_table(name) for name in names}
+        return compute_corpus_estimates(tables, resamples=resamples, seed=seed)
+
+    @property
+    def _is_classifier(self) -> bool:
+        return "labels" in self.test
+
+    def _can_compute(self, name: str) -> bool:
+        if self._is_classifier:
+            return name in METRICS
+        metric = CORPUS_METRICS.get(name)
+        # The file holds no bytes of the rows.
+        has = "prediction" if metric and metric.needs == "texts" else "nats"
+        return metric is not None and has in self.columns and name != "bits_per_byte"
+
+    def _build_table(self, name: str) -> Floats:
+        """Statistics of each row for a metric of a language task, (N, S)."""
+        if CORPUS_METRICS[name].needs == "texts":
+            return compute_text_statistics(name, self.columns["prediction"], self.columns["reference"])
+        table = np.zeros((len(self.columns["nats"]), LIKELIHOOD_WIDTH))
+        for place, column in enumerate(("nats", "tokens", "right")):
+            table[:, place] = self.columns[column]
+        return table
+
+
+def load_predictions(run: RunFolder, task: str | None = None) -> Predictions:
+    """Read what a finished run said about its test split, rows in the order of their ids.
+
+    Args:
+        run: its folder.
+        task: whose test split; needed where the run has several tasks.
+
+    Raises:
+        UsageError: the run has no predictions, no such task, or several and none was named.
+    """
+    places = run.evaluations()
+    if task is None and len(places) > 1:
+        raise UsageError(f"{run.path}: must come with one of its tasks, {', '.join(places)}. Write RUN:TASK.")
+    if task is not None and task not in places:
+        raise UsageError(f"{run.path}: must have the task, {', '.join(places)}, got {task!r}.")
+    place = places[task] if task else run.evaluation
+    path = place / "predictions.parquet"
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: must be the predictions of a finished run, got {error}.") from error
+    columns = table.to_pydict()
+    if "id" in columns:  # two runs may have split the rows in another order
+        order = sorted(range(table.num_rows), key=lambda row: columns["id"][row])
+        columns = {name: [values[row] for row in order] for name, values in columns.items()}
+    return Predictions(run, load_json(place / "test.json"), columns)

@@ -1,0 +1,108 @@
+"""A saved model before its weights are read: what its folder says of itself, and whether several stand on one base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.adapters.attach import read_adapter_base
+from finetune.artifact.run_folder import find_run, load_json
+from finetune.artifact.save import FORMAT, SETTINGS
+from finetune.errors import ModelError, UsageError
+from finetune.models.base import BaseModel, resolve_base
+from finetune.recipe.files import compute_sha256
+from finetune.tasks import MultiTask, Task, load_task
+
+# What two models on one base may differ in: their classes, and what says where and how they were made.
+OWN_SETTINGS = {
+    *("id2label", "label2id", "num_labels", "problem_type"),
+    *("_name_or_path", "transformers_version", "dtype", "auto_map"),
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A `model/` folder whose files are as they were saved.
+
+    Args:
+        folder: where it lies.
+        settings: the content of finetune.json.
+        task: what it was trained for.
+        base: the reference of the base that its adapter needs; None for whole weights.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    task: Task | MultiTask
+    base: str | None
+
+
+def open_saved(reference: str | Path) -> Saved:
+    """Find a run's `model/` (`runs/name`, its latest finished one), or take such a folder, and check its files.
+
+    Raises:
+        UsageError: no such run, or a folder of a newer toolkit.
+        ModelError: a damaged folder.
+    """
+    folder = Path(reference)
+    if not (folder / SETTINGS).exists():
+        folder = find_run(reference).model
+    settings = load_json(folder / SETTINGS)
+    if settings.get("format") != FORMAT:
+        raise UsageError(
+            f"{folder}: must be in format {FORMAT}, got {settings.get('format')}. "
+            "Update the toolkit: pip install -U finetune-toolkit"
+        )
+    _check_files(folder, settings.get("files", {}))
+    return Saved(folder, settings, load_task(settings["task"]), read_adapter_base(folder))
+
+
+def resolve_shared_base(saved: Mapping[str, Saved]) -> BaseModel:
+    """The one base that all of several adapters were trained on.
+
+    Args:
+        saved: how messages call each -> adapter.
+
+    Raises:
+        UsageError: one was tuned whole, or two differ in base or architecture.
+        ModelError: the base is not at hand.
+    """
+    bases: dict[str, BaseModel] = {}
+    for name, one in saved.items():
+        if one.base is None:
+            raise UsageError(
+                f"{name}: must be an adapter on a base, got a model whose every weight was tuned. "
+                "Load it alone, or train it anew with adapter: {method: lora}."
+            )
+        bases.setdefault(one.base, resolve_base(one.base))
+    # One base may have two names: its id, and the folder where it lies.
+    if len(bases) > 1 and len({base.compute_fingerprint() for base in bases.values()}) > 1:
+        listed = ", ".join(f"{name} on {one.base}" for name, one in saved.items())
+        raise UsageError(f"adapters: must stand on one base, got {listed}. Load each base's adapters by themselves.")
+    _check_architectures({name: load_json(one.folder / "config.json") for name, one in saved.items()})
+    return next(iter(bases.values()))
+
+
+def _check_architectures(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    (first, expected), *others = configs.items()
+    for name, config in others:
+        for key in ["model_type", *sorted({*expected, *config})]:
+            if expected.get(key) != config.get(key) and key not in OWN_SETTINGS and "drop" not in key:
+                raise UsageError(
+                    f"adapters: must share one architecture to share a base, got {key} {expected.get(key)!r} in "
+                    f"{first} and {config.get(key)!r} in {name}. Train both with the same model section."
+                )
+
+
+def _check_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Compare each file with its sha256 from the time it was saved."""
+    for name, sha256 in files.items():
+        path = folder / name
+        found = compute_sha256(path) if path.is_file() else "no file"
+        if found != sha256:
+            raise ModelError(
+                f"{path}: must be as it was saved (sha256 {sha256[:12]}), got {found[:12]}. Get the folder again; "
+                f"if you changed it on purpose, take its line out of `files` in {SETTINGS}."
+            )

@@ -1,0 +1,98 @@
+"""One base with several heads, each for the labels of one task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.errors import RecipeError
+from finetune.models.base import BaseModel, load_config
+from finetune.models.classifier import ModelClass, load_weights, set_dropout, settle_pooling
+from finetune.recipe.schema import ModelSection
+
+SEVERAL_HEADS = ModelClass("TriadForMultiTask", "", "a model with several heads")
+
+
+class OneHead(nn.Module):
+    """A model with several heads as that of one of its tasks: `logits` are (B, K) of that head.
+
+    Args:
+        model: with several heads, perhaps inside of a `PeftModel`.
+        task: which head answers.
+    """
+
+    def __init__(self, model: nn.Module, task: str) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def layer(self) -> str:
+        """Name of the head's linear layer."""
+        return f"model.classifiers.{self.task}"
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        """The model's answer for the task."""
+        return self.model(**inputs, task=self.task)
+
+
+def build_several_heads(
+    base: BaseModel, labels: Mapping[str, Sequence[str]], section: ModelSection, *, seed: int
+) -> nn.Module:
+    """Load the base with a new head for each task.
+
+    Args:
+        base: where the weights lie.
+        labels: task -> class names in the order of its logits.
+        section: the recipe's `model`.
+        seed: seeds the new heads' weights.
+
+    Returns:
+        A model in float32 whose forward returns `logits`: task -> (B, K).
+    """
+    torch.manual_seed(seed)
+    return load_weights(base.folder, _build_config(base, labels, section), SEVERAL_HEADS)
+
+
+def build_several_heads_shape(base: BaseModel, labels: Mapping[str, Sequence[str]], section: ModelSection) -> nn.Module:
+    """The model of `build_several_heads` on the meta device: shapes without weights, for `finetune check`.
+
+    Raises:
+        RecipeError: a task whose name no head can have.
+    """
+    from finetune.models.triad import TriadForMultiTask
+
+    config = _build_config(base, labels, section)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = TriadForMultiTask(config)
+    except ValueError as error:
+        raise RecipeError(f"tasks: must have names that heads can have; {error}") from error
+    return model
+
+
+def load_several_heads(folder: Path, base: BaseModel | None) -> nn.Module:
+    """A model that was saved whole; with `base`, that base in the shape that the folder's adapter needs."""
+    config = load_config(BaseModel(str(folder), folder, "saved model"))
+    return load_weights(base.folder if base else folder, config, SEVERAL_HEADS)
+
+
+def _build_config(base: BaseModel, labels: Mapping[str, Sequence[str]], section: ModelSection) -> Any:
+    from finetune.models.triad.conversion import convert_config
+
+    config: Any = convert_config(load_config(base))
+    config.heads = {
+        name: {"type": "sequence_classification", "num_labels": len(names), "labels": list(names)}
+        for name, names in labels.items()
+    }
+    settle_pooling(config, base, section.pooling)
+    set_dropout(config, section.dropout)
+    return config
