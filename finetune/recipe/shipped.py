@@ -11,7 +11,6 @@ from finetune.errors import RecipeError
 from finetune.recipe.loading import load_recipe
 from finetune.recipe.messages import suggest
 
-
 Kind = Literal["recipe", "sweep", "compare"]
 """What a file below `recipes/` is; the key that holds its schema version."""
 
