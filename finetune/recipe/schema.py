@@ -358,6 +358,11 @@ class Recipe(Section):
                 "model.adapters: must be left out when adapter.method is full, got "
                 f"{len(self.model.adapters)}: nothing would take their place."
             )
+        if self.adapter.method == "head" and types != {"text_classification"}:
+            problems.append(
+                f"adapter.method: must change the base for {min(types - {'text_classification'})}, got 'head': the task "
+                "has no head of its own."
+            )
         if "masked_lm" in types and self.adapter.method != "full":
             problems.append(
                 f"adapter.method: must be full for masked_lm, got {self.adapter.method!r}: what it trains becomes the "

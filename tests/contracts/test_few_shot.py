@@ -179,7 +179,7 @@ def test_names_of_classes_are_rows_of_train_alone(
     )
     monkeypatch.setattr(runner, "assess", lambda *_arguments: {"tone": {"gates": {}}})
     run = finetune.run(recipe, runs=tmp_path / "runs", quiet=True)
-    ids = load_json(run.folder.data / "ids.json")
+    ids = load_json(run.folder.data / "ids.json")["tone"]
     assert ids["train"][-3:] == ["class:1", "class:2", "class:3"]
     assert {name: len(rows) for name, rows in ids.items()} == {"train": 9, "validation": 6, "test": 18}
     examples = Examples.load(run.folder.examples("train"))

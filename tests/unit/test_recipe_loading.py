@@ -288,3 +288,9 @@ def test_the_json_schema_describes_every_key_and_refuses_others() -> None:
     ]
     assert undescribed == []
     assert schema["required"] == ["recipe", "name", "tasks"]
+
+
+def test_the_head_alone_needs_a_task_with_one(path: Path) -> None:
+    overrides = ["tasks.sentiment.type=causal_lm", "adapter={method: head}"]
+    problem = "adapter.method: must change the base for causal_lm, got 'head': the task has no head of its own."
+    assert problem in _message(path, *overrides)
