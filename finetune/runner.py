@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from finetune.adapters.attach import (
     ParameterCount,
@@ -37,7 +40,7 @@ from finetune.artifact.run_folder import (
 )
 from finetune.artifact.save import save_model
 from finetune.artifact.starting import check_adapters, compute_fingerprints, settle_adapters, start_from_adapters
-from finetune.data.batches import Examples
+from finetune.data.batches import Batch, Examples
 from finetune.data.checks import findings_to_json
 from finetune.errors import DataError, GateError, Interrupted, ResourceError, UsageError
 from finetune.evaluation.gates import raise_on_failed_gates
@@ -49,7 +52,8 @@ from finetune.models.quantization import check_quantization, quantize_layers
 from finetune.recipe import dump_recipe, find_recipe, load_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
-from finetune.tasks import TASKS, load_task
+from finetune.tasks import TASKS, MultiTask, Task, load_task
+from finetune.tasks.contrastive import ContrastivePhase, check_rows_per_class
 from finetune.tasks.preparation import Prepared, prepare
 from finetune.training.checkpoint import has_checkpoint, prune_checkpoints
 from finetune.training.events import load_events
@@ -61,6 +65,7 @@ from finetune.training.session import build_session
 
 # A base at hand, and rows that passed every check.
 Ready = tuple[BaseModel, Prepared]
+Losses = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -272,37 +277,23 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
     recipe = load_recipe(folder.recipe)
     lock = load_json(folder.lock)
     task = load_task(load_json(folder.data / "task.json"))
-    base = resolve_base(recipe.model.base)
-    tokenizer = _load_tokenizer(folder) or load_tokenizer(base)
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
-    model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
+    model, new, tokenizer = _build_model(folder, recipe, task, train_rows, quiet)
     pad_token_id = get_padding(model, tokenizer)
-    is_fresh = not has_checkpoint(folder.checkpoints)
-    if is_fresh:
-        task.start(model, train_rows, pad_token_id)
-    new, head = task.list_modules(model)
-    if recipe.model.quantize != "none":
-        quantize_layers(model, find_targets(model, "all-linear", head), recipe.model.quantize)
-    new = [] if base.reference == SCRATCH.reference else new  # all is new: no part needs a rate of its own
-    steps = count_steps(train_rows, recipe.train)
-    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type, steps)
-    pad_token_id = get_padding(model, tokenizer)
-    if is_fresh:
-        start_adapter(
-            model, recipe.adapter, train_rows, pad_token_id, partial(task.compute_losses, label_smoothing=0.0)
-        )
-    if is_fresh and recipe.model.adapters:
-        _narrate(quiet, start_from_adapters(model, recipe.model.adapters, head, task, train_rows, pad_token_id))
+    compute_losses: Losses = partial(task.compute_losses, label_smoothing=recipe.train.label_smoothing)
+    phase = ContrastivePhase(model, train_rows, pad_token_id) if recipe.train.few_shot == "contrastive" else None
+    if phase:
+        compute_losses = phase.compute_losses
     budget = build_budget(model, recipe.adapter)
     count = count_parameters(model)
     problem = Problem(
         train=train_rows,
         validation=validation_rows,
         row_weights=task.compute_row_weights(train_rows, recipe.train.class_weights),
-        compute_losses=add_penalty(partial(task.compute_losses, label_smoothing=recipe.train.label_smoothing), budget),
+        compute_losses=add_penalty(compute_losses, budget),
         compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
         is_larger_better=is_larger_better,
-        compute_outputs=task.compute_outputs,
+        compute_outputs=phase.compute_outputs if phase else task.compute_outputs,
         head=new,
         pad_token_id=pad_token_id,
         rate_factor=get_rate_factor(recipe.adapter),
@@ -313,6 +304,9 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
         if session.accelerator.is_main_process and not quiet:
             _narrate(quiet, str(count))
         state = fit(model, problem, recipe.train, session, quiet=quiet)
+        if phase:
+            phase.finish(model)
+            session.log.write("head_fitted", few_shot=recipe.train.few_shot, rows=len(train_rows))
         if session.accelerator.is_main_process:
             settings = {
                 "task": task.to_config(),
@@ -340,6 +334,35 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
                 },
             )
         session.accelerator.wait_for_everyone()
+
+
+def _build_model(
+    folder: RunFolder, recipe: Recipe, task: Task | MultiTask, train_rows: Examples, quiet: bool
+) -> tuple[nn.Module, list[str], Any]:
+    """The model with its adapter, as training starts with it, the names of the modules that start at random, and the
+    tokenizer.
+
+    Where there is a checkpoint, all that is trained comes from there, and nothing needs a start.
+    """
+    base = resolve_base(recipe.model.base)
+    tokenizer = _load_tokenizer(folder) or load_tokenizer(base)
+    model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
+    is_fresh = not has_checkpoint(folder.checkpoints)
+    if is_fresh and recipe.train.few_shot == "none":
+        task.start(model, train_rows, get_padding(model, tokenizer))
+    new, head = task.list_modules(model)
+    if recipe.model.quantize != "none":
+        quantize_layers(model, find_targets(model, "all-linear", head), recipe.model.quantize)
+    steps = count_steps(train_rows, recipe.train)
+    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type, steps)
+    pad_token_id = get_padding(model, tokenizer)
+    if is_fresh:
+        compute_losses = partial(task.compute_losses, label_smoothing=0.0)
+        start_adapter(model, recipe.adapter, train_rows, pad_token_id, compute_losses)
+    if is_fresh and recipe.model.adapters:
+        _narrate(quiet, start_from_adapters(model, recipe.model.adapters, head, task, train_rows, pad_token_id))
+    # From scratch all is new: no part needs a rate of its own.
+    return model, [] if base.reference == SCRATCH.reference else new, tokenizer
 
 
 def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, ready: Ready | None = None) -> Run:
@@ -461,6 +484,8 @@ def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Read
         relative_to=recipe_folder,
         tokenizer=tokenizer,
     )
+    if recipe.train.few_shot == "contrastive":
+        check_rows_per_class(prepared.examples["train"], list(prepared.task.labels or []))
     return base, prepared
 
 

@@ -25,6 +25,8 @@ from finetune.tasks import HeldOut, Judgement
 from finetune.tasks.preparation import Part, Prepared, load_held_out
 from finetune.training.events import load_events
 
+CONTRASTIVE = "a contrastive loss on the base, then a head by logistic regression"
+
 
 def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseModel) -> dict[str, dict[str, Any]]:
     """Calibrate, score validation and test, and write everything that people read.
@@ -176,6 +178,7 @@ def _build_facts(
     """What the report of a task says about the run: section -> label -> value."""
     part, count = prepared.parts[name], training["parameters"]
     card = part.source.card
+    split = part.section.split
     others = ", ".join(other for other in prepared.parts if other != name)
     return {
         "Model": {
@@ -188,9 +191,10 @@ def _build_facts(
             "Set": card.title if card else part.source.origin,
             "Licence": card.licence if card else "the user's own data",
             "Rows": ", ".join(f"{name} {len(rows):,}" for name, rows in part.splits.items()),
-            "Split": f"by {part.section.split.by}",
+            "Split": f"by {split.by}" + (f", at most {split.shots} rows of a class" if split.shots else ""),
         },
-        "Training": {
+        "Training": ({"Few-shot": CONTRASTIVE} if recipe.train.few_shot == "contrastive" else {})
+        | {
             "Steps": f"{training['steps']:,} of {recipe.train.tokens_per_batch:,} tokens",
             "Best step": str(training["best_step"]),
             "Epochs": f"{recipe.train.epochs}" + (", stopped early" if training["stopped_early"] else ""),

@@ -26,6 +26,9 @@ IGNORED = -100
 # pads about 2 % of the tokens, and every window still holds thousands of rows in random order.
 WINDOW_BATCHES = 50
 
+# Enough pairs of one class, and a batch of 50 short rows still holds ten classes to tell apart.
+ROWS_PER_GROUP = 4
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -123,6 +126,35 @@ def plan_batches(lengths: Indices, tokens_per_batch: int, *, seed: int, epoch: i
         rows = order[start : start + window]
         batches.extend(_cut(rows[np.argsort(lengths[rows], kind="stable")], lengths, tokens_per_batch))
     return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def plan_class_batches(
+    labels: Indices, lengths: Indices, tokens_per_batch: int, *, seed: int, epoch: int
+) -> list[Indices]:
+    """Order one epoch so that each row finds rows of its own class in its batch, for losses that compare rows.
+
+    Every row occurs once. The rows of a class are dealt into groups of about `ROWS_PER_GROUP`, the groups are shuffled,
+    and the epoch is cut into batches of about equal size. The order comes from (seed, epoch) as in `plan_batches`.
+
+    Args:
+        labels: class of each row, (N,).
+        lengths: tokens of each row, (N,).
+        tokens_per_batch: aim for one step, padding not counted: the rows of a class differ in length.
+        seed, epoch: as for `plan_batches`.
+
+    Returns:
+        Row indices of each batch, short rows first.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = generator.permutation(len(labels))
+    of_class = [order[labels[order] == label] for label in np.unique(labels)]
+    groups = [group for rows in of_class for group in np.array_split(rows, max(1, len(rows) // ROWS_PER_GROUP))]
+    groups = [groups[i] for i in generator.permutation(len(groups))]
+    before = np.cumsum([0, *(int(lengths[group].sum()) for group in groups)])[:-1]  # tokens before each group
+    count = max(1, round(int(lengths.sum()) / tokens_per_batch))
+    owner = before * count // max(1, int(lengths.sum()))  # the batch that a group begins in
+    batches = [np.concatenate([groups[i] for i in np.flatnonzero(owner == batch)]) for batch in np.unique(owner)]
+    return [rows[np.argsort(lengths[rows], kind="stable")] for rows in batches]
 
 
 def plan_prediction(lengths: Indices, tokens_per_batch: int) -> list[Indices]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,3 +25,11 @@ class Row:
 
 Splits: TypeAlias = dict[str, list[Row]]
 """Split name -> its rows; the keys are those of `SPLITS`, in that order."""
+
+
+def build_name_rows(labels: Sequence[str]) -> list[Row]:
+    """One row for each class whose text is the class's name, as people would write it: `card_arrival`, card arrival."""
+    return [
+        Row(f"class:{number}", "train", number, {"text": " ".join(label.replace("_", " ").split()), "label": label})
+        for number, label in enumerate(labels, start=1)
+    ]

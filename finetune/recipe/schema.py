@@ -141,6 +141,9 @@ class TaskSection(Section):
     """What stands between two texts of a language model's stream; null: the tokenizer's end token."""
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens that `masked_lm` hides, arXiv:1810.04805."""
+    class_names: Literal["ignore", "rows"] = "ignore"
+    """`rows`: the name of each class, underscores as spaces, is one more train row of it. Where rows are few, names say
+    much."""
     split: SplitSection = Field(default_factory=SplitSection)
     """How rows become train, validation and test."""
     weight: float = Field(default=1.0, gt=0)
@@ -195,6 +198,9 @@ class TrainSection(Section):
     """Share of the target spread over all classes."""
     class_weights: Literal["none", "balanced", "sqrt_balanced"] = "none"
     """Weight of a row by its class: `balanced` is n / (classes * count), `sqrt_balanced` its root."""
+    few_shot: Literal["none", "contrastive"] = "none"
+    """`contrastive`, for few rows a class: the base is tuned until texts of one class lie close together, then a
+    logistic regression on its features becomes the head, arXiv:2209.11055."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """`auto` measures whether bf16 products are faster on this device."""
     evaluations_per_epoch: int = Field(default=1, ge=1, le=100)
@@ -366,11 +372,7 @@ class Recipe(Section):
             where = f"tasks.{name}"
             if task.type != "text_classification" and task.labels is not None:
                 problems.append(f"{where}.labels: must be left out for {task.type}, got {len(task.labels)} labels.")
-            if task.type != "text_classification" and task.split.shots is not None:
-                problems.append(
-                    f"{where}.split.shots: must be left out for {task.type}, which has no classes, got "
-                    f"{task.split.shots}."
-                )
+            problems += self._list_few_shot_problems(where, task)
             if task.separator is not None and task.type != "causal_lm":
                 problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
         others = [task.type for task in self.tasks.values() if task.type != "text_classification"]
@@ -380,6 +382,26 @@ class Recipe(Section):
             if self.evaluate.calibrate != "none":
                 problems.append(f"evaluate.calibrate: must be none for {others[0]}, got {self.evaluate.calibrate!r}.")
         return problems
+
+    def _list_few_shot_problems(self, where: str, task: TaskSection) -> list[str]:
+        train = self.train
+        if task.type != "text_classification":
+            given = {
+                f"{where}.class_names: must be ignore": task.class_names if task.class_names != "ignore" else None,
+                f"{where}.split.shots: must be left out": task.split.shots,
+                "train.few_shot: must be none": train.few_shot if train.few_shot != "none" else None,
+            }
+            because = f"for {task.type}, which has no classes"
+            return [f"{what} {because}, got {value!r}." for what, value in given.items() if value is not None]
+        if train.few_shot == "none":
+            return []
+        because = "when train.few_shot is contrastive, which compares the rows of a batch"
+        tests = {
+            f"{where}.split.shots: must be at least 2 {because}, got {task.split.shots}.": task.split.shots == 1,
+            f"train.micro_steps: must be 1 {because}, got {train.micro_steps}.": train.micro_steps > 1,
+            f"train.label_smoothing: must be 0 {because}, got {train.label_smoothing:g}.": train.label_smoothing > 0,
+        }
+        return [problem for problem, is_there in tests.items() if is_there]
 
     def _check_several(self) -> list[str]:
         """Several tasks on one base."""
@@ -401,6 +423,8 @@ class Recipe(Section):
                 "model.architecture: must be triad for several tasks, got native: Hugging Face's own classes have one "
                 "head."
             )
+        if self.train.few_shot != "none":
+            problems.append(f"train.few_shot: must be none for several tasks, got {self.train.few_shot!r}.")
         known = {gate for gate in self.evaluate.gates if "." in gate}
         problems += [
             f"evaluate.gates.{gate}: must begin with a task of this recipe ({', '.join(self.tasks)}) and a dot."

@@ -14,7 +14,7 @@ import numpy as np
 from finetune.data.batches import Examples, Indices
 from finetune.data.checks import Finding, check_lengths, check_rows, check_shots, raise_on_errors
 from finetune.data.cleaning import normalize_for_duplicates
-from finetune.data.rows import Row, Splits
+from finetune.data.rows import Row, Splits, build_name_rows
 from finetune.data.sources import LoadedRows, load_rows
 from finetune.data.splits import keep_shots, split_rows
 from finetune.models.base import BaseModel
@@ -138,6 +138,8 @@ def _prepare_part(
     if section.split.shots is not None:  # after leaks were dropped, so that the count holds
         splits = keep_shots(splits, section.split.shots, seed=seed)
         findings += check_shots(splits["train"], task.labels or [], section.split.shots)
+    if section.class_names == "rows":
+        splits["train"] = [*splits["train"], *build_name_rows(task.labels or [])]
     tokenizer = tokenizer or task.build_tokenizer(base, splits["train"], model)
     task = task.bind(tokenizer)
     examples = {name: task.build_examples(rows, tokenizer, model.max_length) for name, rows in splits.items()}

@@ -125,6 +125,16 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"tasks": {"tone": {"split": {"shots": 8}}}},
         "tasks.tone.split.shots: must be left out for causal_lm, which has no classes, got 8.",
     ),
+    "rows of a class that should lie together": (
+        "masked_lm",
+        {"train": {"few_shot": "contrastive"}},
+        "train.few_shot: must be none for masked_lm, which has no classes, got 'contrastive'.",
+    ),
+    "names of classes": (
+        "seq2seq",
+        {"tasks": {"tone": {"class_names": "rows"}}},
+        "tasks.tone.class_names: must be ignore for seq2seq, which has no classes, got 'rows'.",
+    ),
     "a separator between sentences of a translation": (
         "seq2seq",
         {"tasks": {"tone": {"separator": "\n"}}},

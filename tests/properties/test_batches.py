@@ -8,7 +8,7 @@ import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.batches import Examples, collate, plan_batches, plan_prediction
+from finetune.data.batches import ROWS_PER_GROUP, Examples, collate, plan_batches, plan_class_batches, plan_prediction
 
 Lengths = npt.NDArray[np.int64]
 PAD = 0
@@ -30,6 +30,24 @@ def check_plan(batches: list[Lengths], lengths: Lengths, budget: int) -> None:
 @given(lengths_of_rows, budgets, seeds, epochs)
 def test_every_row_once_and_within_the_budget(lengths: Lengths, budget: int, seed: int, epoch: int) -> None:
     check_plan(plan_batches(lengths, budget, seed=seed, epoch=epoch), lengths, budget)
+
+
+@given(lengths_of_rows, st.integers(1, 30), budgets, seeds, epochs)
+def test_rows_stand_with_others_of_their_class(
+    lengths: Lengths, classes: int, budget: int, seed: int, epoch: int
+) -> None:
+    labels = np.random.default_rng(seed).integers(classes, size=len(lengths))
+    batches = plan_class_batches(labels, lengths, budget, seed=seed, epoch=epoch)
+    assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
+    counts = np.bincount(labels)
+    largest = 2 * ROWS_PER_GROUP * int(lengths.max())
+    for rows in batches:
+        assert lengths[rows].sum() <= 1.5 * budget + largest + ROWS_PER_GROUP
+        here = np.bincount(labels[rows], minlength=len(counts))
+        assert all(here[label] >= min(counts[label], ROWS_PER_GROUP) for label in labels[rows])
+        assert all(np.diff(lengths[rows]) >= 0)
+    again = plan_class_batches(labels, lengths, budget, seed=seed, epoch=epoch)
+    assert [rows.tolist() for rows in again] == [rows.tolist() for rows in batches]
 
 
 @given(lengths_of_rows, budgets)
