@@ -179,9 +179,10 @@ class TrainSection(Section):
     micro_steps: int = Field(default=1, ge=1)
     """Forward + backward passes per step; more use less memory and give the same update."""
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
-    """Peak rate of the adapter, or of the base when tuning fully."""
+    """Peak rate of the adapter, or of the base when tuning fully. Higher for methods that train few weights: 5e-3 to
+    5e-2."""
     head_learning_rate: float | None = Field(default=None, gt=0, le=1)
-    """Peak rate of the head; default three times `learning_rate`."""
+    """Peak rate of the head; default three times `learning_rate`, and 3e-3 for methods that train few weights."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """After the warm-up: down to zero, or constant."""
     warmup_ratio: Ratio = 0.06
