@@ -1,4 +1,4 @@
-"""Search over values of a recipe, judged on validation; the test split stays closed. Optuna's only room.
+"""Search over values of a recipe, judged on validation; the test split stays closed.
 
 A trial is a run that is trained and not judged on test. Its state is in `runs/<name>/study.db`, so that a sweep that
 was stopped or killed goes on in the middle of a trial, and comes to the same end as one that was not.
@@ -39,6 +39,8 @@ WARM_UP = PROGRESS // 2 + 1
 """No trial is pruned in its first half: with a warm learning rate validation falls before it rises."""
 COMPARED = 4
 """Finished trials before the first is pruned."""
+DRAWN = 4
+"""Trials drawn evenly before the sampler has a model, at least; a third of a long sweep, and no more than ten."""
 DIGITS = 3
 """Significant digits of a drawn number: what lies between changes no score, and is hard to read."""
 
@@ -271,7 +273,7 @@ def _try_next(study: optuna.Study, plan: _Plan) -> None:
     number = len(_list_ended(study))
     # A sampler for each trial, seeded by what came before: a sweep that goes on draws what it would have drawn.
     study.sampler = optuna.samplers.TPESampler(
-        n_startup_trials=min(10, max(COMPARED, plan.total // 3)), seed=derive_seed(plan.section.seed, number)
+        n_startup_trials=max(DRAWN, min(10, plan.total // 3)), seed=derive_seed(plan.section.seed, number)
     )
     trial = study.ask()
     values = {key: _suggest(trial, key, choices) for key, choices in plan.section.search.items()}
@@ -370,14 +372,13 @@ def _write_best(best: Trial, trials: Sequence[Trial], plan: _Plan) -> str:
         task["data"] = _relocate(task["data"], plan)
     seed = plan.load(best.values).train.seed
     counts = [f"{sum(trial.state == state for trial in trials)} {state}" for state in ("complete", "pruned", "failed")]
+    score = f"{plan.metric} {best.score:.4f} on validation, seed {seed}"
     own = _list_own_values(plan)
     first = trials[0] if trials[0].score is not None and own == trials[0].values else None
     lines = [
-        f"Best of {len(trials)} trials ({', '.join(counts)}): {plan.metric} {best.score:.4f} on validation, "
-        f"seed {seed}.",
+        f"Best of {len(trials)} trials ({', '.join(counts)}): {score}.",
         *([f"The recipe's own values: {plan.metric} {first.score:.4f}."] if first else []),
-        f"Searched: {', '.join(best.values)}. The best of many flatters itself: the test split, still closed, "
-        "will say.",
+        f"Searched: {', '.join(best.values)}. The best of many flatters itself; the test split is still closed.",
     ]
     return "".join(f"# {line}\n" for line in lines) + dump_values(values)
 

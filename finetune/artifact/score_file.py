@@ -66,7 +66,7 @@ def score_file(run: str | Path, source: Path, output: Path, *, column: str = "te
         }
         for i, record in enumerate(records)
     ]
-    _write(scored, output)
+    write_records(scored, output)
     return len(scored)
 
 
@@ -83,7 +83,7 @@ def generate_file(
     _check_free(source, records[0], ["generated"])
     with _show_progress("generate", len(texts), quiet) as advance:
         written = generate(texts, advance=advance)
-    _write([record | {"generated": text} for record, text in zip(records, written, strict=True)], output)
+    write_records([record | {"generated": text} for record, text in zip(records, written, strict=True)], output)
     return len(records)
 
 
@@ -92,11 +92,16 @@ def _list_values(prediction: Prediction) -> list[Any]:
 
 
 def _read(source: Path, output: Path, column: str) -> tuple[list[dict[str, Any]], list[str]]:
-    if output.suffix not in FORMATS:
-        raise UsageError(f"{output}: must end in {', '.join(FORMATS)}, got {output.suffix or 'no ending'!r}.")
+    check_format(output)
     if output.resolve() == source.resolve():
         raise UsageError(f"{output}: must be another file than the input, got the same. Choose another --output.")
     return load_texts(source, column)
+
+
+def check_format(output: Path) -> None:
+    """Raise UsageError unless the ending of a file is one that `write_records` knows."""
+    if output.suffix not in FORMATS:
+        raise UsageError(f"{output}: must end in {', '.join(FORMATS)}, got {output.suffix or 'no ending'!r}.")
 
 
 def _check_free(source: Path, names: Container[str], added: Sequence[str]) -> None:
@@ -111,7 +116,13 @@ def _show_progress(verb: str, total: int, quiet: bool) -> Iterator[Callable[[int
         yield lambda count: progress.advance(task, count)
 
 
-def _write(records: list[dict[str, Any]], output: Path) -> None:
+def write_records(records: list[dict[str, Any]], output: Path) -> None:
+    """Write rows as CSV, JSONL or Parquet; the file appears whole or not at all.
+
+    Raises:
+        DataError: values that the format cannot hold.
+        ResourceError: a file that cannot be written.
+    """
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

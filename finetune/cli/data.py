@@ -1,12 +1,18 @@
-"""`finetune data list | show`."""
+"""`finetune data list | show | audit`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from finetune.cli.output import AsJson, print_json, print_table, print_text
+
+if TYPE_CHECKING:
+    from finetune.label_audit import Audit
+
+SHOWN = 20
 
 app = typer.Typer(help="The catalog of data sets: licence, columns, splits, where each is found.", no_args_is_help=True)
 
@@ -52,6 +58,107 @@ def show_command(
     for key, value in facts.items():
         if value:
             print_text(f"  {key:8} {value}")
+
+
+@app.command("audit")
+def audit_command(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A card, a file, a folder of splits, or hub:org/name@revision.")
+    ],
+    columns: Annotated[
+        str | None, typer.Option("--columns", metavar="ROLE=COLUMN,...", help="Such as text=body,label=queue.")
+    ] = None,
+    features: Annotated[
+        Literal["both", "frozen", "tfidf"] | None,
+        typer.Option(
+            "--features", help="Embeddings of the default base, words, or both; default both where it is at hand."
+        ),
+    ] = None,
+    test: Annotated[bool, typer.Option("--test", help="Look at a given test split too.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Where all judged rows go: CSV, JSONL or Parquet.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Deals out the folds.")] = 13,
+    as_json: AsJson = False,
+) -> None:
+    """List likely label errors, worst first."""
+    import re
+
+    from finetune.artifact.score_file import check_format
+    from finetune.errors import DataError
+    from finetune.label_audit import audit
+
+    pairs = _parse_columns(columns)
+    if output:
+        check_format(output)
+    try:
+        done = audit(data, pairs, features=features, test=test, seed=seed, quiet=as_json)
+    except DataError as error:  # whoever audits has no recipe to change
+        fix = re.compile(r"Set tasks\.<name>\.columns: \{(\w+): (.*)\}\.")
+        raise DataError(fix.sub(r"Add --columns \1=\2", str(error))) from error
+    if output:
+        done.save(output)
+    if as_json:
+        print_json(_describe_audit(done))
+        return
+    suspects = done.suspects
+    print_text(
+        f"{done.data}: {len(suspects):,} of {len(done.ranked):,} labels look wrong to a model that agrees with "
+        f"{done.accuracy:.1%} of them ({done.features}, cross-validated)."
+    )
+    for note in done.notes:
+        print_text(f"  {note}")
+    print_table(
+        ["row", "given", "", "suggested", "", "text"],
+        [
+            [
+                row.id,
+                row.given,
+                f"{row.given_probability:.1%}",
+                row.suggested,
+                f"{row.suggested_probability:.1%}",
+                row.text,
+            ]
+            for row in suspects[:SHOWN]
+        ],
+    )
+    if len(suspects) > SHOWN:
+        print_text(f"and {len(suspects) - SHOWN:,} more" + ("" if output else ": add --output errors.csv"))
+    most = list(done.pairs.items())[:SHOWN]
+    print_table(["given", "suggested", "rows"], [[given, better, str(count)] for (given, better), count in most])
+    for conflict in done.conflicts[:SHOWN]:
+        rows = ", ".join(f"{row} {label}" for row, label in conflict.rows.items())
+        print_text(f"  one text, several labels: {rows}")
+    if output:
+        print_text(f"{output}: {len(done.ranked):,} rows written.")
+
+
+def _parse_columns(text: str | None) -> dict[str, str]:
+    from finetune.errors import UsageError
+
+    pairs = [part.partition("=") for part in text.split(",")] if text else []
+    if any(role.strip() not in ("text", "label") or not column.strip() for role, _, column in pairs):
+        raise UsageError(
+            f"data audit: --columns must name columns for text and label, such as text=body,label=queue, got {text!r}."
+        )
+    return {role.strip(): column.strip() for role, _, column in pairs}
+
+
+def _describe_audit(done: Audit) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return {
+        "data": done.data,
+        "features": done.features,
+        "rows": len(done.ranked),
+        "accuracy": done.accuracy,
+        "suspects": [asdict(row) for row in done.suspects],
+        "pairs": [
+            {"given": given, "suggested": better, "rows": count} for (given, better), count in done.pairs.items()
+        ],
+        "conflicts": [asdict(conflict) for conflict in done.conflicts],
+        "notes": done.notes,
+    }
 
 
 def _shorten(labels: list[str], most: int = 12) -> str:

@@ -87,11 +87,16 @@ def _build_majority(train: BaselineData, validation: BaselineData, test: Baselin
     )
 
 
-def _build_tfidf(*splits: BaselineData) -> list[Any]:
-    """Sparse matrices of words and word pairs; the vocabulary is that of the first split."""
+def build_vectorizer() -> Any:
+    """scikit-learn's TF-IDF over words and word pairs."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=1, token_pattern=WORD, dtype=np.float32)
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=1, token_pattern=WORD, dtype=np.float32)
+
+
+def _build_tfidf(*splits: BaselineData) -> list[Any]:
+    """Sparse matrices of words and word pairs; the vocabulary is that of the first split."""
+    vectorizer = build_vectorizer()
     try:
         vectorizer.fit(splits[0].texts)
     except ValueError as error:  # scikit-learn's way to say that the vocabulary is empty

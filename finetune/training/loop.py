@@ -149,10 +149,7 @@ def fit(
             if step.evaluate:
                 with average.applied():
                     metrics = _evaluate(model, problem, session)
-                state = _record(state, metrics, problem, section.early_stop, halfway=step.number > total / 2)
-                state = replace(
-                    state, stopped_early=state.stopped_early or problem.gives_up(step.number / total, metrics)
-                )
+                state = _record(state, metrics, problem, section.early_stop, share=step.number / total)
                 session.log.write("evaluation", step=step.number, epoch=step.epoch, metrics=metrics)
                 accelerator.log({f"validation_{name}": value for name, value in metrics.items()}, step=step.number)
                 progress.show(step.number, metrics)
@@ -184,14 +181,17 @@ def _record(
     problem: Problem,
     early_stop: EarlyStopSection | None,
     *,
-    halfway: bool,
+    share: float,
 ) -> LoopState:
-    """Take in validation scores; without early stopping nothing is chosen by them, and the last weights stay."""
-    if early_stop is None:
-        return state
-    larger = problem.is_larger_better(early_stop.metric)
-    state = state.record(metrics[early_stop.metric], larger, patience_counts=halfway)
-    return replace(state, stopped_early=state.evaluations_without_best >= early_stop.patience)
+    """Take in validation scores after that share of the steps; without early stopping nothing is chosen by them, and
+    the last weights stay.
+    """
+    stop = problem.gives_up(share, metrics)
+    if early_stop is not None:
+        larger = problem.is_larger_better(early_stop.metric)
+        state = state.record(metrics[early_stop.metric], larger, patience_counts=share > 0.5)
+        stop = stop or state.evaluations_without_best >= early_stop.patience
+    return replace(state, stopped_early=stop)
 
 
 def derive_seed(*parts: int) -> int:

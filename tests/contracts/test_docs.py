@@ -29,6 +29,7 @@ from finetune.evaluation.metrics import METRICS
 from finetune.recipe import Card, HubSource, Recipe, Section, TaskSection, load_recipe
 from finetune.recipe.comparison import Comparison
 from finetune.recipe.schema import SplitSection
+from finetune.recipe.sweep import Sweep, Values
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "docs" / "recipes.md"
@@ -232,6 +233,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "recipe": lambda: "".join(build_tables(Recipe, "The recipe")).rstrip() + "\n",
     "metrics": build_metrics,
     "comparison": lambda: "".join(build_tables(Comparison, "The comparison")).rstrip() + "\n",
+    "sweep": lambda: "".join(build_tables(Sweep, "The sweep")).rstrip() + "\n",
     "card": lambda: "".join(build_tables(Card, "The card")).rstrip() + "\n",
 }
 
@@ -367,7 +369,7 @@ def test_tables_of_keys_are_up_to_date() -> None:
     assert rewrite(text) == text, "docs/recipes.md is out of date. Run: .venv/bin/python tests/contracts/test_docs.py"
 
 
-@pytest.mark.parametrize("section", [Recipe, TaskSection, SplitSection, Comparison, Card, HubSource])
+@pytest.mark.parametrize("section", [Recipe, TaskSection, SplitSection, Comparison, Sweep, Values, Card, HubSource])
 def test_every_key_has_a_meaning(section: type[Section]) -> None:
     assert [name for name, field in section.model_fields.items() if not field.description] == []
 

@@ -395,3 +395,19 @@ def test_checkpoints_by_age_and_how_many_are_kept(training, tiny_classifier):
         ["step-00000001", "step-00000002"],
         ["step-00000002", "step-00000003"],
     ]
+
+
+def test_a_run_that_is_given_up_stops_there_and_stays_so(training, tiny_classifier):
+    asked: list[tuple[float, float]] = []
+
+    def gives_up(share: float, metrics: dict[str, float]) -> bool:
+        asked.append((share, metrics["macro_f1"]))
+        return share > 0.4
+
+    problem = training.build_problem(gives_up=gives_up)
+    state, _ = training.fit(tiny_classifier(), problem, epochs=4)
+    whole, _ = training.fit(tiny_classifier(), run="whole", epochs=4)
+    assert [share for share, _ in asked] == [0.25, 0.5]
+    assert (state.step, state.stopped_early) == (whole.step // 2, True)
+    again, _ = training.fit(tiny_classifier(), training.build_problem(), epochs=4)
+    assert again.step == state.step
