@@ -342,13 +342,15 @@ def _build_model(
     """The model with its adapter, as training starts with it, the names of the modules that start at random, and the
     tokenizer.
 
-    Where there is a checkpoint, all that is trained comes from there, and nothing needs a start.
+    Where there is a checkpoint, all that is trained comes from there, and nothing needs a start; but for the
+    contrastive phase, which goes halfway back to it.
     """
     base = resolve_base(recipe.model.base)
     tokenizer = _load_tokenizer(folder) or load_tokenizer(base)
     model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
-    is_fresh = not has_checkpoint(folder.checkpoints)
-    if is_fresh and recipe.train.few_shot == "none":
+    is_contrastive = recipe.train.few_shot == "contrastive"
+    is_fresh = is_contrastive or not has_checkpoint(folder.checkpoints)
+    if is_fresh and not is_contrastive:  # its head is fitted
         task.start(model, train_rows, get_padding(model, tokenizer))
     new, head = task.list_modules(model)
     if recipe.model.quantize != "none":

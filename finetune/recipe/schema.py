@@ -360,9 +360,9 @@ class Recipe(Section):
                 f"{len(self.model.adapters)}: nothing would take their place."
             )
         if self.adapter.method == "head" and types != {"text_classification"}:
+            headless = min(types - {"text_classification"})
             problems.append(
-                f"adapter.method: must change the base for {min(types - {'text_classification'})}, got 'head': the task "
-                "has no head of its own."
+                f"adapter.method: must change the base for {headless}, got 'head': the task has no head of its own."
             )
         if "masked_lm" in types and self.adapter.method != "full":
             problems.append(
@@ -405,6 +405,8 @@ class Recipe(Section):
             f"{where}.split.shots: must be at least 2 {because}, got {task.split.shots}.": task.split.shots == 1,
             f"train.micro_steps: must be 1 {because}, got {train.micro_steps}.": train.micro_steps > 1,
             f"train.label_smoothing: must be 0 {because}, got {train.label_smoothing:g}.": train.label_smoothing > 0,
+            "adapter.method: must change the base when train.few_shot is contrastive, got 'head'.": self.adapter.method
+            == "head",
         }
         return [problem for problem, is_there in tests.items() if is_there]
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from finetune.adapters.attach import list_trained
 from finetune.data.batches import Batch, Examples, list_inputs
-from finetune.errors import DataError, RecipeError
+from finetune.errors import DataError
 from finetune.models.linear_head import find_head, fit_head, without_head
 from finetune.models.prediction import compute_logits
 from finetune.tasks.task import Outputs
 
 TEMPERATURE = 0.1  # the paper's
 # Few rows pull the base away from what it knew. Halfway back it tells classes apart better than at either end
-# (docs/decisions/0016-few-shot.md).
+# (docs/decisions/0018-few-shot-halfway-back.md).
 START_SHARE = 0.5
 
 
@@ -74,17 +74,12 @@ class ContrastivePhase:
         pad_token_id: as for `compute_logits`.
 
     Raises:
-        RecipeError: a head of another kind than one linear layer, or nothing to train beside it.
+        RecipeError: a head of another kind than one linear layer.
     """
 
     def __init__(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
         self._head = find_head(model).requires_grad_(False)
         self._trained = list_trained(model)
-        if not self._trained:
-            raise RecipeError(
-                "adapter.method: must change the base when train.few_shot is contrastive, got nothing to train beside "
-                "the head. Set adapter.method: lora."
-            )
         self._start = [parameter.detach().clone() for parameter in self._trained.values()]
         self._train, self._pad_token_id = train, pad_token_id
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from finetune.adapters.attach import attach_adapter
 from finetune.data.batches import Examples, collate
-from finetune.errors import DataError, RecipeError
+from finetune.errors import DataError
 from finetune.models.base import BaseModel
 from finetune.models.classifier import build_classifier, list_head_modules
 from finetune.models.prediction import compute_logits
@@ -143,17 +143,6 @@ def test_shares_of_processes_add_up(base: BaseModel, examples: Examples) -> None
     whole = phase.compute_outputs(model, examples, PACKED)
     parts = [phase.compute_outputs(model, examples, PACKED, share=(rank, 2)) for rank in (0, 1)]
     np.testing.assert_allclose(parts[0] + parts[1], whole, atol=1e-6)
-
-
-def test_nothing_to_train_beside_the_head(base: BaseModel, examples: Examples) -> None:
-    model = build(base, "full").requires_grad_(False)
-    model.get_submodule("classifier").requires_grad_(True)
-    with pytest.raises(RecipeError) as caught:
-        ContrastivePhase(model, examples, PACKED)
-    assert str(caught.value) == (
-        "adapter.method: must change the base when train.few_shot is contrastive, got nothing to train beside the "
-        "head. Set adapter.method: lora."
-    )
 
 
 def test_a_class_of_one_row() -> None:
