@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import Batch, Examples, list_inputs
+from finetune.data.batches import Batch, Examples, Indices, list_inputs
 from finetune.models.base import BaseModel
 from finetune.models.classifier import list_head_modules, list_new_modules
 from finetune.models.multi_task import (
@@ -116,14 +116,12 @@ class MultiTask:
         advance: Callable[[int], None] = lambda _rows: None,
     ) -> Outputs:
         """Logits of all heads side by side, (N, K of all)."""
-        found = compute_by_row(
-            model,
-            examples,
-            pad_token_id,
-            lambda batch, _rows: torch.cat([model(**list_inputs(batch)).logits[name] for name in self.tasks], dim=-1),
-            share=share,
-            advance=advance,
-        )
+
+        def compute(batch: Batch, _rows: Indices) -> torch.Tensor:
+            logits = model(**list_inputs(batch)).logits
+            return torch.cat([logits[name] for name in self.tasks], dim=-1)
+
+        found = compute_by_row(model, examples, pad_token_id, compute, share=share, advance=advance)
         return scatter_rows(found, len(examples), sum(len(task.labels) for task in self.tasks.values()))
 
     def compute_metrics(

@@ -86,6 +86,13 @@ def test_outputs_are_the_logits_of_all_heads_side_by_side(model, combined):
         np.testing.assert_allclose(part, compute_logits(OneHead(model, name), combined, None), atol=1e-5)
 
 
+def test_one_pass_through_the_base_is_enough_for_all_heads(model, combined, monkeypatch):
+    passes, run = [], model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *given, **options: passes.append(1) or run(*given, **options))
+    TASK.compute_outputs(model, combined, None)
+    assert len(passes) == 1, "twelve short rows are one batch"
+
+
 def test_metrics_of_each_task_and_their_mean(combined):
     outputs = np.zeros((12, 5))
     outputs[np.arange(12), combined.labels] = 4.0  # all right
