@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from finetune.adapters.frozen import FrozenConfig, FrozenLayer, FrozenModel, InTreeType, list_base_layers
+from finetune.adapters.targets import ends_with
 from finetune.errors import RecipeError, UsageError
 
 STYLES = ("houlsby", "pfeiffer", "parallel")
@@ -213,7 +214,7 @@ def find_sublayers(model: nn.Module, style: str, head: Sequence[str]) -> list[st
     endings = {"feed-forward": [family.last for family in SUBLAYERS]}
     if style == "houlsby":
         endings["attention"] = [ending for family in SUBLAYERS for ending in family.attention]
-        found["attention"] = [name for name in names if _ends(name, endings["attention"])]
+        found["attention"] = [name for name in names if ends_with(name, endings["attention"])]
     for sublayer, wrapped in found.items():
         if not wrapped:
             raise RecipeError(
@@ -228,12 +229,8 @@ def find_sublayers(model: nn.Module, style: str, head: Sequence[str]) -> list[st
 def find_first(last: str, names: Container[str]) -> str | None:
     """The first linear layer of the feed-forward layer whose last one is called so; None if it is none."""
     for family in SUBLAYERS:
-        if _ends(last, [family.last]):
+        if ends_with(last, [family.last]):
             first = last.removesuffix(family.last) + family.first
             if first in names:
                 return first
     return None
-
-
-def _ends(name: str, endings: Sequence[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
