@@ -26,8 +26,7 @@ from finetune.recipe import load_recipe
 from finetune.recipe.comparison import LoadedComparison, Trial, load_comparison
 from finetune.recipe.files import build_disk_error
 from finetune.recipe.schema import Recipe
-from finetune.runner import settle_base
-from finetune.training.events import load_events
+from finetune.runner import read_validation, settle_base
 from finetune.training.processes import run_command
 
 RESULTS, PAGE = "results.json", "comparison.html"
@@ -204,14 +203,6 @@ class _Work:
             names = list(self.loaded.section.candidates)
             place = f"{names.index(trial.candidate) + 1} of {len(names)}"
             sys.stderr.write(f"{place}  {trial.candidate}, rate {trial.rate:g}, seed {trial.seed}: {words}\n")
-
-
-def read_validation(run: RunFolder) -> dict[str, Any]:
-    """The validation metrics of the weights that a trained run saved, as measured while training."""
-    best_step = run.load_status()["training"]["best_step"]
-    looks = [event for event in load_events(run.events) if event["event"] == "evaluation"]
-    chosen = [event for event in looks if event["step"] == best_step] or looks
-    return dict(chosen[-1]["metrics"])
 
 
 def _choose_metric(recipe: Recipe, known: Sequence[Mapping[str, Any]]) -> str:

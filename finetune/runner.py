@@ -124,13 +124,13 @@ def run(
         FinetuneError: see `finetune.errors`; a missed gate is raised after everything was written.
     """
     path = find_recipe(recipe)
-    loaded = settle_base(load_recipe(path, overrides))
+    loaded = load_recipe(path, overrides)
     ready: list[Ready] = []
 
     def begin() -> str:
-        ready.append(_prepare(loaded, path.parent))
-        _plan_parameters(loaded, ready[0])  # what cannot be built leaves no folder
-        return str(start(loaded, path, ready[0], runs).path)
+        folder, made_ready = lay_out(loaded, path, runs)
+        ready.append(made_ready)
+        return str(folder.path)
 
     folder = RunFolder(Path(agree_on(begin)))  # one process checks and encodes; the others are told the folder
     return _carry_out(folder, processes, quiet, open_test, ready[0] if ready else None)
@@ -239,8 +239,8 @@ def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFol
     return folder
 
 
-def lay_out(recipe: Recipe, path: Path, runs: Path | None) -> RunFolder:
-    """Prepare the data of a recipe and lay out the folder of its run, as `run` does.
+def lay_out(recipe: Recipe, path: Path, runs: Path | None) -> tuple[RunFolder, Ready]:
+    """Prepare the data of a recipe and lay out the folder of its run.
 
     Args:
         recipe: resolved.
@@ -249,8 +249,8 @@ def lay_out(recipe: Recipe, path: Path, runs: Path | None) -> RunFolder:
     """
     recipe = settle_base(recipe)
     ready = _prepare(recipe, path.parent)
-    _plan_parameters(recipe, ready)
-    return start(recipe, path, ready, runs)
+    _plan_parameters(recipe, ready)  # what cannot be built leaves no folder
+    return start(recipe, path, ready, runs), ready
 
 
 def search(folder: RunFolder, *, gives_up: GivesUp = never, quiet: bool = False) -> dict[str, Any]:
@@ -266,10 +266,15 @@ def search(folder: RunFolder, *, gives_up: GivesUp = never, quiet: bool = False)
     """
     if folder.load_status().get("state") != "trained":
         train(folder, quiet=quiet, gives_up=gives_up)
-    training = folder.load_status()["training"]
+    return dict(folder.load_status()["training"]) | {"validation": read_validation(folder)}
+
+
+def read_validation(folder: RunFolder) -> dict[str, Any]:
+    """The validation metrics of the weights that a trained run saved, as measured while training."""
+    best_step = folder.load_status()["training"]["best_step"]
     evaluations = [event for event in load_events(folder.events) if event["event"] == "evaluation"]
-    kept = [event for event in evaluations if event["step"] == training["best_step"]] or evaluations
-    return dict(training) | {"validation": kept[-1]["metrics"]}
+    kept = [event for event in evaluations if event["step"] == best_step] or evaluations
+    return dict(kept[-1]["metrics"])
 
 
 def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) -> None:

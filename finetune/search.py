@@ -313,7 +313,7 @@ def _train(trial: optuna.Trial, values: Mapping[str, Choice], plan: _Plan) -> di
     recipe = plan.load(values)
     folder = RunFolder(plan.folder / (trial.user_attrs.get("run") or "-"))
     if not folder.status.exists():
-        folder = runner.lay_out(recipe, plan.recipe, plan.folder)
+        folder, _ = runner.lay_out(recipe, plan.recipe, plan.folder)
         trial.set_user_attr("run", folder.path.relative_to(plan.folder).as_posix())
     reported = {int(step): value for step, value in trial.user_attrs.get("reported", {}).items()}
     for step, value in reported.items():

@@ -161,11 +161,11 @@ def trials(monkeypatch: pytest.MonkeyPatch, write_recipe: Callable[..., Path], t
     write_recipe(tmp_path / "in")
     rates: list[float] = []
 
-    def lay_out(recipe: Any, path: Path, runs: Path) -> RunFolder:
+    def lay_out(recipe: Any, path: Path, runs: Path) -> tuple[RunFolder, None]:
         folder = RunFolder(runs / recipe.name / f"{len(list(runs.glob('*/*')))}")
         folder.data.mkdir(parents=True)
         folder.update_status(rate=recipe.train.learning_rate)
-        return folder
+        return folder, None
 
     def train(folder: RunFolder, *, gives_up: Any, quiet: bool) -> dict[str, Any]:
         rates.append(folder.load_status()["rate"])
