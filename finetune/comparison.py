@@ -188,11 +188,11 @@ class _Work:
 
     def _find(self, trial: Trial) -> RunFolder | None:
         """The latest run of just this recipe."""
-        expected = settle_base(trial.recipe)
+        expected = settle_base(trial.recipe).to_dict()  # full tuning does not write down the rank that it was given
         for path in sorted((self.root / trial.recipe.name).glob("*"), reverse=True):
             run = RunFolder(path)
             try:
-                if run.status.exists() and load_recipe(run.recipe) == expected:
+                if run.status.exists() and load_recipe(run.recipe).to_dict() == expected:
                     return run
             except RecipeError:  # of another version of the toolkit
                 continue

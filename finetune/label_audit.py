@@ -168,17 +168,18 @@ def _choose_rows(rows: Sequence[Row], name: str, test: bool, notes: list[str]) -
         )
     rows = [row for row in rows if test or row.split != "test"]
     usable = [row for row in rows if row.values["label"] and row.values["text"].strip()]
-    counts = Counter(row.values["label"] for row in usable)
+    texts = {(row.values["label"], normalize_for_duplicates(row.values["text"])) for row in usable}
+    counts = Counter(label for label, _ in texts)
     rare = sorted(label for label, count in counts.items() if count < FOLDS)
     if len(usable) < len(rows):
         notes.append(f"{len(rows) - len(usable):,} rows without text or label were not looked at.")
     if rare:
-        few = sum(counts[label] for label in rare)
+        few = sum(row.values["label"] in rare for row in usable)
         listed = ", ".join(rare[:12]) + (f" and {len(rare) - 12} more" if len(rare) > 12 else "")
-        notes.append(f"{few:,} rows of classes with fewer than {FOLDS} rows were not looked at: {listed}.")
+        notes.append(f"{few:,} rows of classes with fewer than {FOLDS} different texts were not looked at: {listed}.")
     if len(counts) - len(rare) < 2:
         raise DataError(
-            f"{name}: at least 2 classes must have {FOLDS} rows each to judge one by the others, got "
+            f"{name}: at least 2 classes must have {FOLDS} different texts each to judge one by the others, got "
             f"{len(counts) - len(rare)} of {len(counts)}. Check the label column, or add rows."
         )
     return [row for row in usable if row.values["label"] not in rare]

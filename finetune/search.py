@@ -324,7 +324,7 @@ def _train(trial: optuna.Trial, values: Mapping[str, Choice], plan: _Plan) -> di
         if step not in reported:  # before the trial was cut off
             reported[step] = metrics[plan.metric]
             trial.report(reported[step], step)
-        return share < 1 and trial.should_prune()
+        return share < 1 and bool(trial.should_prune())  # else a NumPy boolean, which no checkpoint holds
 
     training = runner.search(folder, gives_up=gives_up, quiet=plan.quiet)
     if training["validation"][plan.metric] is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,12 +85,9 @@ def load_predictions(run: RunFolder, task: str | None = None) -> Predictions:
     Raises:
         UsageError: the run has no predictions, no such task, or several and none was named.
     """
-    places = run.evaluations()
-    if task is None and len(places) > 1:
-        raise UsageError(f"{run.path}: must come with one of its tasks, {', '.join(places)}. Write RUN:TASK.")
-    if task is not None and task not in places:
-        raise UsageError(f"{run.path}: must have the task, {', '.join(places)}, got {task!r}.")
-    place = places[task] if task else run.evaluation
+    place = run.evaluation
+    if task is not None or not (place / "predictions.parquet").exists():
+        place = _find_place(run, task)
     path = place / "predictions.parquet"
     try:
         table = pyarrow.parquet.read_table(path)
@@ -100,3 +98,12 @@ def load_predictions(run: RunFolder, task: str | None = None) -> Predictions:
         order = sorted(range(table.num_rows), key=lambda row: columns["id"][row])
         columns = {name: [values[row] for row in order] for name, values in columns.items()}
     return Predictions(run, load_json(place / "test.json"), columns)
+
+
+def _find_place(run: RunFolder, task: str | None) -> Path:
+    places = run.evaluations() if (run.data / "ids.json").exists() else {}
+    if task is None and len(places) > 1:
+        raise UsageError(f"{run.path}: must come with one of its tasks, {', '.join(places)}. Write RUN:TASK.")
+    if task is not None and task not in places:
+        raise UsageError(f"{run.path}: must have the task, {', '.join(places)}, got {task!r}.")
+    return places[task] if task else run.evaluation

@@ -186,7 +186,7 @@ def _record(
     """Take in validation scores after that share of the steps; without early stopping nothing is chosen by them, and
     the last weights stay.
     """
-    stop = problem.gives_up(share, metrics)
+    stop = bool(problem.gives_up(share, metrics))
     if early_stop is not None:
         larger = problem.is_larger_better(early_stop.metric)
         state = state.record(metrics[early_stop.metric], larger, patience_counts=share > 0.5)

@@ -20,7 +20,8 @@ from finetune.errors import RecipeError
 from finetune.models.triad import TriadForSequenceClassification
 from finetune.models.triad.conversion import convert_config
 from finetune.recipe.adapter import ADAPTER_KEYS
-from finetune.recipe.schema import AdapterSection
+from finetune.recipe.defaults import METHOD_HEAD_RATE, METHOD_RATES
+from finetune.recipe.schema import AdapterSection, Recipe
 
 SIZE = {"vocab_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
 VALUES: dict[str, Any] = {
@@ -112,6 +113,24 @@ def test_defaults_of_a_method():
     assert AdapterSection(method="vera").rank == 256
     assert AdapterSection(method="vera", rank=8).rank == 8
     assert AdapterSection(method="fourierft").alpha == 150.0
+
+
+def build_recipe(train: dict[str, Any], **adapter: Any) -> Recipe:
+    task = {"type": "text_classification", "data": "rows.csv"}
+    values = {"recipe": 1, "name": "rates", "tasks": {"only": task}, "adapter": adapter, "train": train}
+    return Recipe.model_validate(values)
+
+
+@pytest.mark.parametrize("method", ADAPTER_KEYS)
+def test_each_method_has_a_rate_of_its_own(method):
+    section = build_recipe({}, method=method).train
+    assert section.learning_rate == METHOD_RATES.get(method, 1e-3)
+    assert section.head_learning_rate == (METHOD_HEAD_RATE if method in METHOD_RATES else None)
+
+
+def test_a_given_rate_stays():
+    section = build_recipe({"learning_rate": 0.5, "head_learning_rate": None}, method="ia3").train
+    assert (section.learning_rate, section.head_learning_rate) == (0.5, None)
 
 
 # Bases

@@ -56,7 +56,8 @@ def test_methods_are_listed(command, monkeypatch):
     assert set(listed) == set(ADAPTER_KEYS)
     assert listed["vera"]["paper"] == "https://arxiv.org/abs/2310.11454"
     assert listed["lora"]["keys"] == list(ADAPTER_KEYS["lora"])
-    assert [name for name, method in listed.items() if not method["merges"]] == ["prefix", "prompt", "p_tuning"]
+    unmerged = [name for name, method in listed.items() if not method["merges"]]
+    assert unmerged == ["prefix", "prompt", "p_tuning", "adapter"]
     text = command("adapters", "list").out
     assert re.search(r"^lokr +arXiv:2309\.14859 +yes +A Kronecker product", text, re.M)
     assert text.endswith(

@@ -54,7 +54,7 @@ def read_weights(run: Run) -> bytes:
 @pytest.fixture
 def train(write_language_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """A function (kind, *changes) -> a run that is trained in two epochs, and not judged."""
-    monkeypatch.setattr(runner, "assess", lambda *_arguments: {"gates": {}})
+    monkeypatch.setattr(runner, "assess", lambda *_arguments: {"one": {"gates": {}}})
 
     def call(kind: str, *changes: dict[str, Any]) -> Run:
         recipe = write_language_recipe(tmp_path / "in", kind, {"train": {"epochs": 2}}, *changes)

@@ -53,7 +53,10 @@ def test_check_from_python(write_recipe, tmp_path):
 def test_shots_shrink_train_and_validation_alone(write_recipe, tmp_path):
     recipe = write_recipe(tmp_path)
     plans = {shots: finetune.check(recipe, [f"tasks.tone.split.shots={shots}"]) for shots in ("null", 2, 30)}
-    rows = {shots: {name: split["rows"] for name, split in plan["splits"].items()} for shots, plan in plans.items()}
+    rows = {
+        shots: {name: split["rows"] for name, split in plan["tasks"]["tone"]["splits"].items()}
+        for shots, plan in plans.items()
+    }
     assert rows["null"] == rows[30] == {"train": 63, "validation": 9, "test": 18}
     assert rows[2] == {"train": 6, "validation": 6, "test": 18}
     kinds = {shots: {finding["kind"] for finding in plan["findings"]} for shots, plan in plans.items()}

@@ -99,7 +99,7 @@ def test_a_command_runs_in_a_process_of_its_own():
     assert json.loads(out)[0]["name"]
     code, out, err = run_command(["recipes", "show", "nowhere"])
     assert (code, out) == (2, "")
-    assert err.startswith("finetune: nowhere: must be a file or the name of a shipped recipe.")
+    assert err.startswith("finetune: nowhere: must be a file or the name of a shipped file.")
 
 
 @pytest.mark.parametrize("received", [signal.SIGTERM, signal.SIGINT])

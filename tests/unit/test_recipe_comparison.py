@@ -9,6 +9,7 @@ import pytest
 
 from finetune.errors import RecipeError
 from finetune.recipe import load_recipe
+from finetune.recipe.adapter import ADAPTER_KEYS
 from finetune.recipe.comparison import load_comparison
 from finetune.recipe.loading import build_recipe, read_document
 from finetune.recipe.schema import Recipe
@@ -81,7 +82,7 @@ def test_overrides_on_the_command_line_give_the_same_recipe(write: Any) -> None:
 def test_a_recipe_may_be_a_shipped_one(write: Any) -> None:
     loaded = load_comparison(write(**{"recipe: recipe.yaml": "recipe: sentiment"}))
     assert loaded.recipe_path.name == "sentiment.yaml"
-    assert loaded.build_trial("lora", 3e-4, 13).recipe.task_name == "sentiment"
+    assert loaded.build_trial("lora", 3e-4, 13).recipe.tasks.keys() == {"sentiment"}
 
 
 def test_mistakes_in_what_candidates_change_have_the_comparisons_lines(write: Any) -> None:
@@ -95,10 +96,11 @@ def test_mistakes_in_what_candidates_change_have_the_comparisons_lines(write: An
     assert refuse(path) == (
         f"{path}: 4 problems\n"
         "  line 4   set.train.epoch: unknown key. Did you mean 'epochs'?\n"
-        "  line 9   candidates.lora.adapter.method: must be one of full, lora, got 'lor'. Did you mean 'lora'?\n"
+        f"  line 9   candidates.lora.adapter.method: must be one of {', '.join(ADAPTER_KEYS)}, got 'lor'. Did you mean "
+        "'lora'?\n"
         "  line 12  candidates.full.train.epochs: must be at least 1, got 0.\n"
         "  line 13  candidates.full.tasks.tone.split.shuffle: unknown key. "
-        "Known here: by, column, validation, test, leaks."
+        "Known here: by, column, validation, test, shots, leaks."
     )
 
 

@@ -73,7 +73,7 @@ def test_comparisons_lie_among_the_recipes_and_are_listed_apart(
     names = {comparison.name for comparison in list_comparisons()}
     assert names == {"benchmarks/adapters", "benchmarks/adapters_full"}
     assert names.isdisjoint(recipe.name for recipe in list_recipes())
-    assert find_recipe("benchmarks/adapters") == shipped_folder("recipes") / "benchmarks" / "adapters.yaml"
+    assert find_recipe("benchmarks/adapters", "compare") == shipped_folder("recipes") / "benchmarks" / "adapters.yaml"
     (tmp_path / "a.yaml").write_text("# compare: 1\n\nrecipe: 1\ncompare: 1\n", encoding="utf-8")
     (tmp_path / "b.yaml").write_text("# two\n\n# lines\ncompare: 1\nrecipe: x\n", encoding="utf-8")
     monkeypatch.setattr(shipped, "shipped_folder", lambda _: tmp_path)

@@ -48,7 +48,7 @@ def test_a_recipe_beside_the_sweep_goes_first(tmp_path) -> None:
         ("adapter.rank: {low: 4, high: 2000}", "search.adapter.rank: must be at most 1024, got 2000."),
         (
             "adapter.method: [lora, loraa]",
-            "search.adapter.method: must be one of full, lora, got 'loraa'. Did you mean",
+            "adapter, bitfit, got 'loraa'. Did you mean 'lora'?",
         ),
         ("adapter.rank: [4]", "search.adapter.rank.choices: must have at least 2 entries, got 1."),
         ("adapter.rank: {low: 4}", "search.adapter.rank: must be a list of values, or a range with low and high."),
@@ -78,9 +78,7 @@ def test_all_problems_are_reported_at_once(tmp_path) -> None:
 
 
 def test_a_recipe_in_place_of_a_sweep_is_told_what_a_sweep_is() -> None:
-    with pytest.raises(
-        RecipeError, match=r"must be a sweep, got a recipe\. Write one: `sweep: 1`, a `name`, the `recipe`"
-    ):
+    with pytest.raises(RecipeError, match=r"must be a sweep, got a recipe\. Try: finetune run "):
         load_sweep(find_recipe("sentiment"))
 
 
