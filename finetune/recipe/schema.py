@@ -368,9 +368,9 @@ class Recipe(Section):
                 f"{len(self.model.adapters)}: nothing would take their place."
             )
         if self.adapter.method == "head" and types != {"text_classification"}:
+            headless = min(types - {"text_classification"})
             problems.append(
-                f"adapter.method: must change the base for {min(types - {'text_classification'})}, got 'head': the "
-                "task has no head of its own."
+                f"adapter.method: must change the base for {headless}, got 'head': the task has no head of its own."
             )
         if "masked_lm" in types and self.adapter.method != "full":
             problems.append(

@@ -21,7 +21,7 @@ class _Described(Protocol):
 Kind = Literal["recipe", "sweep", "compare"]
 """What a file below `recipes/` is; the key that holds its schema version."""
 
-_OTHER_KINDS = re.compile(rb"^(sweep|compare):", re.MULTILINE)
+_FIRST_KEY = re.compile(rb"\A(?:[ \t]*(?:#.*)?\r?\n)*(sweep|compare):")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def _paths(kind: Kind | None) -> dict[str, Path]:
 
 def _read_kind(path: Path) -> str:
     """What a file is, by its first key; a broken one counts as a recipe, and is listed with its problem."""
-    other = _OTHER_KINDS.search(path.read_bytes())
+    other = _FIRST_KEY.match(path.read_bytes())
     return other[1].decode() if other else "recipe"
 
 

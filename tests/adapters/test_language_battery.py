@@ -72,8 +72,9 @@ MODELS = ["gpt2, triad", "gpt2, native", "llama, native", "marian, triad", "mari
 REFUSED = {
     "gpt2, native": ("olora", "loha", "lokr", "oft"),
     "marian, native": ("prompt", "p_tuning"),
-    "llama, native": ("bitfit",),
 }
+# Llama has no biases, and no language model a head of its own.
+WITHOUT = {name: ("head", "bitfit") if "llama" in name else ("head",) for name in MODELS}
 TEXTS = ["abca bd", "bb", "c acb dd a"]
 
 
@@ -108,7 +109,7 @@ def tokenizer() -> Any:
 def pairs(case: str, methods: dict[str, Any]) -> list[tuple[str, AdapterSection]]:
     """The models that the case goes with, and the recipe's `adapter`."""
     section = AdapterSection(**methods[case])
-    return [(name, section) for name in MODELS if case not in ("head", *REFUSED.get(name, ()))]
+    return [(name, section) for name in MODELS if case not in (*WITHOUT.get(name, ()), *REFUSED.get(name, ()))]
 
 
 def attach(name: str, section: AdapterSection) -> Any:

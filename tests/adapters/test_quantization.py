@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import finetune
-from finetune.adapters.attach import attach_adapter, count_parameters, find_targets, plan_parameters
+from finetune.adapters.attach import attach_adapter, count_parameters, plan_parameters
+from finetune.adapters.targets import find_targets
 from finetune.errors import RecipeError, ResourceError
 from finetune.models import quantization
 from finetune.models.base import BaseModel

@@ -373,7 +373,7 @@ def test_a_folder_that_cannot_be_made_is_said(compared: Any, tmp_path: Path) -> 
 
 def test_the_words_and_the_kind_of_an_error_come_over_from_the_other_process() -> None:
     run_alone(["recipes", "list"])
-    with pytest.raises(UsageError, match=r"^nowhere: must be a file or the name of a shipped recipe"):
+    with pytest.raises(UsageError, match=r"^nowhere: must be a file or the name of a shipped file"):
         run_alone(["recipes", "show", "nowhere"])
     with pytest.raises(DataError, match=r"^data: must name a card, got 'nothing'"):
         run_alone(["data", "show", "nothing"])

@@ -222,7 +222,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, command: Calla
         ([first], f"compare: must get two or more runs, got {first} alone. Add another one."),
         ([first, "x.yaml"], "compare: must get one comparison file alone, or runs, got x.yaml among 2."),
         ([first, second, "--markdown", "t.md"], "compare: --markdown must come with a comparison file, got runs."),
-        (["nowhere"], "nowhere: must be a file or the name of a shipped recipe."),
+        (["nowhere"], "nowhere: must be a file or the name of a shipped compare."),
     ):
         done = command("compare", *what)
         assert done.code == 2

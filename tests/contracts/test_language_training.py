@@ -76,11 +76,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     compute, calls = TASKS[kind].compute_losses, 0
     actions = {2: stop, steps - 1: cut_power}
 
-    def compute_until(*arguments: Any) -> torch.Tensor:
+    def compute_until(*arguments: Any, **options: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         actions.get(calls, int)()
-        return compute(*arguments)
+        return compute(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(TASKS[kind], "compute_losses", compute_until)

@@ -18,6 +18,7 @@ from finetune.data.batches import Examples
 from finetune.errors import DivergedError, GateError, RecipeError, ResourceError, UsageError
 from finetune.recipe import load_recipe
 from finetune.recipe.loading import read_document
+from finetune.recipe.schema import Recipe
 from finetune.training.events import load_events
 
 SEARCH = """
@@ -106,7 +107,7 @@ def test_the_best_recipe_is_short_and_runs_to_the_score_that_was_found(swept, mo
     assert text.startswith("# Best of 5 trials (")
     assert f"macro_f1 {result.best.score:.4f} on validation, seed 13.\n" in text
     assert f"# The recipe's own values: macro_f1 {result.trials[0].score:.4f}.\n" in text
-    written, given = read_document(result.recipe).values, read_document(folder / "in" / "recipe.yaml").values
+    written, given = (read_document(path, Recipe).values for path in (result.recipe, folder / "in" / "recipe.yaml"))
     assert written["train"] == {**given["train"], "learning_rate": result.best.values["train.learning_rate"]}
     assert written["adapter"] == {**given["adapter"], "rank": result.best.values["adapter.rank"]}
     assert written.keys() == given.keys()
