@@ -53,6 +53,7 @@ def build_classifier_config(base: BaseModel, labels: Sequence[str], section: Mod
 
         config = convert_config(config)
         settle_pooling(config, base, section.pooling)
+        config.normalize_pooled = section.normalize_features
     elif section.pooling == "mean":
         raise RecipeError(
             f"model.pooling: mean needs model.architecture: triad, got native: {config.model_type}'s own class reads "

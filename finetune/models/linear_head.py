@@ -13,7 +13,7 @@ from torch import nn
 
 from finetune.errors import RecipeError
 
-# scikit-learn's C, for features of mean length 1; on few rows of BANKING77 better than 30 and 100.
+# scikit-learn's C, for features of mean length 1; on few rows of BANKING77 as good as 30, and better than 3.
 C = 10.0
 MAX_ITERATIONS = 100
 

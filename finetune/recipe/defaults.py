@@ -60,6 +60,8 @@ METHOD_HEAD_RATE = 3e-3
 """`train.head_learning_rate` with them: three times their own rate would be too much for a head."""
 SCRATCH_DEFAULTS: dict[str, dict[str, Any]] = {"adapter": {"method": "full"}}
 """What `model.base: scratch` changes of them."""
+CONTRASTIVE_DEFAULTS: dict[str, dict[str, Any]] = {"model": {"normalize_features": True}}
+"""What `train.few_shot: contrastive` changes of them on a Triad: the loss looks at cosines, so lengths say little."""
 
 
 def fill_in_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -70,11 +72,19 @@ def fill_in_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
     filled = _fill_in(recipe, TYPE_DEFAULTS.get(kind, {}) if isinstance(kind, str) else {})
     if isinstance(model, dict) and model.get("base") == SCRATCH_BASE:
         filled = _fill_in(filled, SCRATCH_DEFAULTS)
+    if _is_contrastive(recipe):
+        filled = _fill_in(filled, CONTRASTIVE_DEFAULTS)
     adapter = filled.get("adapter")
     rate = METHOD_RATES.get(str(adapter.get("method"))) if isinstance(adapter, dict) else None
     if rate is None:
         return filled
     return _fill_in(filled, {"train": {"learning_rate": rate, "head_learning_rate": METHOD_HEAD_RATE}})
+
+
+def _is_contrastive(recipe: dict[str, Any]) -> bool:
+    train, model = recipe.get("train"), recipe.get("model", {})
+    is_native = isinstance(model, dict) and model.get("architecture") == "native"
+    return isinstance(train, dict) and train.get("few_shot") == "contrastive" and not is_native
 
 
 def _fill_in(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,9 @@ class ModelSection(Section):
     pooling: Literal["auto", "first", "mean"] = "auto"
     """What the head reads: the first token, or the mean over tokens (`triad` only). `auto`: the mean where the base
     says so in `1_Pooling/config.json`, as sentence encoders do; else what the base's own class reads."""
+    normalize_features: bool = False
+    """What the head reads has length 1, as sentence encoders are compared (`triad` only); true where train.few_shot is
+    contrastive."""
     dropout: Ratio = 0.0
     """Dropout inside the base while training; short runs on small models do better without."""
 
@@ -328,6 +331,11 @@ class Recipe(Section):
     def _check_base(self) -> list[str]:
         problems = []
         types = {task.type for task in self.tasks.values()}
+        if self.model.normalize_features and self.model.architecture != "triad":
+            problems.append(
+                "model.normalize_features: must be false when model.architecture is native, got true: the family's own "
+                "class reads its features as they are."
+            )
         if self.model.base == SCRATCH_BASE:
             if "text_classification" in types:
                 problems.append(
@@ -378,6 +386,8 @@ class Recipe(Section):
             if task.type != "text_classification" and task.labels is not None:
                 problems.append(f"{where}.labels: must be left out for {task.type}, got {len(task.labels)} labels.")
             problems += self._list_few_shot_problems(where, task)
+            if task.type != "text_classification" and self.model.normalize_features:
+                problems.append(f"model.normalize_features: must be false for {task.type}, got true.")
             if task.separator is not None and task.type != "causal_lm":
                 problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
         others = [task.type for task in self.tasks.values() if task.type != "text_classification"]
@@ -432,6 +442,8 @@ class Recipe(Section):
             )
         if self.train.few_shot != "none":
             problems.append(f"train.few_shot: must be none for several tasks, got {self.train.few_shot!r}.")
+        elif self.model.normalize_features:
+            problems.append("model.normalize_features: must be false for several tasks, got true.")
         known = {gate for gate in self.evaluate.gates if "." in gate}
         problems += [
             f"evaluate.gates.{gate}: must begin with a task of this recipe ({', '.join(self.tasks)}) and a dot."

@@ -137,6 +137,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(
             "a batch, got 1.",
         ),
         (
+            "model={architecture: native, normalize_features: true}",
+            "model.normalize_features: must be false when model.architecture is native, got true: the family's own "
+            "class reads its features as they are.",
+        ),
+        (
             "train.micro_steps=2",
             "train.micro_steps: must be 1 when train.few_shot is contrastive, which compares the rows of a batch, "
             "got 2.",

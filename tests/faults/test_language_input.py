@@ -135,6 +135,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"tasks": {"tone": {"class_names": "rows"}}},
         "tasks.tone.class_names: must be ignore for seq2seq, which has no classes, got 'rows'.",
     ),
+    "features of length 1": (
+        "causal_lm",
+        {"model": {"normalize_features": True}},
+        "model.normalize_features: must be false for causal_lm, got true.",
+    ),
     "a separator between sentences of a translation": (
         "seq2seq",
         {"tasks": {"tone": {"separator": "\n"}}},

@@ -121,6 +121,12 @@ HEADS = {"tone": {"type": "sequence_classification", "num_labels": 2}}
             "bert",
             "pooling must be 'pooler', got 'mean'. Keep it as",
         ),
+        (
+            TriadForSequenceClassification,
+            {"normalize_pooled": True},
+            "bert",
+            "normalize_pooled must be False, got True",
+        ),
         (TriadForSequenceClassification, {"classifier_bias": False}, "bert", "classifier_bias must be True, got False"),
         (
             TriadForSequenceClassification,

@@ -241,6 +241,14 @@ def test_problems_of_overrides_are_shown_as_set(path: Path, override: str, sente
             "head.",
         ),
         (
+            ["tasks.other={type: text_classification, data: x}", "model.normalize_features=true"],
+            "model.normalize_features: must be false for several tasks, got true.",
+        ),
+        (
+            ["tasks.other={type: text_classification, data: x}", "train.few_shot=contrastive"],
+            "train.few_shot: must be none for several tasks, got 'contrastive'.",
+        ),
+        (
             ["tasks.other={type: text_classification, data: x}", "evaluate.gates={ohter.accuracy: '> 0.5'}"],
             "evaluate.gates.ohter.accuracy: must begin with a task of this recipe (sentiment, other) and a dot.",
         ),
@@ -248,6 +256,15 @@ def test_problems_of_overrides_are_shown_as_set(path: Path, override: str, sente
 )
 def test_what_several_tasks_cannot_share_is_refused(path: Path, overrides: list[str], problem: str) -> None:
     assert problem in _message(path, *overrides)
+
+
+def test_features_that_cosines_shaped_have_length_1(path: Path) -> None:
+    assert not load_recipe(path).model.normalize_features
+    assert load_recipe(path, ["train.few_shot=contrastive"]).model.normalize_features
+    overrides = ["train.few_shot=contrastive", "model.architecture=native"]
+    assert not load_recipe(path, overrides).model.normalize_features
+    overrides = ["train.few_shot=contrastive", "model.normalize_features=false"]
+    assert not load_recipe(path, overrides).model.normalize_features
 
 
 def test_a_gate_is_for_every_task_or_for_one(path: Path) -> None:

@@ -99,6 +99,17 @@ def test_pooling_by_hand(pooling: str, activation: str) -> None:
     check_close(model(IDS[1:2]).logits, expected[1:2])  # no mask, no padding
 
 
+def test_a_head_may_read_vectors_of_length_1() -> None:
+    plain, model = (build(TriadForSequenceClassification, normalize_pooled=flag) for flag in (False, True))
+    model.load_state_dict(plain.state_dict())
+    head = plain.classifier
+    plain.classifier = nn.Identity()
+    features = plain(**PADDED).logits
+    expected = head(features / features.square().sum(1, keepdim=True).sqrt())
+    for batch in (PADDED, PACKED, LEFT):
+        check_close(model(**batch).logits, expected)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "last", "mean"])
 def test_a_mask_may_be_of_truth_values(pooling: str) -> None:
     model = build(TriadForSequenceClassification, pooling=pooling)

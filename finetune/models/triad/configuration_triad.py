@@ -111,6 +111,8 @@ class TriadConfig(PreTrainedConfig):
     over tokens, or the last token."""
     pooler_activation: str = "tanh"
     """tanh | relu, behind the pooler's dense layer."""
+    normalize_pooled: bool = False
+    """Whether a head that classifies whole rows reads vectors of length 1."""
     classifier_bias: bool = True
     """Bias of a head that classifies whole rows."""
     normalize_embeddings: bool = True

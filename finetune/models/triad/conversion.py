@@ -50,6 +50,7 @@ LANGUAGE_MODELS = (TriadForMaskedLM, TriadForCausalLM, TriadForSeq2SeqLM)
 READERS = {
     "pooling": (TriadForSequenceClassification,),
     "pooler_activation": (TriadForSequenceClassification,),
+    "normalize_pooled": (TriadForSequenceClassification,),
     "classifier_bias": (TriadForSequenceClassification,),
     "lm_head_bias": LANGUAGE_MODELS,
     "tie_word_embeddings": LANGUAGE_MODELS,

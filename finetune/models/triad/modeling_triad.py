@@ -1010,7 +1010,10 @@ class TriadForSequenceClassification(TriadLabeler):
         """Logits (rows, K), and the loss over labels (rows,): cross-entropy, or what `problem_type` says."""
         kwargs["past_key_values"] = past_key_values  # named because PEFT's prefix tuning looks for it
         outputs, pool = self.run(input_ids, attention_mask, token_type_ids, position_ids, kwargs)
-        logits = self.classifier(self.dropout(pool(self.pooler)))
+        pooled = pool(self.pooler)  # (rows, D)
+        if self.config.normalize_pooled:
+            pooled = nn.functional.normalize(pooled, dim=-1)
+        logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
