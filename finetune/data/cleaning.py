@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 from finetune.recipe.schema import TextStep
 
+CJK = "\u3040-\u30ff\u3400-\u9fff"
+WORD = rf"(?u)[{CJK}]|[^\W{CJK}]+"
+"""A word; Chinese and Japanese are written without spaces, so each character is one and 2-grams make words."""
+
 _URL = re.compile(r"\b(?:https?://|www\.)\S+", re.IGNORECASE)
 _NESTED_AMPERSAND = re.compile(r"&(?:amp;)+")
 _NEGATIVE_NUMBER = re.compile(r"(?<!\w)[-\u2212](?=\.?\d)")

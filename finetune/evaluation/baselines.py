@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune.data.cleaning import WORD
 from finetune.errors import DataError, RecipeError
 from finetune.evaluation.metrics import Floats, Ints, compute_metric
 
 C_GRID = (1.0, 10.0, 100.0)
-CJK = "\u3040-\u30ff\u3400-\u9fff"
-WORD = rf"(?u)[{CJK}]|[^\W{CJK}]+"
-"""A word; Chinese and Japanese are written without spaces, so each character is one and 2-grams make words."""
 
 Features = Callable[[], npt.NDArray[np.float32]]
 

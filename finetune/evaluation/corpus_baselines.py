@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.errors import DataError
-from finetune.evaluation.baselines import WORD
+from finetune.data.cleaning import WORD
 from finetune.evaluation.corpus_metrics import Floats
 from finetune.evaluation.corpus_scoring import SystemOutput
 from finetune.evaluation.metrics import Ints

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from finetune.errors import DataError
-from finetune.evaluation.baselines import CJK
+from finetune.data.cleaning import CJK
 from finetune.evaluation.intervals import Interval, compute_intervals
 from finetune.evaluation.metrics import Floats, Ints
 

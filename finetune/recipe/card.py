@@ -80,6 +80,9 @@ class Card(Section):
     """Role -> column, such as `{text: text, label: category}`; a recipe's `columns` goes before."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class."""
+    knowledge: str | None = None
+    """The file in the folder that holds the entries which questions are answered from: `id`, `text`, and perhaps
+    `title` and `group`."""
     rows: dict[FileKey, RowCount] = Field(default_factory=dict)
     """Split -> number of rows; a file with another number is reported."""
     notes: str = ""
@@ -91,6 +94,13 @@ class Card(Section):
         if labels is not None:
             check_classes(labels)
         return labels
+
+    @field_validator("knowledge")
+    @classmethod
+    def _knowledge(cls, name: str | None) -> str | None:
+        if name is not None and not _is_inside(name):
+            raise ValueError(f"must be a path inside the data set's folder, without '..', got {name!r}.")
+        return name
 
     @field_validator("files")
     @classmethod

@@ -1,0 +1,111 @@
+"""What questions are answered from: the entries of a knowledge file, such as the questions and answers of an FAQ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune.data.catalog import card_names, describe_location, find_card_folder, load_card
+from finetune.data.files import MAX_TEXT_CHARACTERS, Record, list_names, read_table
+from finetune.errors import DataError
+from finetune.recipe.card import Card
+from finetune.recipe.files import write_file_atomically
+from finetune.recipe.messages import show, suggest
+
+KEYS = ("id", "title", "text", "group")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One answer, and what it is called."""
+
+    id: str
+    """Names it in rows and citations."""
+    title: str
+    """The question that it answers, or a heading; "" where it has none."""
+    text: str
+    """The answer."""
+    group: str | None = None
+    """What it belongs to, such as a shop or a hotel: entries of one group are split together."""
+
+    @property
+    def passage(self) -> str:
+        """What is searched: title and text."""
+        return f"{self.title} {self.text}".strip()
+
+
+def load_knowledge(reference: str, relative_to: Path | None = None) -> list[Entry]:
+    """Read the entries that a recipe names.
+
+    Args:
+        reference: a card with `knowledge`, or a file of `id`, `text` and perhaps `title` and `group`, such as .jsonl.
+        relative_to: tried for a relative path after the working folder.
+
+    Raises:
+        DataError: nothing of that name, a file that cannot be trusted, an entry without an id or a text, or an id twice.
+    """
+    if reference in card_names():
+        return load_card_knowledge(load_card(reference))
+    path = Path(reference).expanduser()
+    if not path.exists() and relative_to is not None:
+        path = relative_to / path
+    return build_entries(read_table(path), str(path))
+
+
+def load_card_knowledge(card: Card) -> list[Entry]:
+    """The entries of a card.
+
+    Raises:
+        DataError: the card names none, or its files are not at hand; and as `load_knowledge`.
+    """
+    if card.knowledge is None:
+        raise DataError(f"{card.name}: must name its `knowledge` for tasks that look for entries, got none.")
+    folder = find_card_folder(card)
+    if folder is None:
+        raise DataError(f"{card.name}: its knowledge must lie in a folder, got {describe_location(card)}.")
+    return build_entries(read_table(folder / card.knowledge), f"{card.name}: {card.knowledge}")
+
+
+def build_entries(records: Sequence[Record], where: str) -> list[Entry]:
+    """Entries out of records, after all of them were checked.
+
+    Raises:
+        DataError: the first three problems of each kind.
+    """
+    missing = [key for key in ("id", "text") if key not in records[0]]
+    if missing:
+        found = list(records[0])
+        hint = suggest(missing[0], [key for key in found if key not in KEYS])
+        raise DataError(f"{where}: must have the columns id and text, got {list_names(found)}.{hint}")
+    entries, problems = [], []
+    seen: dict[str, int] = {}
+    for number, record in enumerate(records, start=1):
+        values = {key: _to_text(record.get(key)) for key in KEYS}
+        for key in ("id", "text"):
+            if not values[key]:
+                problems.append(f"entry {number}: {key} must hold text, got {show(record.get(key))}.")
+        if len(values["text"]) > MAX_TEXT_CHARACTERS:
+            problems.append(
+                f"entry {number}: text must have at most {MAX_TEXT_CHARACTERS:,} characters, got "
+                f"{len(values['text']):,}. Cut it into several entries."
+            )
+        if values["id"] and seen.setdefault(values["id"], number) != number:
+            problems.append(f"entry {number}: id must be its own, got {values['id']!r} of entry {seen[values['id']]}.")
+        entries.append(Entry(values["id"], values["title"], values["text"], values["group"] or None))
+    if problems:
+        more = f"\n  and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise DataError("\n  ".join([f"{where}: {len(problems)} problem(s)", *problems[:3]]) + more)
+    return entries
+
+
+def save_knowledge(entries: Sequence[Entry], path: Path) -> None:
+    """Write entries as JSONL."""
+    write_file_atomically(path, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode())
+
+
+def _to_text(value: object) -> str:
+    if value is None or isinstance(value, (list, dict, bytes)):
+        return ""
+    return " ".join(str(value).split())
