@@ -44,7 +44,7 @@ def load_knowledge(reference: str, relative_to: Path | None = None) -> list[Entr
         relative_to: tried for a relative path after the working folder.
 
     Raises:
-        DataError: nothing of that name, a file that cannot be trusted, an entry without an id or a text, or an id twice.
+        DataError: nothing of that name, a file that cannot be trusted, an entry without id or text, or an id twice.
     """
     if reference in card_names():
         return load_card_knowledge(load_card(reference))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from finetune.errors import DataError
 from finetune.data.cleaning import WORD
+from finetune.errors import DataError
 from finetune.evaluation.corpus_metrics import Floats
 from finetune.evaluation.corpus_scoring import SystemOutput
 from finetune.evaluation.metrics import Ints

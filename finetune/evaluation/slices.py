@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.errors import DataError
 from finetune.data.cleaning import CJK
+from finetune.errors import DataError
 from finetune.evaluation.intervals import Interval, compute_intervals
 from finetune.evaluation.metrics import Floats, Ints
 
