@@ -27,7 +27,7 @@ from finetune.adapters.attach import (
 )
 from finetune.adapters.budget import add_penalty, build_budget, get_rate_factor, start_adapter
 from finetune.adapters.targets import find_targets
-from finetune.artifact.assess import assess, assess_held_out
+from finetune.artifact.assess import assess, assess_held_out, choose_evaluation
 from finetune.artifact.load import MultiPredictor, Predictor, load
 from finetune.artifact.run_folder import (
     RunFolder,
@@ -297,7 +297,7 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
         row_weights=task.compute_row_weights(train_rows, recipe.train.class_weights),
         compute_losses=add_penalty(compute_losses, budget),
         compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
-        is_larger_better=is_larger_better,
+        is_larger_better=lambda name: is_larger_better(name.rpartition(".")[2]),  # of several tasks, `<task>.<metric>`
         compute_outputs=phase.compute_outputs if phase else task.compute_outputs,
         head=new,
         pad_token_id=pad_token_id,
@@ -459,7 +459,7 @@ def _narrate(quiet: bool, text: str) -> None:
 
 
 def _list_validation_metrics(recipe: Recipe) -> list[str]:
-    watched = [recipe.train.early_stop.metric] if recipe.train.early_stop else []
+    watched = [recipe.train.early_stop.metric.rpartition(".")[2]] if recipe.train.early_stop else []
     return [name for name in dict.fromkeys([*recipe.evaluate.metrics, *watched]) if name != "loss"]
 
 
@@ -476,11 +476,11 @@ def _train_in_workers(folder: RunFolder, processes: int, quiet: bool) -> None:
 
 
 def _prepare(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Ready:
-    kind = TASKS[next(iter(recipe.tasks.values())).type].scored_by
-    for name in recipe.tasks:
-        check_section(recipe.evaluate_for(name), kind)
+    kinds = {name: TASKS[task.type].scored_by for name, task in recipe.tasks.items()}
+    for name, kind in kinds.items():
+        check_section(choose_evaluation(recipe, name), kind)
     if recipe.train.early_stop:
-        check_early_stop(recipe.train.early_stop.metric, kind)
+        check_early_stop(recipe.train.early_stop.metric, kinds)
     check_quantization(recipe.model.quantize)
     base = resolve_base(recipe.model.base)
     prepared = prepare(

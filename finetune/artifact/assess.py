@@ -18,10 +18,11 @@ from finetune.artifact.save import SETTINGS
 from finetune.data.checks import findings_to_json
 from finetune.data.rows import Row
 from finetune.evaluation.report import ReportData, write_report
+from finetune.evaluation.scoring import choose_section
 from finetune.models.base import BaseModel
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import EvaluateSection, Recipe
-from finetune.tasks import HeldOut, Judgement
+from finetune.tasks import TASKS, HeldOut, Judgement
 from finetune.tasks.preparation import Part, Prepared, load_held_out
 from finetune.training.events import load_events
 
@@ -47,7 +48,7 @@ def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseMode
     for name, place in folder.evaluations().items():
         path = place / "test.json"
         opened = load_json(path)["opened"] + 1 if path.exists() else 1
-        section = _list_known_slices(recipe.evaluate_for(name), prepared, name)
+        section = _list_known_slices(choose_evaluation(recipe, name), prepared, name)
         judgement = _judge(predictors[name], prepared.parts[name], section, base, recipe.train.seed, opened=opened)
         scored[name] = judgement.scored
         temperatures[name] = judgement.settings.get("temperature", 1.0)
@@ -83,7 +84,7 @@ def assess_held_out(
     source, rows, findings = load_held_out(part.task, data, part.section.columns, part.splits["train"])
     examples = part.task.build_examples(rows, prepared.tokenizer, recipe.model.max_length)
     other = replace(part, splits=part.splits | {"test": rows}, examples=part.examples | {"test": examples})
-    section = recipe.evaluate_for(name)
+    section = choose_evaluation(recipe, name)
     slices = [column for column in section.slices if _has_column(rows, column)]
     section = section.model_copy(update={"slices": slices})
     predictor = list_predictors(load(folder.model), [name])[name]
@@ -95,6 +96,12 @@ def assess_held_out(
     scored = judgement.scored["test"] | found
     save_json(folder.evaluations()[name] / f"{split}.json", scored)
     return scored
+
+
+def choose_evaluation(recipe: Recipe, name: str) -> EvaluateSection:
+    """`evaluate` as it holds for one of the tasks."""
+    kinds = {task: TASKS[section.type].scored_by for task, section in recipe.tasks.items()}
+    return choose_section(recipe.evaluate_for(name), kinds[name], kinds.values())
 
 
 def _list_known_slices(section: EvaluateSection, prepared: Prepared, name: str) -> EvaluateSection:

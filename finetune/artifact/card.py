@@ -32,8 +32,10 @@ SHAPES = {
     "causal_lm": ("text-generation", "ForCausalLM", "A language model."),
     "masked_lm": ("fill-mask", "ForMaskedLM", "A masked language model."),
     "seq2seq": ("text-generation", "ForSeq2SeqLM", "A model that writes a text for a text."),
+    "retrieval": ("sentence-similarity", "ForSentenceEmbedding", "A sentence encoder that finds entries."),
+    "reranking": ("text-ranking", "ForSequenceClassification", "A model that ranks entries for a question."),
 }
-SEVERAL = ("ForMultiTask", "A text classifier with several heads.")
+SEVERAL = ("ForMultiTask", "A model with several heads.")
 TRANSLATION = ("translation", "ForSeq2SeqLM", "A translation model.")
 
 
@@ -123,6 +125,7 @@ def build_model_card(
         recipe=recipe,
         parts=parts,
         kind=kind,
+        kinds={part.section.type for part in parts},
         head=head,
         description=description if description.endswith(".") else f"{description}.",
         scratch=recipe.model.scratch if is_scratch else None,

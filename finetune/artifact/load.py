@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,23 @@ from finetune.models.generation import generate_texts, stream_text
 from finetune.models.multi_task import OneHead
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import GenerateSection
-from finetune.tasks import MultiTask, Task, TextClassification
+from finetune.tasks import MultiTask, Reranking, Retrieval, Task, TextClassification
+from finetune.tasks.encoding import encode_texts, join_context
+from finetune.tasks.reranking import encode_pairs
 
 WRITING = ("causal_lm", "seq2seq")
 """Task types whose models write text."""
 USE_AS_BASE = "It is a base for other recipes: set model.base to this run, and train a task on it."
+USES = {
+    "text_classification": "Use finetune predict.",
+    "multi_task": "Use finetune predict.",
+    "causal_lm": "Use finetune generate.",
+    "seq2seq": "Use finetune generate.",
+    "retrieval": "Use its `embed` from Python.",
+    "reranking": "Use its `score_pairs` from Python.",
+}
+"""Task type -> what its runs are for; all others are bases."""
+Shape = TypeVar("Shape", TextClassification, Retrieval, Reranking)
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,39 @@ class Predictor:
         """Texts as the classifier reads them."""
         return self._classify().build_examples(self._clean(texts), self.tokenizer, self.max_length)
 
+    def embed(
+        self,
+        texts: Sequence[str],
+        contexts: Sequence[str] | None = None,
+        *,
+        advance: Callable[[int], None] = lambda _rows: None,
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of length 1, (N, D), of a `retrieval` model: the nearer a question's to an entry's, the better.
+
+        Args:
+            texts: questions or entries, any number.
+            contexts: what was said before each.
+            advance: called with the number of texts after each batch.
+        """
+        task = self._get(Retrieval, "embed", "vectors of texts")
+        joined = [
+            join_context(text, context) for text, context in zip(texts, contexts or [""] * len(texts), strict=True)
+        ]
+        examples = Examples.build(
+            encode_texts(joined, self.tokenizer, self.max_length, keep="start" if contexts is None else "end")
+        )
+        return task.compute_outputs(
+            self.model, examples, get_padding(self.model, self.tokenizer), advance=advance
+        ).astype(np.float32)
+
+    def score_pairs(self, question: str, passages: Sequence[str], context: str = "") -> npt.NDArray[np.float64]:
+        """How likely each passage answers the question, of a `reranking` model: (N,), in [0, 1]."""
+        task = self._get(Reranking, "score_pairs", "scores of pairs")
+        questions = [join_context(question, context)] * len(passages)
+        pairs = Examples.build(encode_pairs(questions, passages, self.tokenizer, self.max_length))
+        logits = task.compute_outputs(self.model, pairs, get_padding(self.model, self.tokenizer))
+        return np.asarray(1 / (1 + np.exp(-logits[:, 0].astype(np.float64))))
+
     def generate(
         self,
         texts: Sequence[str],
@@ -174,12 +219,14 @@ class Predictor:
 
     def _classify(self) -> TextClassification:
         """The task; UsageError unless it gives labels."""
-        if isinstance(self.task, TextClassification):
+        return self._get(TextClassification, "predict", "labels")
+
+    def _get(self, shape: type[Shape], verb: str, gives: str) -> Shape:
+        """The task; UsageError unless it has that shape."""
+        if isinstance(self.task, shape):
             return self.task
-        raise UsageError(
-            f"predict: must get a run that gives labels, got {self.task.type}. "
-            + ("Use finetune generate." if self.task.type in WRITING else USE_AS_BASE)
-        )
+        fix = USES.get(self.task.type, USE_AS_BASE)
+        raise UsageError(f"{verb}: must get a run that gives {gives}, got {self.task.type}. {fix}")
 
 
 @dataclass(frozen=True)
@@ -222,14 +269,15 @@ class MultiPredictor:
     def compute_scores(
         self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
     ) -> dict[str, npt.NDArray[np.float64]]:
-        """Task name -> calibrated probabilities, (N, K). Texts are cleaned once if the tasks agree how."""
-        tasks = self.task.tasks
-        first, predictor = next((task, self.predictors[name]) for name, task in tasks.items())
-        if any(task.clean != first.clean for task in tasks.values()):
-            return {name: part.compute_scores(texts, advance=advance) for name, part in self.predictors.items()}
+        """Task with labels -> calibrated probabilities, (N, K). Texts are cleaned once if the tasks agree how."""
+        tasks = {name: task for name, task in self.task.tasks.items() if isinstance(task, TextClassification)}
+        if len({task.clean for task in tasks.values()}) != 1:
+            return {name: self[name].compute_scores(texts, advance=advance) for name in tasks}
+        predictor = self[next(iter(tasks))]
         pad_token_id = get_padding(self.model, predictor.tokenizer)
         outputs = self.task.compute_outputs(self.model, predictor.encode(texts), pad_token_id, advance=advance)
-        return {name: self.predictors[name].calibrate(logits) for name, logits in self.task.split_outputs(outputs)}
+        parts = self.task.split_outputs(outputs)
+        return {name: self[name].calibrate(logits) for name, logits in parts if name in tasks}
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -253,10 +301,9 @@ def load_writer(reference: str | Path) -> Predictor:
 def _check_writes(task: Task | MultiTask) -> None:
     """Raise UsageError unless the task writes text."""
     if task.type not in WRITING:
-        gives_labels = isinstance(task, TextClassification | MultiTask)
         raise UsageError(
             f"generate: must get a run that writes text ({', '.join(WRITING)}), got {task.type}. "
-            + ("Use finetune predict." if gives_labels else USE_AS_BASE)
+            + USES.get(task.type, USE_AS_BASE)
         )
 
 

@@ -12,13 +12,21 @@ import pyarrow.parquet
 
 from finetune.artifact.run_folder import RunFolder, load_json
 from finetune.errors import UsageError
-from finetune.evaluation.corpus_metrics import CORPUS_METRICS, LIKELIHOOD_WIDTH, Floats, compute_text_statistics
+from finetune.evaluation.corpus_metrics import (
+    CORPUS_METRICS,
+    LIKELIHOOD_WIDTH,
+    Floats,
+    compute_rank_statistics,
+    compute_text_statistics,
+)
 from finetune.evaluation.corpus_scoring import compute_corpus_estimates
 from finetune.evaluation.intervals import Estimate, compute_estimates
 from finetune.evaluation.metrics import METRICS
 
 SCORE = "score_"
 """What stands before a class in the name of the column with its scores."""
+COLUMNS = {"texts": "prediction", "ranks": "places", "likelihood": "nats"}
+"""What a metric without classes needs -> a column that tells whether it is there."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,12 @@ class Predictions:
             return name in METRICS
         metric = CORPUS_METRICS.get(name)
         # The file holds no bytes of the rows.
-        has = "prediction" if metric and metric.needs == "texts" else "nats"
-        return metric is not None and has in self.columns and name != "bits_per_byte"
+        return metric is not None and COLUMNS[metric.needs] in self.columns and name != "bits_per_byte"
 
     def _build_table(self, name: str) -> Floats:
         """Statistics of each row for a metric of a language task, (N, S)."""
+        if CORPUS_METRICS[name].needs == "ranks":
+            return compute_rank_statistics(name, self.columns["places"])
         if CORPUS_METRICS[name].needs == "texts":
             return compute_text_statistics(name, self.columns["prediction"], self.columns["reference"])
         table = np.zeros((len(self.columns["nats"]), LIKELIHOOD_WIDTH))

@@ -103,6 +103,8 @@ def _show(run: Run, as_json: bool) -> None:
             "text_classification": f'predict finetune predict {name} "some text"',
             "multi_task": f'predict finetune predict {name} "some text"',
             "masked_lm": f"next    finetune run RECIPE --set model.base={name}",
+            "retrieval": f'use     finetune.load("{name}").embed([text])',
+            "reranking": f'use     finetune.load("{name}").score_pairs(question, entries)',
         }.get(run.task_type, f'write   finetune generate {name} --prompt "some text"')
     )
 

@@ -40,6 +40,7 @@ class Examples:
         labels: class of each row, (N,) int64; -100 where there is none.
         target_ids: for tasks that say tokens, what is to be said, laid end to end like `input_ids`; else None.
         target_starts: as `starts`, for `target_ids`.
+        groups: for tasks that compare rows, which belong together: rows of one number are in one batch, (N,) int64.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -47,6 +48,7 @@ class Examples:
     labels: Indices
     target_ids: npt.NDArray[np.int32] | None = None
     target_starts: Indices | None = None
+    groups: Indices | None = None
 
     @classmethod
     def build(
@@ -55,11 +57,13 @@ class Examples:
         labels: Sequence[int] | None = None,
         *,
         targets: Sequence[Tokens] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> Examples:
         """Lay token lists end to end."""
         known = np.full(len(encoded), IGNORED) if labels is None else np.asarray(labels)
-        parts = _lay_end_to_end(encoded)
-        return cls(*parts, known.astype(np.int64), *(() if targets is None else _lay_end_to_end(targets)))
+        target_ids, target_starts = (None, None) if targets is None else _lay_end_to_end(targets)
+        together = None if groups is None else np.asarray(groups, dtype=np.int64)
+        return cls(*_lay_end_to_end(encoded), known.astype(np.int64), target_ids, target_starts, together)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Examples]) -> Examples:
@@ -89,7 +93,9 @@ class Examples:
     def take(self, rows: Indices) -> Examples:
         """Some of the rows, in that order; without targets."""
         tokens = _take(self.input_ids, self.starts[rows], self.lengths[rows])
-        return Examples(tokens, np.concatenate([[0], np.cumsum(self.lengths[rows])]), self.labels[rows])
+        groups = None if self.groups is None else self.groups[rows]
+        starts = np.concatenate([[0], np.cumsum(self.lengths[rows])])
+        return Examples(tokens, starts, self.labels[rows], groups=groups)
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""
@@ -128,6 +134,33 @@ def plan_batches(lengths: Indices, tokens_per_batch: int, *, seed: int, epoch: i
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
+def plan_group_batches(
+    groups: Indices, lengths: Indices, tokens_per_batch: int, *, seed: int, epoch: int
+) -> list[Indices]:
+    """Order one epoch so that the rows of a group stay together, for losses that compare them.
+
+    Args:
+        groups: of each row, (N,).
+        lengths, tokens_per_batch, seed, epoch: as for `plan_class_batches`.
+
+    Returns:
+        Row indices of each batch, short rows first.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = np.argsort(groups, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    return _cut_groups([parts[i] for i in generator.permutation(len(parts))], lengths, tokens_per_batch)
+
+
+def split_batch(examples: Examples, rows: Indices, parts: int) -> list[Indices]:
+    """A batch in about equal parts, some perhaps empty, none of which parts a group."""
+    if examples.groups is None:
+        return np.array_split(rows, parts)
+    groups = examples.groups[rows]
+    chosen = np.array_split(np.unique(groups), parts)
+    return [rows[np.isin(groups, part)] for part in chosen]
+
+
 def plan_class_batches(
     labels: Indices, lengths: Indices, tokens_per_batch: int, *, seed: int, epoch: int
 ) -> list[Indices]:
@@ -149,11 +182,16 @@ def plan_class_batches(
     order = generator.permutation(len(labels))
     of_class = [order[labels[order] == label] for label in np.unique(labels)]
     groups = [group for rows in of_class for group in np.array_split(rows, max(1, len(rows) // ROWS_PER_GROUP))]
-    groups = [groups[i] for i in generator.permutation(len(groups))]
+    return _cut_groups([groups[i] for i in generator.permutation(len(groups))], lengths, tokens_per_batch)
+
+
+def _cut_groups(groups: list[Indices], lengths: Indices, tokens_per_batch: int) -> list[Indices]:
+    """Cut a row of groups into batches of about equal size."""
     before = np.cumsum([0, *(int(lengths[group].sum()) for group in groups)])[:-1]  # tokens before each group
-    count = max(1, round(int(lengths.sum()) / tokens_per_batch))
-    owner = before * count // max(1, int(lengths.sum()))  # the batch that a group begins in
-    batches = [np.concatenate([groups[i] for i in np.flatnonzero(owner == batch)]) for batch in np.unique(owner)]
+    total = max(1, int(lengths.sum()))
+    count = max(1, round(total / tokens_per_batch))
+    owner = before * count // total  # the batch that a group begins in
+    batches = [np.concatenate([groups[int(i)] for i in np.flatnonzero(owner == batch)]) for batch in np.unique(owner)]
     return [rows[np.argsort(lengths[rows], kind="stable")] for rows in batches]
 
 

@@ -46,6 +46,7 @@ def check_rows(
     *,
     leaks: Literal["fail", "warn", "drop"],
     texts: Sequence[str] = ("text",),
+    context: str | None = None,
 ) -> tuple[Splits, list[Finding]]:
     """Look for rows that cannot be trained on and for texts that are in two splits.
 
@@ -58,11 +59,16 @@ def check_rows(
             rows stay. `drop`: both are removed from the split that comes first of train, validation, test, and the
             number of rows removed is a warning.
         texts: the roles that no row may leave empty; leaks are looked for in `text` alone.
+        context: a role that belongs to the text: two texts are the same where this is too.
 
     Returns:
         The splits without the dropped rows, and the findings, errors first. Nothing is raised: see `raise_on_errors`.
     """
-    entries = [_Entry(name, row, normalize_for_duplicates(_text(row))) for name, rows in splits.items() for row in rows]
+    entries = [
+        _Entry(name, row, " ".join(normalize_for_duplicates(_text(row, role)) for role in (context, "text") if role))
+        for name, rows in splits.items()
+        for row in rows
+    ]
     findings = [finding for role in texts for finding in _check_texts(splits, role)]
     if labels is not None:
         findings += _check_labels(splits, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -100,9 +101,18 @@ def build_entries(records: Sequence[Record], where: str) -> list[Entry]:
     return entries
 
 
+def compute_knowledge_fingerprint(entries: Sequence[Entry]) -> str:
+    """SHA-256 over all that the entries say, in their order."""
+    return hashlib.sha256(_to_jsonl(entries)).hexdigest()
+
+
 def save_knowledge(entries: Sequence[Entry], path: Path) -> None:
     """Write entries as JSONL."""
-    write_file_atomically(path, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode())
+    write_file_atomically(path, _to_jsonl(entries))
+
+
+def _to_jsonl(entries: Sequence[Entry]) -> bytes:
+    return "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode()
 
 
 def _to_text(value: object) -> str:

@@ -68,6 +68,7 @@ def load_rows(
     columns: Mapping[str, str],
     *,
     roles: Sequence[str] = ("text", "label"),
+    optional: Sequence[str] = (),
     relative_to: Path | None = None,
 ) -> LoadedRows:
     """Load the rows that a recipe's `data` names.
@@ -78,6 +79,7 @@ def load_rows(
             then against `relative_to`.
         columns: role -> column; the card's own roles fill in what is missing, then the role's own name.
         roles: the roles that every row must have, such as `text` and `target` of a translation.
+        optional: roles that are read only where `columns` or the card names their column.
         relative_to: the folder of the recipe.
 
     Raises:
@@ -93,7 +95,10 @@ def load_rows(
         path = _find_path(reference, relative_to)
         name, origin = (path.name if path.is_dir() else _stem(path)), reference
         parts = _load_folder(path) if path.is_dir() else [_Part(None, _stem(path), str(path), read_table(path))]
-    chosen = {role: columns.get(role) or (card.roles.get(role) if card else None) or role for role in roles}
+    named = (card.roles if card else {}) | dict(columns)
+    chosen = {role: named.get(role) or role for role in roles} | {
+        role: named[role] for role in optional if role in named
+    }
     rows = [row for number, part in enumerate(parts) for row in _build_rows(part, chosen, _count_before(parts, number))]
     return LoadedRows(name, rows, card, chosen, origin, _compute_fingerprint(rows), _compare_with_card(card, parts))
 

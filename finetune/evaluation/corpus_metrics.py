@@ -1,4 +1,4 @@
-"""The metrics of language tasks. Each is a formula over sums of statistics that every row has a few of.
+"""The metrics of tasks without classes. Each is a formula over sums of statistics that every row has a few of.
 
 So a metric of any choice of rows, a slice or a resample, is its formula on their summed statistics. Statistics of N
 rows are (N, S); sums over rows, of B choices of rows at once, are (S, B).
@@ -17,6 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 BLEU_ORDER = 4
 CHRF_ORDER = 6
+NDCG_PLACES = 10
 CHRF_BETA = 2  # recall counts so many times as much as precision
 
 
@@ -70,13 +71,18 @@ def _chrf(sums: Floats) -> Floats:
     return values
 
 
+def _mean(sums: Floats) -> Floats:
+    total, rows = sums
+    return _ratio(total, rows)
+
+
 @dataclass(frozen=True, slots=True)
 class CorpusMetric:
-    """One metric that a recipe of a language task can name."""
+    """One metric that a recipe of a task without classes can name."""
 
     name: str
-    needs: Literal["likelihood", "texts"]
-    """Statistics of the reference's tokens, or of a written text."""
+    needs: Literal["likelihood", "texts", "ranks"]
+    """Statistics of the reference's tokens, of a written text, or of the places of what was looked for."""
     width: int
     """S, of its statistics."""
     larger_is_better: bool
@@ -92,6 +98,8 @@ BLEU_WIDTH = 2 + 2 * BLEU_ORDER
 """Of a row: words of the hypothesis and of the reference, n-grams of each order in both, in the hypothesis."""
 CHRF_WIDTH = 3 * CHRF_ORDER
 """Of a row, for each order: n-grams of the hypothesis, of the reference, in both."""
+RANKS_WIDTH = 2
+"""Of a row: its value, and 1."""
 
 CORPUS_METRICS: dict[str, CorpusMetric] = {
     metric.name: metric
@@ -135,6 +143,32 @@ CORPUS_METRICS: dict[str, CorpusMetric] = {
             "sacreBLEU's chrF2 (Popovic 2015), 0 to 100: nrefs:1, case:mixed, eff:yes, nc:6, nw:0, space:no",
             _chrf,
         ),
+        CorpusMetric("mrr", "ranks", RANKS_WIDTH, True, "mean of 1 / place of the first right entry", _mean),
+        CorpusMetric(
+            "recall_at_1",
+            "ranks",
+            RANKS_WIDTH,
+            True,
+            "right entries among the first / min(1, right entries): the share of questions with a right entry on top",
+            _mean,
+        ),
+        CorpusMetric(
+            "recall_at_5",
+            "ranks",
+            RANKS_WIDTH,
+            True,
+            "right entries among the first 5 / min(5, right entries), mean over questions",
+            _mean,
+        ),
+        CorpusMetric(
+            "ndcg_at_10",
+            "ranks",
+            RANKS_WIDTH,
+            True,
+            "sum of 1 / log2(1 + place) of the right entries among the first 10 / the most that it can be "
+            "(Jarvelin & Kekalainen 2002)",
+            _mean,
+        ),
     )
 }
 
@@ -168,6 +202,28 @@ def compute_text_statistics(name: str, hypotheses: Sequence[str], references: Se
     # sacreBLEU's own significance tests take the statistics of rows from the same function.
     rows = _build_sacrebleu(name)._extract_corpus_statistics(hypotheses, [references])
     return np.array(rows, dtype=np.float64).reshape(len(references), CORPUS_METRICS[name].width)
+
+
+def compute_rank_statistics(name: str, places: Sequence[npt.ArrayLike]) -> Floats:
+    """What `mrr`, `recall_at_1`, `recall_at_5` or `ndcg_at_10` needs of each row, (N, 2).
+
+    Args:
+        name: The metric.
+        places: Of each row, the places of its right entries in the ranking, from 1, in any order; at least one.
+    """
+    values = [_score_places(name, np.sort(np.asarray(row, dtype=np.float64))) for row in places]
+    return np.column_stack([values, np.ones(len(places))])
+
+
+def _score_places(name: str, places: Floats) -> float:
+    if name == "mrr":
+        return float(1 / places[0])
+    if name == "ndcg_at_10":
+        ideal = np.arange(1, min(NDCG_PLACES, len(places)) + 1)
+        gains = 1 / np.log2(1 + places[places <= NDCG_PLACES])
+        return float(gains.sum() / (1 / np.log2(1 + ideal)).sum())
+    first = int(name.rpartition("_")[2])
+    return float((places <= first).sum() / min(first, len(places)))
 
 
 def compute_text_scores(name: str, hypotheses: Sequence[str], references: Sequence[str]) -> Floats:

@@ -1,4 +1,4 @@
-"""Everything that is known about a language model on one split: what `scoring.py` is for classifiers."""
+"""Everything that is known on one split about a model without classes: what `scoring.py` is for classifiers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from finetune.evaluation.corpus_metrics import (
     CORPUS_METRICS,
     Floats,
     compute_corpus_metric,
+    compute_rank_statistics,
     compute_text_statistics,
 )
 from finetune.evaluation.gates import check_gates, select_gate_metrics
@@ -34,6 +35,8 @@ class SystemOutput:
     """Nats, tokens, likeliest tokens and bytes of each row's reference, (N, 4)."""
     texts: Sequence[str] | None = None
     """What it wrote, N texts."""
+    places: Sequence[Ints] | None = None
+    """Places of the right entries in its ranking, from 1: N arrays."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What was chosen on validation."""
 
@@ -123,7 +126,10 @@ def _build_tables(output: SystemOutput, references: Sequence[str] | None, names:
     """Statistics of each metric that the output says something about."""
     tables = {}
     for name in names:
-        if CORPUS_METRICS[name].needs == "likelihood":
+        if CORPUS_METRICS[name].needs == "ranks":
+            if output.places is not None:
+                tables[name] = compute_rank_statistics(name, output.places)
+        elif CORPUS_METRICS[name].needs == "likelihood":
             if output.likelihood is not None:
                 tables[name] = np.asarray(output.likelihood, dtype=np.float64)
         elif output.texts is not None and references is not None:

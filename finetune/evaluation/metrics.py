@@ -185,8 +185,14 @@ KINDS: dict[str, TaskKind] = {
         ("bleu", "bleu_zh", "chrf", "loss", "perplexity", "token_accuracy"),
         ("copy", "nearest"),
     ),
+    "ranking": TaskKind(
+        "tasks that rank entries",
+        ("mrr", "recall_at_1", "recall_at_5", "ndcg_at_10"),
+        ("bm25", "frozen", "fused"),
+    ),
 }
-"""By what the metrics look at: class scores, next tokens, hidden tokens, or written texts and their references."""
+"""By what the metrics look at: class scores, next tokens, hidden tokens, written texts and their references, or the
+places of what was looked for."""
 
 
 def compute_metric(name: str, references: npt.ArrayLike, scores: npt.ArrayLike) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,35 @@ class ScoredSplit:
     """How often the test split was opened."""
 
 
+def choose_section(section: EvaluateSection, kind: str, others: Collection[str]) -> EvaluateSection:
+    """`evaluate` for one of several tasks: without the metrics, baselines and gates that are for the others alone.
+
+    Args:
+        section: The recipe's `evaluate`.
+        kind: What the task's metrics look at, a key of `metrics.KINDS`.
+        others: The kinds of the recipe's tasks.
+
+    Raises:
+        RecipeError: No metric is left.
+    """
+    other = [KINDS[name] for name in others if name != kind]
+    foreign = {name for task in other for name in (*task.metrics, *task.baselines)}
+    foreign -= {*KINDS[kind].metrics, *KINDS[kind].baselines}
+    metrics = [name for name in section.metrics if name not in foreign]
+    if not metrics:
+        raise RecipeError(
+            f"evaluate.metrics: must name a metric for {KINDS[kind].words}, got {', '.join(section.metrics)}. "
+            f"Add one of {', '.join(KINDS[kind].metrics)}."
+        )
+    return section.model_copy(
+        update={
+            "metrics": metrics,
+            "baselines": [name for name in section.baselines if name not in foreign],
+            "gates": {name: gate for name, gate in section.gates.items() if name not in foreign},
+        }
+    )
+
+
 def check_section(section: EvaluateSection, kind: str = "labels") -> None:
     """Metrics, baselines and gates must suit the task; to be called before training.
 
@@ -79,14 +108,22 @@ def check_section(section: EvaluateSection, kind: str = "labels") -> None:
         raise RecipeError("\n".join(problems))
 
 
-def check_early_stop(metric: str, kind: str = "labels") -> None:
-    """The metric that stops training must suit the task and be computed while training; `loss` always is.
+def check_early_stop(metric: str, kinds: Mapping[str, str]) -> None:
+    """The metric that stops training must suit a task and be computed while training; `loss` always is.
+
+    Args:
+        metric: Of several tasks the mean over those that have it; `<task>.<metric>` for one.
+        kinds: Task -> what its metrics look at, a key of `metrics.KINDS`.
 
     Raises:
         RecipeError: It does not.
     """
     key = "train.early_stop.metric"
-    check_metric_names([metric], key=key, also=("loss",), kind=kind)
+    task, _, name = metric.rpartition(".")
+    if len(kinds) > 1 and task in kinds:
+        kinds, metric = {task: kinds[task]}, name
+    fitting = [kind for kind in kinds.values() if metric in KINDS[kind].metrics]
+    check_metric_names([metric], key=key, also=("loss",), kind=[*fitting, *kinds.values()][0])
     if metric in AFTER_TRAINING:
         raise RecipeError(f"{key}: must be computed while training, got {metric!r}. Use loss.")
 

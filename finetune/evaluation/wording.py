@@ -26,6 +26,10 @@ NAMES = {
     "bleu": "BLEU",
     "bleu_zh": "BLEU (Chinese)",
     "chrf": "chrF",
+    "mrr": "reciprocal rank (MRR)",
+    "recall_at_1": "recall@1",
+    "recall_at_5": "recall@5",
+    "ndcg_at_10": "NDCG@10",
     "majority": "Always the most frequent class",
     "tfidf_logreg": "TF-IDF + logistic regression",
     "frozen_logreg": "Frozen base + logistic regression",
@@ -33,6 +37,9 @@ NAMES = {
     "ngram": "n-gram model",
     "copy": "The input, copied",
     "nearest": "The target of the nearest input in train",
+    "bm25": "Shared words (BM25)",
+    "frozen": "Frozen base",
+    "fused": "BM25 + frozen base, fused by rank",
     "beats_baselines": "beats the baselines",
 }
 MEANINGS = {
@@ -51,6 +58,10 @@ MEANINGS = {
     "bleu": "words and phrases shared with the reference, from 0 to 100 (sacreBLEU, tok:13a)",
     "bleu_zh": "characters and phrases shared with the reference, from 0 to 100 (sacreBLEU, tok:zh)",
     "chrf": "runs of up to six characters shared with the reference, from 0 to 100 (sacreBLEU, chrF2)",
+    "mrr": "1 over the place of the first right entry, on average",
+    "recall_at_1": "the share of questions with a right entry on top",
+    "recall_at_5": "the share of right entries that are among the first five",
+    "ndcg_at_10": "how high the right entries stand among the first ten, from 0 to 1",
 }
 DECIMALS = {"bleu": 1, "bleu_zh": 1, "chrf": 1, "perplexity": 2}
 """Metric -> decimals, for those that do not live between 0 and 1; three for all others."""

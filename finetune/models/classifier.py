@@ -46,7 +46,8 @@ def build_classifier_config(base: BaseModel, labels: Sequence[str], section: Mod
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
-        problem_type="single_label_classification",
+        # One number a row is what transformers calls regression, whatever the loss.
+        problem_type="single_label_classification" if len(labels) > 1 else "regression",
     )
     if section.architecture == "triad":
         from finetune.models.triad.conversion import convert_config

@@ -1,8 +1,8 @@
-"""One base with several heads, each for the labels of one task."""
+"""One base with several heads, each for one task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +45,26 @@ class OneHead(nn.Module):
 
 
 def build_several_heads(
-    base: BaseModel, labels: Mapping[str, Sequence[str]], section: ModelSection, *, seed: int
+    base: BaseModel, heads: Mapping[str, Mapping[str, Any]], section: ModelSection, *, seed: int
 ) -> nn.Module:
     """Load the base with a new head for each task.
 
     Args:
         base: where the weights lie.
-        labels: task -> class names in the order of its logits.
+        heads: task -> what `config.heads` of a Triad says of its head.
         section: the recipe's `model`.
         seed: seeds the new heads' weights.
 
     Returns:
-        A model in float32 whose forward returns `logits`: task -> (B, K).
+        A model in float32 whose forward returns `logits`: task -> (B, K), or vectors of length 1 (B, D).
     """
     torch.manual_seed(seed)
-    return load_weights(base.folder, _build_config(base, labels, section), SEVERAL_HEADS)
+    return load_weights(base.folder, _build_config(base, heads, section), SEVERAL_HEADS)
 
 
-def build_several_heads_shape(base: BaseModel, labels: Mapping[str, Sequence[str]], section: ModelSection) -> nn.Module:
+def build_several_heads_shape(
+    base: BaseModel, heads: Mapping[str, Mapping[str, Any]], section: ModelSection
+) -> nn.Module:
     """The model of `build_several_heads` on the meta device: shapes without weights, for `finetune check`.
 
     Raises:
@@ -70,7 +72,7 @@ def build_several_heads_shape(base: BaseModel, labels: Mapping[str, Sequence[str
     """
     from finetune.models.triad import TriadForMultiTask
 
-    config = _build_config(base, labels, section)
+    config = _build_config(base, heads, section)
     try:
         with torch.device("meta"):
             model: nn.Module = TriadForMultiTask(config)
@@ -85,14 +87,11 @@ def load_several_heads(folder: Path, base: BaseModel | None) -> nn.Module:
     return load_weights(base.folder if base else folder, config, SEVERAL_HEADS)
 
 
-def _build_config(base: BaseModel, labels: Mapping[str, Sequence[str]], section: ModelSection) -> Any:
+def _build_config(base: BaseModel, heads: Mapping[str, Mapping[str, Any]], section: ModelSection) -> Any:
     from finetune.models.triad.conversion import convert_config
 
     config: Any = convert_config(load_config(base))
-    config.heads = {
-        name: {"type": "sequence_classification", "num_labels": len(names), "labels": list(names)}
-        for name, names in labels.items()
-    }
+    config.heads = {name: dict(head) for name, head in heads.items()}
     settle_pooling(config, base, section.pooling)
     set_dropout(config, section.dropout)
     return config

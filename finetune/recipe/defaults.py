@@ -7,7 +7,20 @@ from typing import Any
 from finetune.recipe.reference import SCRATCH_BASE
 
 _LIKELIHOOD = {"early_stop": {"metric": "loss"}}
+CLASS_METRICS = ["macro_f1", "accuracy", "ece"]
+CLASS_BASELINES = ["majority", "tfidf_logreg", "frozen_logreg"]
+_SEARCH: dict[str, dict[str, Any]] = {
+    "train": {"early_stop": {"metric": "mrr"}},
+    "evaluate": {
+        "metrics": ["mrr", "recall_at_1", "recall_at_5", "ndcg_at_10"],
+        "baselines": ["bm25", "frozen", "fused"],
+        "calibrate": "none",
+    },
+}
 TYPE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "text_classification": {"evaluate": {"metrics": CLASS_METRICS, "baselines": CLASS_BASELINES}},
+    "retrieval": _SEARCH,
+    "reranking": _SEARCH,
     "causal_lm": {
         "train": _LIKELIHOOD,
         "evaluate": {
@@ -66,10 +79,8 @@ CONTRASTIVE_DEFAULTS: dict[str, dict[str, Any]] = {"model": {"normalize_features
 
 def fill_in_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe as it was written, with the defaults of its task type, base and method; it need not be valid."""
-    tasks, model = recipe.get("tasks"), recipe.get("model")
-    first = next(iter(tasks.values()), None) if isinstance(tasks, dict) else None
-    kind = first.get("type") if isinstance(first, dict) else None
-    filled = _fill_in(recipe, TYPE_DEFAULTS.get(kind, {}) if isinstance(kind, str) else {})
+    model = recipe.get("model")
+    filled = _fill_in(recipe, _join_defaults(_list_types(recipe)))
     if isinstance(model, dict) and model.get("base") == SCRATCH_BASE:
         filled = _fill_in(filled, SCRATCH_DEFAULTS)
     if _is_contrastive(recipe):
@@ -79,6 +90,27 @@ def fill_in_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
     if rate is None:
         return filled
     return _fill_in(filled, {"train": {"learning_rate": rate, "head_learning_rate": METHOD_HEAD_RATE}})
+
+
+def _list_types(recipe: dict[str, Any]) -> list[str]:
+    """The different types of the tasks, as far as they are known."""
+    tasks = recipe.get("tasks")
+    sections = tasks.values() if isinstance(tasks, dict) else []
+    types = [section.get("type") for section in sections if isinstance(section, dict)]
+    return list(dict.fromkeys(name for name in types if isinstance(name, str) and name in TYPE_DEFAULTS))
+
+
+def _join_defaults(types: list[str]) -> dict[str, Any]:
+    """Those of the only type. Of several: the metrics and baselines of all, and what ends training is the loss."""
+    if len(types) <= 1:
+        return TYPE_DEFAULTS[types[0]] if types else {}
+    sections = [TYPE_DEFAULTS[name]["evaluate"] for name in types]
+    joined = {
+        key: list(dict.fromkeys(name for section in sections for name in section[key]))
+        for key in ("metrics", "baselines")
+    }
+    calibrate = "temperature" if "text_classification" in types else "none"
+    return {"train": _LIKELIHOOD, "evaluate": joined | {"calibrate": calibrate}}
 
 
 def _is_contrastive(recipe: dict[str, Any]) -> bool:

@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from finetune.recipe.adapter import AdapterSection as AdapterSection  # as: part of this module for those who import it
-from finetune.recipe.defaults import fill_in_defaults
+from finetune.recipe.defaults import CLASS_BASELINES, CLASS_METRICS, fill_in_defaults
 from finetune.recipe.reference import SCRATCH_BASE
 from finetune.recipe.section import Ratio, raise_all
 from finetune.recipe.section import Section as Section
 
 SCHEMA_VERSION = 1
+SEARCHING = ("retrieval", "reranking")
+"""Task types that look for entries of a knowledge file."""
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -22,6 +24,18 @@ REPO_PATTERN = r"^[\w.-]+/[\w.-]+$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 TextStep = Literal["html", "urls"]
+Baseline = Literal[
+    "majority",
+    "tfidf_logreg",
+    "frozen_logreg",
+    "unigram",
+    "ngram",
+    "copy",
+    "nearest",
+    "bm25",
+    "frozen",
+    "fused",
+]
 
 
 class ScratchSection(Section):
@@ -130,12 +144,14 @@ class SplitSection(Section):
 class TaskSection(Section):
     """One problem: its shape, its data and its labels."""
 
-    type: Literal["text_classification", "causal_lm", "masked_lm", "seq2seq"]
-    """The problem shape: one class per text; the next token; masked tokens; a text for a text."""
+    type: Literal["text_classification", "causal_lm", "masked_lm", "seq2seq", "retrieval", "reranking"]
+    """The problem shape: one class per text; the next token; masked tokens; a text for a text; the entries that answer
+    a question, found among all; the same, looked at again one by one."""
     data: str = Field(min_length=1)
     """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Role -> column of the data; roles are named by the task type (`text`, and `label` or `target`)."""
+    """Role -> column of the data; roles are named by the task type (`text`, and `label`, `target` or `entry`).
+    `context`: what was said before a text, read where it is named."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     clean: list[TextStep] = Field(default_factory=list)
@@ -144,6 +160,14 @@ class TaskSection(Section):
     """What stands between two texts of a language model's stream; null: the tokenizer's end token."""
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens that `masked_lm` hides, arXiv:1810.04805."""
+    knowledge: str | None = None
+    """The entries of `retrieval` and `reranking`: a file of `id`, `text` and perhaps `title` and `group`, or a card;
+    null: the card's own."""
+    negatives: int = Field(default=4, ge=0, le=64)
+    """Entries that a question is trained to be parted from, beside those of other questions: they share words with it
+    and do not answer it."""
+    candidates: int = Field(default=20, ge=2, le=1000)
+    """Entries that `reranking` looks at again when it is judged."""
     class_names: Literal["ignore", "rows"] = "ignore"
     """`rows`: the name of each class, underscores as spaces, is one more train row of it. Where rows are few, names say
     much."""
@@ -238,14 +262,11 @@ class GenerateSection(Section):
 class EvaluateSection(Section):
     """How the model is judged."""
 
-    metrics: list[str] = Field(default_factory=lambda: ["macro_f1", "accuracy", "ece"], min_length=1)
-    """Computed on validation and test; the first is the headline."""
-    baselines: list[Literal["majority", "tfidf_logreg", "frozen_logreg", "unigram", "ngram", "copy", "nearest"]] = (
-        Field(
-            default_factory=lambda: ["majority", "tfidf_logreg", "frozen_logreg"]  # type: ignore[arg-type]
-        )
-    )
-    """What the model is compared with, each fitted on the same train split."""
+    metrics: list[str] = Field(default_factory=lambda: list(CLASS_METRICS), min_length=1)
+    """Computed on validation and test; the first is the headline. Of several tasks each takes those that it has."""
+    baselines: list[Baseline] = Field(default_factory=lambda: list(CLASS_BASELINES))  # type: ignore[arg-type]
+    """What the model is compared with, each fitted on the same train split. Of several tasks each takes those that it
+    has."""
     generate: GenerateSection = Field(default_factory=GenerateSection)
     """How a task that writes text writes it when it is judged."""
     samples: int = Field(default=8, ge=0, le=100)
@@ -337,9 +358,9 @@ class Recipe(Section):
                 "class reads its features as they are."
             )
         if self.model.base == SCRATCH_BASE:
-            if "text_classification" in types:
+            if understanding := sorted(types & {"text_classification", *SEARCHING}, reverse=True):
                 problems.append(
-                    "model.base: must be a pretrained base for text_classification, got 'scratch'. Pretrain one first: "
+                    f"model.base: must be a pretrained base for {understanding[0]}, got 'scratch'. Pretrain one first: "
                     "finetune run pretrain_mlm, then set model.base to that run."
                 )
             if self.adapter.method != "full":
@@ -390,12 +411,32 @@ class Recipe(Section):
                 problems.append(f"model.normalize_features: must be false for {task.type}, got true.")
             if task.separator is not None and task.type != "causal_lm":
                 problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
+            problems += self._list_search_problems(where, task)
         others = [task.type for task in self.tasks.values() if task.type != "text_classification"]
-        if others:
+        if len(others) == len(self.tasks):
             if self.train.class_weights != "none":
                 problems.append(f"train.class_weights: must be none for {others[0]}, got {self.train.class_weights!r}.")
             if self.evaluate.calibrate != "none":
                 problems.append(f"evaluate.calibrate: must be none for {others[0]}, got {self.evaluate.calibrate!r}.")
+        return problems
+
+    def _list_search_problems(self, where: str, task: TaskSection) -> list[str]:
+        if task.type not in SEARCHING:
+            given = task.knowledge
+            return [f"{where}.knowledge: must be left out for {task.type}, got {given!r}."] if given else []
+        problems = []
+        if self.train.micro_steps > 1:
+            problems.append(
+                f"train.micro_steps: must be 1 for {task.type}, which compares the rows of a batch, got "
+                f"{self.train.micro_steps}."
+            )
+        if task.type == "retrieval" and self.model.architecture != "triad":
+            problems.append(
+                f"model.architecture: must be triad for retrieval, got {self.model.architecture}: a family's own class "
+                "does not pool."
+            )
+        if task.type == "reranking" and task.negatives == 0:
+            problems.append(f"{where}.negatives: must be at least 1 for reranking, got 0: nothing could be compared.")
         return problems
 
     def _list_few_shot_problems(self, where: str, task: TaskSection) -> list[str]:
@@ -425,10 +466,10 @@ class Recipe(Section):
         if len(self.tasks) == 1:
             return []
         problems = [
-            f"tasks.{name}.type: must be text_classification where a recipe has several tasks, got {task.type}. "
-            "Give it a recipe of its own."
+            f"tasks.{name}.type: must be text_classification, {' or '.join(SEARCHING)} where a recipe has several "
+            f"tasks, got {task.type}. Give it a recipe of its own."
             for name, task in self.tasks.items()
-            if task.type != "text_classification"
+            if task.type not in ("text_classification", *SEARCHING)
         ]
         problems += [
             f"tasks.{name}: must have no dot in its name where a recipe has several tasks; it names a head."

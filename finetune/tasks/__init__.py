@@ -8,6 +8,8 @@ from typing import Any
 from finetune.tasks.causal_lm import CausalLM
 from finetune.tasks.masked_lm import MaskedLM
 from finetune.tasks.multi_task import MultiTask
+from finetune.tasks.reranking import Reranking
+from finetune.tasks.retrieval import Retrieval
 from finetune.tasks.seq2seq import Seq2Seq
 from finetune.tasks.task import HeldOut, Judgement, Task, Trainable
 from finetune.tasks.text_classification import TextClassification
@@ -17,6 +19,8 @@ TASKS: dict[str, type[Task]] = {
     CausalLM.type: CausalLM,
     MaskedLM.type: MaskedLM,
     Seq2Seq.type: Seq2Seq,
+    Retrieval.type: Retrieval,
+    Reranking.type: Reranking,
 }
 
 
@@ -34,6 +38,8 @@ __all__ = [
     "Judgement",
     "MaskedLM",
     "MultiTask",
+    "Reranking",
+    "Retrieval",
     "Seq2Seq",
     "Task",
     "TextClassification",

@@ -14,6 +14,7 @@ from torch import nn
 
 from finetune.data.batches import Batch, Examples, Indices, list_inputs
 from finetune.data.cleaning import clean_text
+from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.errors import DataError
 from finetune.evaluation.corpus_baselines import compute_ngram, compute_unigram
@@ -44,6 +45,7 @@ class CausalLM:
 
     type: ClassVar[str] = "causal_lm"
     roles: ClassVar[tuple[str, ...]] = ("text",)
+    optional_roles: ClassVar[tuple[str, ...]] = ()
     scored_by: ClassVar[str] = "likelihood"
     peft_type: ClassVar[str] = "CAUSAL_LM"
     cuts_rows: ClassVar[bool] = False
@@ -51,7 +53,11 @@ class CausalLM:
 
     @classmethod
     def build(
-        cls, section: TaskSection, card_labels: list[str] | dict[str, str] | None, rows: Sequence[Row]
+        cls,
+        section: TaskSection,
+        card_labels: list[str] | dict[str, str] | None,
+        rows: Sequence[Row],
+        entries: Sequence[Entry] = (),
     ) -> CausalLM:
         """Nothing is left to the data."""
         return cls(section.separator, tuple(section.clean))

@@ -14,6 +14,7 @@ from torch import nn
 
 from finetune.data.batches import IGNORED, Batch, Examples, Indices, collate, list_inputs
 from finetune.data.cleaning import clean_text
+from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.errors import ModelError
 from finetune.evaluation.corpus_baselines import compute_unigram
@@ -49,6 +50,7 @@ class MaskedLM:
 
     type: ClassVar[str] = "masked_lm"
     roles: ClassVar[tuple[str, ...]] = ("text",)
+    optional_roles: ClassVar[tuple[str, ...]] = ()
     scored_by: ClassVar[str] = "masked"
     peft_type: ClassVar[str] = "FEATURE_EXTRACTION"
     cuts_rows: ClassVar[bool] = False
@@ -56,7 +58,11 @@ class MaskedLM:
 
     @classmethod
     def build(
-        cls, section: TaskSection, card_labels: list[str] | dict[str, str] | None, rows: Sequence[Row]
+        cls,
+        section: TaskSection,
+        card_labels: list[str] | dict[str, str] | None,
+        rows: Sequence[Row],
+        entries: Sequence[Entry] = (),
     ) -> MaskedLM:
         """Nothing is left to the data."""
         return cls(section.mask_ratio, tuple(section.clean))

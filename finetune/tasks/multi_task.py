@@ -1,19 +1,20 @@
-"""Several classifications on one base and one adapter, each with a head of its own."""
+"""Several tasks on one base and one adapter, each with a head of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import Batch, Examples, Indices, list_inputs
+from finetune.data.batches import IGNORED, Batch, Examples, Indices, list_inputs
+from finetune.evaluation.metrics import KINDS
 from finetune.models.base import BaseModel
 from finetune.models.classifier import list_head_modules, list_new_modules
 from finetune.models.multi_task import (
@@ -24,23 +25,48 @@ from finetune.models.multi_task import (
 )
 from finetune.models.prediction import compute_by_row, scatter_rows
 from finetune.recipe.schema import ModelSection
-from finetune.tasks.task import Outputs
+from finetune.tasks.reranking import Reranking
+from finetune.tasks.retrieval import Retrieval
+from finetune.tasks.task import Outputs, Task
 from finetune.tasks.text_classification import TextClassification
+
+
+class Headed(Task, Protocol):
+    """A task that needs no more of the base than what one head makes of each row."""
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What `config.heads` of a Triad says of it."""
+
+    @property
+    def width(self) -> int | None:
+        """Numbers that the head gives for a row; None for as many as the base is wide."""
+
+    @property
+    def codes(self) -> int:
+        """Labels that rows may have: 0 to this, exclusive."""
+
+    def compute_loss(self, outputs: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        """Loss of each row, (B,), from what the head made of it, (B, K)."""
+
+
+SHAPES: dict[str, type[Headed]] = {shape.type: shape for shape in (TextClassification, Retrieval, Reranking)}
+"""The tasks that may share a base."""
 
 
 @dataclass(frozen=True)
 class MultiTask:
     """What is trained where a recipe has several tasks.
 
-    The rows of all tasks are one train split, and a batch mixes them. The classes of all tasks are numbered on end:
-    the number of a class says its task, and its column in the outputs.
+    The rows of all tasks are one train split, and a batch mixes them. The labels of all tasks are numbered on end: the
+    number of a label says its task.
 
     Args:
         tasks: task name -> task.
         weights: task name -> what its rows count in the loss.
     """
 
-    tasks: Mapping[str, TextClassification]
+    tasks: Mapping[str, Headed]
     weights: Mapping[str, float]
 
     type: ClassVar[str] = "multi_task"
@@ -48,26 +74,36 @@ class MultiTask:
 
     @property
     def labels(self) -> dict[str, list[str]]:
-        """Task -> its classes in the order of the logits of its head."""
-        return {name: task.labels for name, task in self.tasks.items()}
+        """Task with classes -> these in the order of the logits of its head."""
+        return {name: task.labels for name, task in self.tasks.items() if task.labels}
+
+    @property
+    def heads(self) -> dict[str, dict[str, Any]]:
+        """Task -> its head."""
+        return {name: task.head for name, task in self.tasks.items()}
 
     def combine(self, examples: Mapping[str, Examples]) -> Examples:
-        """The rows of all tasks, in the order of the tasks; their labels as numbered on end."""
+        """The rows of all tasks, in the order of the tasks; their labels as numbered on end, -100 left as it is."""
         parts = [examples[name] for name in self.tasks]
-        firsts = [columns.start for columns in self._list_columns().values()]
+        firsts = [codes.start for codes in self._list_codes().values()]
+        labels = [
+            np.where(part.labels == IGNORED, IGNORED, part.labels + first)
+            for part, first in zip(parts, firsts, strict=True)
+        ]
         return Examples(
             np.concatenate([part.input_ids for part in parts]),
             np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]),
-            np.concatenate([part.labels + first for part, first in zip(parts, firsts, strict=True)]),
+            np.concatenate(labels),
+            groups=_number_groups(parts),
         )
 
     def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
         """The base with a new head for each task, in float32."""
-        return build_several_heads(base, self.labels, section, seed=seed)
+        return build_several_heads(base, self.heads, section, seed=seed)
 
     def build_shape(self, base: BaseModel, section: ModelSection, tokenizer: Any) -> nn.Module:
         """The same without weights."""
-        return build_several_heads_shape(base, self.labels, section)
+        return build_several_heads_shape(base, self.heads, section)
 
     def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
         """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
@@ -75,7 +111,7 @@ class MultiTask:
 
     def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
         """The heads one by one, as PEFT takes no dictionary of modules; saved are also layers before them."""
-        heads = [f"classifiers.{name}" for name in self.tasks]
+        heads = [f"classifiers.{name}" for name, task in self.tasks.items() if "num_labels" in task.head]
 
         def name_heads(names: list[str]) -> list[str]:
             return [*(name for name in names if name != "classifiers"), *heads]
@@ -91,10 +127,10 @@ class MultiTask:
         """Each row's loss from its own task's head, (B,); one pass through the base for all."""
         logits, labels = model(**list_inputs(batch)).logits, batch["labels"]
         losses = torch.zeros(len(labels), device=labels.device)
-        for name, columns in self._list_columns().items():
+        for name, codes in self._list_codes().items():
             # Also where it is no row's task: every process must have a gradient for every head.
-            rows = torch.nonzero((labels >= columns.start) & (labels < columns.stop)).squeeze(1)
-            part = self.tasks[name].compute_loss(logits[name][rows], labels[rows] - columns.start, label_smoothing)
+            rows = torch.nonzero((labels >= codes.start) & (labels < codes.stop)).squeeze(1)
+            part = self.tasks[name].compute_loss(logits[name][rows], labels[rows] - codes.start, label_smoothing)
             losses = losses.index_add(0, rows, part)
         return losses
 
@@ -115,31 +151,37 @@ class MultiTask:
         share: tuple[int, int] = (0, 1),
         advance: Callable[[int], None] = lambda _rows: None,
     ) -> Outputs:
-        """Logits of all heads side by side, (N, K of all)."""
+        """What all heads give side by side, (N, K of all)."""
 
         def compute(batch: Batch, _rows: Indices) -> torch.Tensor:
             logits = model(**list_inputs(batch)).logits
             return torch.cat([logits[name] for name in self.tasks], dim=-1)
 
         found = compute_by_row(model, examples, pad_token_id, compute, share=share, advance=advance)
-        return scatter_rows(found, len(examples), sum(len(task.labels) for task in self.tasks.values()))
+        widths = [task.width or int(model.config.hidden_size) for task in self.tasks.values()]  # type: ignore[union-attr, arg-type]  # a transformers config
+        return scatter_rows(found, len(examples), sum(widths))
 
     def compute_metrics(
         self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
     ) -> dict[str, float]:
-        """Each metric of each task as `<task>.<metric>`, and before them its mean over the tasks."""
+        """Each metric of each task that has it as `<task>.<metric>`, and before them its mean over these tasks."""
         values: dict[str, dict[str, float]] = {}
-        for name, columns in self._list_columns().items():
-            rows = self._find_rows(references, name)
-            values[name] = self.tasks[name].compute_metrics(
-                np.ascontiguousarray(outputs[rows][:, columns]), references[rows] - columns.start, names
+        columns = self._list_columns(outputs.shape[1])
+        for name, codes in self._list_codes().items():
+            task, rows = self.tasks[name], self._find_rows(references, name)
+            own = [metric for metric in names if not self._belongs_to_others(metric, task)]
+            values[name] = task.compute_metrics(
+                np.ascontiguousarray(outputs[rows][:, columns[name]]), references[rows] - codes.start, own
             )
-        means = {metric: float(np.mean([part[metric] for part in values.values()])) for metric in ("loss", *names)}
+        metrics = dict.fromkeys(metric for part in values.values() for metric in part)
+        means = {
+            metric: float(np.mean([part[metric] for part in values.values() if metric in part])) for metric in metrics
+        }
         return means | {f"{name}.{metric}": value for name, part in values.items() for metric, value in part.items()}
 
     def split_outputs(self, outputs: Outputs) -> Iterator[tuple[str, Outputs]]:
         """Each task with its own columns of `compute_outputs`."""
-        for name, columns in self._list_columns().items():
+        for name, columns in self._list_columns(outputs.shape[1]).items():
             yield name, np.ascontiguousarray(outputs[:, columns])
 
     def to_config(self) -> dict[str, Any]:
@@ -153,19 +195,45 @@ class MultiTask:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MultiTask:
         """Inverse of `to_config`."""
-        tasks = {name: TextClassification.from_config(task) for name, task in config["tasks"].items()}
-        return cls(tasks, config["weights"])
+        tasks = {name: SHAPES[task["type"]].from_config(task) for name, task in config["tasks"].items()}
+        return cls(tasks, config["weights"])  # type: ignore[arg-type]  # from_config gives what it is called on
 
-    def _list_columns(self) -> dict[str, slice]:
-        """Task -> its columns of the outputs, and the numbers of its classes."""
-        ends = np.cumsum([0, *(len(task.labels) for task in self.tasks.values())]).tolist()
+    def _list_codes(self) -> dict[str, slice]:
+        """Task -> the numbers of its labels."""
+        return self._lay_on_end([task.codes for task in self.tasks.values()])
+
+    def _list_columns(self, total: int) -> dict[str, slice]:
+        """Task -> its columns of the outputs, of which there are `total`."""
+        widths = [task.width for task in self.tasks.values()]
+        open_width = (total - sum(width or 0 for width in widths)) // max(1, widths.count(None))
+        return self._lay_on_end([open_width if width is None else width for width in widths])
+
+    def _lay_on_end(self, sizes: Sequence[int]) -> dict[str, slice]:
+        ends = np.cumsum([0, *sizes]).tolist()
         return {name: slice(first, end) for name, (first, end) in zip(self.tasks, pairwise(ends), strict=True)}
 
+    def _belongs_to_others(self, metric: str, task: Headed) -> bool:
+        """Whether it is a metric of other tasks of this recipe and not of this one."""
+        kinds = {other.scored_by for other in self.tasks.values()} - {task.scored_by}
+        return any(metric in KINDS[kind].metrics for kind in kinds)
+
     def _find_rows(self, labels: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.int64]:
-        columns = self._list_columns()[name]
-        return np.flatnonzero((labels >= columns.start) & (labels < columns.stop))
+        codes = self._list_codes()[name]
+        return np.flatnonzero((labels >= codes.start) & (labels < codes.stop))
 
     def _take(self, examples: Examples, name: str) -> Examples:
         """One task's rows, with labels of its own."""
         part = examples.take(self._find_rows(examples.labels, name))
-        return Examples(part.input_ids, part.starts, part.labels - self._list_columns()[name].start)
+        return replace(part, labels=part.labels - self._list_codes()[name].start)
+
+
+def _number_groups(parts: Sequence[Examples]) -> Indices | None:
+    """The groups of all parts under numbers of their own; a row of a part without groups is one by itself."""
+    if all(part.groups is None for part in parts):
+        return None
+    groups, first = [], 0
+    for part in parts:
+        own = np.arange(len(part)) if part.groups is None else part.groups
+        groups.append(own + first)
+        first += int(own.max(initial=-1)) + 1
+    return np.concatenate(groups)

@@ -7,19 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from finetune.data.batches import Examples, Indices
 from finetune.data.checks import Finding, check_lengths, check_rows, check_shots, raise_on_errors
 from finetune.data.cleaning import normalize_for_duplicates
+from finetune.data.knowledge import Entry, compute_knowledge_fingerprint, load_card_knowledge, load_knowledge
 from finetune.data.rows import Row, Splits, build_name_rows
 from finetune.data.sources import LoadedRows, load_rows
 from finetune.data.splits import keep_shots, split_rows
+from finetune.errors import DataError
 from finetune.models.base import BaseModel
 from finetune.recipe.schema import ModelSection, TaskSection
-from finetune.tasks import TASKS, MultiTask, TextClassification
+from finetune.tasks import TASKS, MultiTask, Reranking, Retrieval
+from finetune.tasks.encoding import CONTEXT
+from finetune.tasks.entries import ENTRY
+from finetune.tasks.multi_task import Headed
 from finetune.tasks.task import Task
 
 
@@ -34,6 +39,7 @@ class Part:
         splits: train, validation and test rows, prepared by the task.
         examples: the same, encoded.
         findings: what the checks saw; none of them an error.
+        entries: the knowledge, for tasks that look for entries.
     """
 
     section: TaskSection
@@ -42,6 +48,14 @@ class Part:
     splits: Splits
     examples: dict[str, Examples]
     findings: list[Finding]
+    entries: Sequence[Entry] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over rows and entries, as they were read."""
+        if not self.entries:
+            return self.source.fingerprint
+        return _join_fingerprints([self.source.fingerprint, compute_knowledge_fingerprint(self.entries)])
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,16 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the rows of all parts, as they were read."""
-        prints = [part.source.fingerprint for part in self.parts.values()]
-        return prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
+        prints = [part.fingerprint for part in self.parts.values()]
+        return (
+            prints[0]
+            if len(prints[0]) == 64 and len(prints) == 1
+            else hashlib.sha256("\n".join(prints).encode()).hexdigest()
+        )
+
+
+def _join_fingerprints(prints: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(prints).encode()).hexdigest()
 
 
 def prepare(
@@ -107,7 +129,7 @@ def prepare(
     if len(parts) == 1:
         (part,) = parts.values()
         return Prepared(parts, part.task, part.examples, tokenizer, part.findings)
-    tasks = {name: part.task for name, part in parts.items() if isinstance(part.task, TextClassification)}
+    tasks = {name: cast("Headed", part.task) for name, part in parts.items()}  # the schema lets no other types in
     task = MultiTask(tasks, {name: section.weight for name, section in sections.items()})
     examples = {
         split: task.combine({name: part.examples[split] for name, part in parts.items()})
@@ -130,10 +152,21 @@ def _prepare_part(
     tokenizer: Any,
 ) -> tuple[Part, Any]:
     shape = TASKS[section.type]
-    source = load_rows(section.data, section.columns, roles=shape.roles, relative_to=relative_to)
-    task = shape.build(section, _get_card_labels(source), source.rows)
-    splits = split_rows(task.prepare_rows(source.rows), section.split, seed=seed, columns=source.columns)
-    splits, findings = check_rows(splits, task.labels, leaks=section.split.leaks, texts=list_texts(task))
+    source = load_rows(
+        section.data, section.columns, roles=shape.roles, optional=shape.optional_roles, relative_to=relative_to
+    )
+    entries = _load_entries(section, source, relative_to) if ENTRY in shape.roles else []
+    known = section.model_copy(update={"columns": source.columns})
+    task = shape.build(known, _get_card_labels(source), source.rows, entries)
+    rows = task.prepare_rows(source.rows)
+    splits = split_rows(rows, section.split, seed=seed, columns=source.columns)
+    splits, findings = check_rows(
+        splits,
+        task.labels,
+        leaks=section.split.leaks,
+        texts=list_texts(task),
+        context=CONTEXT if CONTEXT in source.columns else None,
+    )
     raise_on_errors(findings, source.origin)
     if section.split.shots is not None:  # after leaks were dropped, so that the count holds
         splits = keep_shots(splits, section.split.shots, seed=seed)
@@ -149,8 +182,27 @@ def _prepare_part(
         if task.cuts_rows
     }
     notes = [Finding("row_count", "note", "all", 1, note) for note in source.notes]
+    if left_out := len(source.rows) - len(rows):
+        message = f"{left_out:,} of {len(source.rows):,} rows name no entry, and are left out of {section.type}."
+        notes.append(Finding("no_entry", "note", "all", left_out, message))
     findings = [*findings, *check_lengths(lengths, model.max_length), *notes]
-    return Part(section, task, source, splits, examples, findings), tokenizer
+    return Part(section, task, source, splits, examples, findings, entries), tokenizer
+
+
+def _load_entries(section: TaskSection, source: LoadedRows, relative_to: Path | None) -> list[Entry]:
+    """The knowledge that a recipe names, else the card's.
+
+    Raises:
+        DataError: there is none, or its entries are damaged.
+    """
+    if section.knowledge is not None:
+        return load_knowledge(section.knowledge, relative_to)
+    if source.card is None:
+        raise DataError(
+            f"{source.origin}: {section.type} must have entries to look for, got none. "
+            "Set tasks.<name>.knowledge to a file of them (id, text, and perhaps title and group)."
+        )
+    return load_card_knowledge(source.card)
 
 
 def _get_card_labels(source: LoadedRows) -> list[str] | dict[str, str] | None:
@@ -160,7 +212,7 @@ def _get_card_labels(source: LoadedRows) -> list[str] | dict[str, str] | None:
 
 
 def _check_across(parts: Mapping[str, Part]) -> list[Finding]:
-    """"""
+    """Texts that one task is judged on and another learns from."""
     findings = []
     texts = {
         name: {
@@ -185,7 +237,7 @@ def _check_across(parts: Mapping[str, Part]) -> list[Finding]:
 
 def list_texts(task: Task) -> list[str]:
     """The roles of a task that are texts."""
-    return [role for role in task.roles if role != "label"]
+    return [role for role in task.roles if role not in ("label", ENTRY)]
 
 
 def _measure_lengths(task: Task, rows: Sequence[Row], examples: Examples, tokenizer: Any, max_length: int) -> Indices:
@@ -204,7 +256,9 @@ def load_held_out(
     Raises:
         DataError: unreadable data, unknown or missing labels.
     """
-    source = load_rows(reference, columns, roles=type(task).roles)
+    source = load_rows(reference, columns, roles=type(task).roles, optional=type(task).optional_roles)
+    if isinstance(task, Retrieval | Reranking):
+        task.library.check(source.rows)
     rows = task.prepare_rows(source.rows)
     if any(row.split == "test" for row in rows):
         rows = [row for row in rows if row.split == "test"]

@@ -14,6 +14,7 @@ from torch import nn
 
 from finetune.data.batches import IGNORED, Batch, Examples, Indices, list_inputs
 from finetune.data.cleaning import clean_text
+from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.evaluation.corpus_baselines import copy_source, nearest_translation
 from finetune.evaluation.corpus_metrics import compute_text_scores
@@ -39,6 +40,7 @@ class Seq2Seq:
 
     type: ClassVar[str] = "seq2seq"
     roles: ClassVar[tuple[str, ...]] = ("text", "target")
+    optional_roles: ClassVar[tuple[str, ...]] = ()
     scored_by: ClassVar[str] = "texts"
     peft_type: ClassVar[str] = "SEQ_2_SEQ_LM"
     cuts_rows: ClassVar[bool] = True
@@ -46,7 +48,11 @@ class Seq2Seq:
 
     @classmethod
     def build(
-        cls, section: TaskSection, card_labels: list[str] | dict[str, str] | None, rows: Sequence[Row]
+        cls,
+        section: TaskSection,
+        card_labels: list[str] | dict[str, str] | None,
+        rows: Sequence[Row],
+        entries: Sequence[Entry] = (),
     ) -> Seq2Seq:
         """Nothing is left to the data."""
         return cls(tuple(section.clean))

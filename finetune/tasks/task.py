@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from finetune.data.batches import Batch, Examples
+from finetune.data.knowledge import Entry
 from finetune.data.rows import Row, Splits
 from finetune.models.base import BaseModel
 from finetune.recipe.schema import EvaluateSection, ModelSection, TaskSection
@@ -132,6 +133,8 @@ class Task(Trainable, Protocol):
 
     roles: ClassVar[tuple[str, ...]]
     """The columns that training data must have."""
+    optional_roles: ClassVar[tuple[str, ...]]
+    """The columns that it reads where a recipe or a card names them."""
     scored_by: ClassVar[str]
     """What its metrics look at, a key of `evaluation.metrics.KINDS`."""
     cuts_rows: ClassVar[bool]
@@ -142,8 +145,21 @@ class Task(Trainable, Protocol):
         """Names of the classes in the order of the logits; None where there are none."""
 
     @classmethod
-    def build(cls, section: TaskSection, card_labels: list[str] | dict[str, str] | None, rows: Sequence[Row]) -> Task:
-        """Settle what the recipe leaves to the data."""
+    def build(
+        cls,
+        section: TaskSection,
+        card_labels: list[str] | dict[str, str] | None,
+        rows: Sequence[Row],
+        entries: Sequence[Entry] = (),
+    ) -> Task:
+        """Settle what the recipe leaves to the data.
+
+        Args:
+            section: of the recipe; `columns` has all roles that are read.
+            card_labels: the classes that the card names.
+            rows: all rows.
+            entries: the knowledge, for tasks that look for entries.
+        """
 
     def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
         """Rows as the task reads them: texts cleaned, label codes replaced by class names."""

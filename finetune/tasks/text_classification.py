@@ -14,6 +14,7 @@ from torch import nn
 
 from finetune.data.batches import IGNORED, Batch, Examples, list_inputs
 from finetune.data.cleaning import clean_text
+from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.errors import DataError
 from finetune.evaluation.baselines import BaselineData, BaselineResult, compute_baselines
@@ -33,6 +34,7 @@ from finetune.models.classifier import (
 from finetune.models.embedding import compute_embeddings
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
+from finetune.tasks.encoding import CONTEXT, encode_texts, read_question
 from finetune.tasks.task import HeldOut, Judgement, Outputs
 
 MISTAKES = 50
@@ -46,21 +48,43 @@ class TextClassification:
         labels: class names in the order of the logits.
         values: value in the data -> class name, where the data hold codes.
         clean: steps on each text before it is encoded.
+        reads_context: whether what was said before belongs to a text.
     """
 
     labels: list[str]
     values: dict[str, str]
     clean: tuple[TextStep, ...] = ()
+    reads_context: bool = False
 
     type: ClassVar[str] = "text_classification"
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
+    optional_roles: ClassVar[tuple[str, ...]] = (CONTEXT,)
     scored_by: ClassVar[str] = "labels"
     peft_type: ClassVar[str] = "SEQ_CLS"
     cuts_rows: ClassVar[bool] = True
 
+    @property
+    def head(self) -> dict[str, Any]:
+        """The head beside those of other tasks."""
+        return {"type": "sequence_classification", "num_labels": len(self.labels), "labels": list(self.labels)}
+
+    @property
+    def width(self) -> int:
+        """Logits of a row, K."""
+        return len(self.labels)
+
+    @property
+    def codes(self) -> int:
+        """Labels of rows, K."""
+        return len(self.labels)
+
     @classmethod
     def build(
-        cls, section: TaskSection, card_labels: list[str] | dict[str, str] | None, rows: Sequence[Row]
+        cls,
+        section: TaskSection,
+        card_labels: list[str] | dict[str, str] | None,
+        rows: Sequence[Row],
+        entries: Sequence[Entry] = (),
     ) -> TextClassification:
         """Settle the classes: the recipe's, else the card's, else the sorted values of the data.
 
@@ -68,13 +92,14 @@ class TextClassification:
             DataError: fewer than two classes.
         """
         labels = section.labels if section.labels is not None else card_labels
+        reads_context = CONTEXT in section.columns
         if labels is None:
             labels = sorted({row.values["label"] for row in rows if row.values["label"]})
             if len(labels) < 2:
                 raise DataError(f"{section.data}: the label column must hold at least 2 classes, got {labels}.")
         if isinstance(labels, list):
-            return cls(list(labels), {}, tuple(section.clean))
-        return cls(list(dict.fromkeys(labels.values())), dict(labels), tuple(section.clean))
+            return cls(list(labels), {}, tuple(section.clean), reads_context)
+        return cls(list(dict.fromkeys(labels.values())), dict(labels), tuple(section.clean), reads_context)
 
     def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
         """Clean each text, and put class names where the data hold codes."""
@@ -86,8 +111,8 @@ class TextClassification:
 
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
         """Encode prepared rows, cut at `max_length` tokens; labels are -100 where a row has none."""
-        texts = [row.values["text"] for row in rows]
-        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
+        texts = [read_question(row, self.reads_context) for row in rows]
+        encoded = encode_texts(texts, tokenizer, max_length, keep="end" if self.reads_context else "start")
         index: dict[Any, int] = {label: i for i, label in enumerate(self.labels)}
         return Examples.build(encoded, [index.get(row.values.get("label"), IGNORED) for row in rows])
 
@@ -200,12 +225,19 @@ class TextClassification:
 
     def to_config(self) -> dict[str, Any]:
         """What prediction needs beside the weights."""
-        return {"type": self.type, "labels": self.labels, "values": self.values, "clean": list(self.clean)}
+        return {"type": self.type, "labels": self.labels, "values": self.values, "clean": list(self.clean)} | (
+            {"reads_context": True} if self.reads_context else {}
+        )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TextClassification:
         """Inverse of `to_config`."""
-        return cls(list(config["labels"]), dict(config["values"]), tuple(config["clean"]))
+        return cls(
+            list(config["labels"]),
+            dict(config["values"]),
+            tuple(config["clean"]),
+            config.get("reads_context", False),
+        )
 
     def _prepare_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         label = values.get("label")

@@ -13,7 +13,16 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import Batch, Examples, Indices, collate, plan_batches, plan_class_batches
+from finetune.data.batches import (
+    Batch,
+    Examples,
+    Indices,
+    collate,
+    plan_batches,
+    plan_class_batches,
+    plan_group_batches,
+    split_batch,
+)
 from finetune.errors import DivergedError, Interrupted, ResourceError
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import EarlyStopSection, TrainSection
@@ -206,6 +215,8 @@ def count_steps(train: Examples, section: TrainSection) -> int:
 
 
 def _plan(train: Examples, section: TrainSection, epoch: int) -> list[Indices]:
+    if train.groups is not None:
+        return plan_group_batches(train.groups, train.sizes, section.tokens_per_batch, seed=section.seed, epoch=epoch)
     if section.few_shot == "contrastive":
         return plan_class_batches(train.labels, train.sizes, section.tokens_per_batch, seed=section.seed, epoch=epoch)
     return plan_batches(train.sizes, section.tokens_per_batch, seed=section.seed, epoch=epoch)
@@ -268,7 +279,7 @@ def _accumulate(model: nn.Module, problem: Problem, accelerator: Any, rows: Indi
     processes = accelerator.num_processes
     weight = float(problem.row_weights[rows].sum())
     total = torch.zeros((), device=accelerator.device)
-    for part in np.array_split(rows, processes * micro_steps)[accelerator.process_index :: processes]:
+    for part in split_batch(problem.train, rows, processes * micro_steps)[accelerator.process_index :: processes]:
         # A share without rows still takes part in the reduction, with a row that weighs nothing.
         chosen, weights = (part, problem.row_weights[part]) if len(part) else (rows[:1], np.zeros(1, dtype=np.float32))
         batch = {

@@ -59,8 +59,8 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines(path: Path) -> No
     )
     assert _message(_write(path, text), "adapter.rank=0") == (
         "x.yaml: 4 problems\n"
-        "  line 6   tasks.sentiment.type: must be one of text_classification, causal_lm, masked_lm, seq2seq, got "
-        "'text_clasification'."
+        "  line 6   tasks.sentiment.type: must be one of text_classification, causal_lm, masked_lm, seq2seq, retrieval,"
+        " reranking, got 'text_clasification'."
         " Did you mean 'text_classification'?\n"
         "  line 9   train.epochs: must be at least 1, got 0.\n"
         "  line 10  train.lerning_rate: unknown key. Did you mean 'learning_rate'?\n"
@@ -232,8 +232,8 @@ def test_problems_of_overrides_are_shown_as_set(path: Path, override: str, sente
     [
         (
             ["tasks.other={type: causal_lm, data: x}", "evaluate.calibrate=none"],
-            "tasks.other.type: must be text_classification where a recipe has several tasks, got causal_lm. Give it a "
-            "recipe of its own.",
+                "tasks.other.type: must be text_classification, retrieval or reranking where a recipe has several tasks, "
+                "got causal_lm. Give it a recipe of its own.",
         ),
         (
             ["tasks.other={type: text_classification, data: x}", "model.architecture=native"],

@@ -118,7 +118,8 @@ class TriadConfig(PreTrainedConfig):
     normalize_embeddings: bool = True
     """Sentence embeddings have length 1."""
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Heads of `TriadForMultiTask`: name -> {type: sequence_classification | token_classification, num_labels}."""
+    """Heads of `TriadForMultiTask`: name -> {type: sequence_classification | token_classification, num_labels}, or
+    {type: sentence_embedding}."""
     base_key_mapping: dict[str, str] | None = None
     """How the checkpoint of another family that the weights come from names them, pattern -> Triad's name: what
     `from_pretrained(key_mapping=...)` takes. None for Triad's own names."""

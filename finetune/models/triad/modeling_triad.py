@@ -1148,22 +1148,39 @@ class TriadForMultiTask(TriadLabeler):
 
     def __init__(self, config: TriadConfig) -> None:
         super().__init__(config)
-        types = ("sequence_classification", "token_classification")
+        types = ("sequence_classification", "token_classification", "sentence_embedding")
         if not config.heads:
             raise ValueError("TriadForMultiTask needs at least one head in config.heads, got none.")
         for name, head in config.heads.items():
             if head.get("type") not in types:
                 raise ValueError(f"heads.{name}.type must be one of {', '.join(types)}, got {head.get('type')!r}.")
-            if not isinstance(head.get("num_labels"), int) or head["num_labels"] < 1:
+            if head["type"] == "sentence_embedding":
+                if "num_labels" in head:
+                    raise ValueError(f"heads.{name}.num_labels must be left out for an embedding, which has no labels.")
+            elif not isinstance(head.get("num_labels"), int) or head["num_labels"] < 1:
                 raise ValueError(f"heads.{name}.num_labels must be at least 1, got {head.get('num_labels')!r}.")
             if not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
                 raise ValueError(f"heads: a head cannot be called {name!r}; torch keeps such names for itself.")
         self.loss_type = "ForMaskedLM"  # plain cross-entropy over the last dimension
         self.pooler = TriadPooler(config)
         self.classifiers = nn.ModuleDict(  # in the order in which a saved config comes back
-            {name: nn.Linear(config.hidden_size, head["num_labels"]) for name, head in sorted(config.heads.items())}
+            {
+                name: nn.Linear(config.hidden_size, head["num_labels"])
+                for name, head in sorted(config.heads.items())
+                if head["type"] != "sentence_embedding"  # has no weights of its own
+            }
         )
         self.post_init()
+
+    def answer(self, name: str, kind: str, pooled: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+        """What one head makes of rows, (rows, D), or of tokens, (B, T, D)."""
+        if kind == "token_classification":
+            answered: torch.Tensor = self.classifiers[name](self.dropout(tokens))
+        elif kind == "sentence_embedding" and pooled is not None:
+            answered = nn.functional.normalize(pooled, dim=-1)
+        else:
+            answered = self.classifiers[name](self.dropout(pooled))
+        return answered
 
     @can_return_tuple
     def forward(
@@ -1176,7 +1193,7 @@ class TriadForMultiTask(TriadLabeler):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MultiTaskOutput:
-        """Logits of one task, or of all.
+        """Logits of one task, or of all; of an embedding the vectors of length 1, (rows, D).
 
         Args:
             input_ids, attention_mask: as in `TriadStack.forward`, with all of its other arguments.
@@ -1186,21 +1203,17 @@ class TriadForMultiTask(TriadLabeler):
         Raises:
             ValueError: no such task, or labels without a task.
         """
-        if task is not None and task not in self.classifiers:
-            raise ValueError(f"task must be one of {', '.join(self.classifiers)}, got {task!r}.")
+        types = {name: head["type"] for name, head in sorted(self.config.heads.items())}
+        if task is not None and task not in types:
+            raise ValueError(f"task must be one of {', '.join(types)}, got {task!r}.")
         if labels is not None and task is None:
             raise ValueError("labels need to come with the task that they belong to.")
         outputs, pool = self.run(input_ids, attention_mask, token_type_ids, position_ids, kwargs)
-        types = {name: head["type"] for name, head in self.config.heads.items()}
-        names = list(self.classifiers) if task is None else [task]
+        names = list(types) if task is None else [task]
         pooled = None
-        if any(types[name] == "sequence_classification" for name in names):
-            pooled = self.dropout(pool(self.pooler))
-        tokens = self.dropout(outputs.last_hidden_state)
-        logits = {
-            name: self.classifiers[name](pooled if types[name] == "sequence_classification" else tokens)
-            for name in names
-        }
+        if any(types[name] != "token_classification" for name in names):
+            pooled = pool(self.pooler)  # (rows, D)
+        logits = {name: self.answer(name, types[name], pooled, outputs.last_hidden_state) for name in names}
         loss = None
         if task is not None and labels is not None:
             loss = self.loss_function(logits[task], labels, vocab_size=logits[task].shape[-1], **kwargs)

@@ -1,0 +1,182 @@
+"""What the tasks that look for entries share: which entries are right for a row, and which look right and are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.data.batches import Examples
+from finetune.data.knowledge import Entry
+from finetune.data.ranking import LexicalIndex
+from finetune.data.rows import Row
+from finetune.errors import DataError
+from finetune.evaluation.corpus_metrics import compute_rank_statistics
+from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, score_corpus
+from finetune.evaluation.metrics import Ints
+from finetune.evaluation.ranking_baselines import Rankings, compute_ranking_baselines, find_places
+from finetune.models.base import load_tokenizer
+from finetune.models.embedding import compute_embeddings
+from finetune.tasks.encoding import encode_texts, read_question
+from finetune.tasks.task import HeldOut, Judgement
+
+ENTRY = "entry"
+"""The role that names the right entries of a row: their ids, parted by spaces."""
+SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Library:
+    """The entries of a recipe.
+
+    Args:
+        entries: E of them, with different ids.
+        reads_context: whether a row's context belongs to its question.
+    """
+
+    entries: tuple[Entry, ...]
+    reads_context: bool
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Id -> number of the entry."""
+        return {entry.id: number for number, entry in enumerate(self.entries)}
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Every id of every row must be that of an entry.
+
+        Raises:
+            DataError: names the first rows that have another.
+        """
+        wrong = [
+            f"{row.id} {name!r}"
+            for row in rows
+            for name in (row.values[ENTRY] or "").split()
+            if name not in self.numbers
+        ]
+        if wrong:
+            more = f" and {len(wrong) - SHOWN_ROWS} more" if len(wrong) > SHOWN_ROWS else ""
+            raise DataError(
+                f"entry: must be ids of the {len(self.entries):,} entries of the knowledge, parted by spaces, got in "
+                f"{', '.join(wrong[:SHOWN_ROWS])}{more}. Correct the rows, or add the entries."
+            )
+
+    def keep_answered(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that name an entry."""
+        return [row for row in rows if row.values[ENTRY].split()]
+
+    def find_right(self, row: Row) -> tuple[int, ...]:
+        """Numbers of a row's right entries, sorted."""
+        return tuple(sorted({self.numbers[name] for name in row.values[ENTRY].split()}))
+
+    def mine(self, rows: Sequence[Row], count: int) -> list[list[int]]:
+        """Entries that share words with a question and do not answer it, the most alike first.
+
+        They are looked for among the entries that some of `rows` name and those of the same groups: what belongs to
+        other splits stays unseen.
+
+        Args:
+            rows: of one split.
+            count: at most so many for a row.
+
+        Returns:
+            Numbers of entries for each row.
+        """
+        named = {number for row in rows for number in self.find_right(row)}
+        groups = {self.entries[number].group for number in named} - {None}
+        pool = np.array(
+            [n for n, entry in enumerate(self.entries) if n in named or entry.group in groups], dtype=np.int64
+        )
+        index = LexicalIndex([self.entries[number].passage for number in pool])
+        mined = []
+        for row in rows:
+            scores = index.compute_scores(read_question(row, self.reads_context))
+            scores[np.isin(pool, self.find_right(row))] = -np.inf
+            best = np.argsort(-scores, kind="stable")[:count]
+            mined.append([int(pool[place]) for place in best if np.isfinite(scores[place])])
+        return mined
+
+    def encode_questions(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[list[int]]:
+        """Token ids of each row's question; of a long one the end stays."""
+        return encode_texts([read_question(row, self.reads_context) for row in rows], tokenizer, max_length, keep="end")
+
+    def rank_baselines(self, held_out: HeldOut, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Rankings]:
+        """Scores of all entries by systems without training: name -> (N, E)."""
+        tokenizer = load_tokenizer(held_out.base)
+        passages = [entry.passage for entry in self.entries]
+
+        def embed() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+            asked = Examples.build(self.encode_questions(rows, tokenizer, held_out.max_length))
+            known = Examples.build(encode_texts(passages, tokenizer, held_out.max_length))
+            questions, entries = compute_embeddings(held_out.base, [asked, known], tokenizer.pad_token_id)
+            return questions, entries
+
+        return compute_ranking_baselines(
+            names, [read_question(row, self.reads_context) for row in rows], passages, embed
+        )
+
+    def judge(self, held_out: HeldOut, rankings: Mapping[str, tuple[Rankings, Mapping[str, Rankings]]]) -> Judgement:
+        """Score what the model and the baselines made of each split.
+
+        Args:
+            held_out: the splits.
+            rankings: split -> scores of the model, (N, E), and of each baseline.
+        """
+        scored = {}
+        for name, (scores, baselines) in rankings.items():
+            rows = held_out.rows[name]
+            split = CorpusSplit(
+                name=name,
+                model=SystemOutput(places=self._find_places(rows, scores)),
+                references=None,
+                inputs=[row.values["text"] for row in rows],
+                values=[row.values for row in rows],
+                baselines={
+                    system: SystemOutput(places=self._find_places(rows, other)) for system, other in baselines.items()
+                },
+                opened=held_out.opened if name == "test" else None,
+            )
+            scored[name] = score_corpus(split, held_out.section, held_out.seed) | {"entries": len(self.entries)}
+        rows, scores = held_out.rows["test"], rankings["test"][0]
+        first, places = scores.argmax(axis=1), self._find_places(rows, scores)
+        return Judgement(
+            scored=scored,
+            predictions={
+                "id": [row.id for row in rows],
+                "text": [row.values["text"] for row in rows],
+                "reference": [row.values[ENTRY] for row in rows],
+                "prediction": [self.entries[number].id for number in first],
+                "score": scores.max(axis=1),
+                "places": [of_row.tolist() for of_row in places],
+            },
+            samples=self._show_samples(rows, first, places, held_out.section.samples),
+            samples_title="Questions that it answered worst",
+        )
+
+    def _find_places(self, rows: Sequence[Row], scores: Rankings) -> list[Ints]:
+        return [find_places(part, self.find_right(row)) for row, part in zip(rows, scores, strict=True)]
+
+    def _show_samples(
+        self, rows: Sequence[Row], first: Ints, places: Sequence[Ints], count: int
+    ) -> list[dict[str, Any]]:
+        order = np.argsort([-int(of_row[0]) for of_row in places], kind="stable")[:count]
+        return [
+            {
+                "input": read_question(rows[i], self.reads_context),
+                "output": self.entries[first[i]].passage,
+                "reference": " | ".join(self.entries[number].passage for number in self.find_right(rows[i])),
+                "note": f"place {int(places[i][0])} of {len(self.entries):,}",
+            }
+            for i in order
+        ]
+
+
+def compute_mean_metrics(names: Sequence[str], places: Sequence[Ints]) -> dict[str, float]:
+    """The named ranking metrics, means over questions; nan without questions."""
+    if not places:
+        return dict.fromkeys(names, float("nan"))
+    return {name: float(compute_rank_statistics(name, places)[:, 0].mean()) for name in names}

@@ -1,0 +1,258 @@
+"""Reranking: a question and an entry read together, one score that says whether the entry answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from finetune.data.batches import Batch, Examples, list_inputs
+from finetune.data.cleaning import clean_text
+from finetune.data.knowledge import Entry
+from finetune.data.rows import Row
+from finetune.evaluation.ranking_baselines import Rankings, find_places
+from finetune.models.base import BaseModel, load_tokenizer
+from finetune.models.classifier import (
+    build_classifier,
+    build_classifier_shape,
+    get_padding,
+    list_head_modules,
+    list_new_modules,
+    load_saved_classifier,
+)
+from finetune.models.prediction import compute_logits
+from finetune.recipe.schema import ModelSection, TaskSection, TextStep
+from finetune.tasks.encoding import CONTEXT, read_question
+from finetune.tasks.entries import ENTRY, Library, compute_mean_metrics
+from finetune.tasks.task import HeldOut, Judgement, Outputs
+
+RELEVANT = "relevant"
+"""The one class."""
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """The shape of a second look at what a first search found: a cross-encoder (arXiv:1901.04085).
+
+    Rows are trained on in groups: pairs of one question with its right entries and with entries that look right and are
+    not. The label of a pair is 2 * the number of its question, plus 1 where the entry is right.
+
+    Args:
+        size: questions in the data, at least as many as in any of their splits.
+        clean: steps on each question before it is encoded.
+        reads_context: whether what was said before belongs to the question.
+        negatives: wrong entries in a group.
+        candidates: entries that are looked at again when the model is judged, the best of the baseline `fused`.
+        entries: what the questions are answered from; none where a trained model was loaded.
+    """
+
+    size: int
+    clean: tuple[TextStep, ...] = ()
+    reads_context: bool = False
+    negatives: int = 4
+    candidates: int = 20
+    entries: tuple[Entry, ...] = ()
+
+    type: ClassVar[str] = "reranking"
+    roles: ClassVar[tuple[str, ...]] = ("text", ENTRY)
+    optional_roles: ClassVar[tuple[str, ...]] = (CONTEXT,)
+    scored_by: ClassVar[str] = "ranking"
+    peft_type: ClassVar[str] = "SEQ_CLS"
+    cuts_rows: ClassVar[bool] = False
+    labels: ClassVar[None] = None
+    head: ClassVar[dict[str, Any]] = {"type": "sequence_classification", "num_labels": 1, "labels": [RELEVANT]}
+    width: ClassVar[int] = 1
+
+    @property
+    def library(self) -> Library:
+        """The entries, and what rows say of them."""
+        return Library(self.entries, self.reads_context)
+
+    @property
+    def codes(self) -> int:
+        """Labels that there are."""
+        return 2 * self.size
+
+    @classmethod
+    def build(
+        cls,
+        section: TaskSection,
+        card_labels: list[str] | dict[str, str] | None,
+        rows: Sequence[Row],
+        entries: Sequence[Entry] = (),
+    ) -> Reranking:
+        """Settle the entries.
+
+        Raises:
+            DataError: a row names no entry of the knowledge.
+        """
+        library = Library(tuple(entries), CONTEXT in section.columns)
+        library.check(rows)
+        return cls(
+            size=len(rows),
+            clean=tuple(section.clean),
+            reads_context=library.reads_context,
+            negatives=section.negatives,
+            candidates=section.candidates,
+            entries=library.entries,
+        )
+
+    def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Clean the questions; what no entry answers is left out."""
+        return [
+            replace(row, values={**row.values, "text": clean_text(row.values["text"], self.clean)})
+            for row in (self.library.keep_answered(rows) if self.entries else rows)
+        ]
+
+    def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
+        """The base's."""
+        return load_tokenizer(base)
+
+    def bind(self, tokenizer: Any) -> Reranking:
+        """Nothing is left to the tokenizer."""
+        return self
+
+    def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
+        """Groups of pairs; where a pair is too long, the longer text is cut."""
+        questions: list[str] = []
+        passages: list[str] = []
+        labels: list[int] = []
+        groups: list[int] = []
+        for group, (row, wrong) in enumerate(zip(rows, self.library.mine(rows, self.negatives), strict=True)):
+            right = self.library.find_right(row)
+            questions += [read_question(row, self.reads_context)] * (len(right) + len(wrong))
+            passages += [self.entries[number].passage for number in (*right, *wrong)]
+            labels += [2 * group + 1] * len(right) + [2 * group] * len(wrong)
+            groups += [group] * (len(right) + len(wrong))
+        return Examples.build(encode_pairs(questions, passages, tokenizer, max_length), labels, groups=groups)
+
+    def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
+        """The base with a new head of one score, in float32."""
+        return build_classifier(base, [RELEVANT], section, seed=seed)
+
+    def build_shape(self, base: BaseModel, section: ModelSection, tokenizer: Any) -> nn.Module:
+        """The same without weights."""
+        return build_classifier_shape(base, [RELEVANT], section)
+
+    def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
+        """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
+        return load_saved_classifier(folder, base)
+
+    def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
+        """The head; saved are also layers between base and head."""
+        return list_new_modules(model), list_head_modules(model)
+
+    def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
+        """Nothing to start."""
+
+    def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
+        """Loss of each right pair, (B,); 0 for the others."""
+        return self.compute_loss(model(**list_inputs(batch)).logits, batch["labels"], label_smoothing)
+
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        """ListNet's top-one loss (Cao et al. 2007): -log of a right pair's share in the softmax over its question's.
+
+        Args:
+            logits: (B, 1).
+            labels: (B,).
+            label_smoothing: not used.
+
+        Returns:
+            (B,); 0 for wrong pairs.
+        """
+        scores, questions = logits[:, 0].float(), labels // 2
+        same = questions[:, None] == questions
+        shares = scores - scores.expand_as(same).masked_fill(~same, -torch.inf).logsumexp(1)
+        return -shares * (labels % 2)
+
+    def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
+        """Every question counts 1, shared by its right pairs."""
+        counts = np.bincount(examples.labels, minlength=self.codes)
+        return np.where(examples.labels % 2 == 1, 1 / np.maximum(counts[examples.labels], 1), 0.0).astype(np.float32)
+
+    def compute_outputs(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        pad_token_id: int | None,
+        *,
+        share: tuple[int, int] = (0, 1),
+        advance: Callable[[int], None] = lambda _rows: None,
+    ) -> Outputs:
+        """Logits, (N, 1)."""
+        return compute_logits(model, examples, pad_token_id, share=share, advance=advance)
+
+    def compute_metrics(
+        self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
+    ) -> dict[str, float]:
+        """Loss, and the named metrics of each question's ranking of its own group."""
+        losses = self.compute_loss(torch.from_numpy(outputs), torch.from_numpy(references), 0.0)
+        questions, places = references // 2, []
+        for question in np.unique(questions):
+            rows = np.flatnonzero(questions == question)
+            places.append(find_places(outputs[rows, 0], np.flatnonzero(references[rows] % 2).tolist()))
+        return {"loss": losses[torch.from_numpy(references) % 2 == 1].mean().item()} | compute_mean_metrics(
+            names, places
+        )
+
+    def judge(self, held_out: HeldOut) -> Judgement:
+        """Rank again the first of what the baseline `fused` finds; behind them everything stays as it was."""
+        rankings: dict[str, tuple[Rankings, dict[str, Rankings]]] = {}
+        for name in held_out.judged:
+            rows = held_out.rows[name]
+            names = list(dict.fromkeys([*held_out.section.baselines, "fused"]))
+            found = self.library.rank_baselines(held_out, rows, names)
+            scores = self._rerank(held_out, rows, found["fused"])
+            rankings[name] = (scores, {system: found[system] for system in held_out.section.baselines})
+        return self.library.judge(held_out, rankings)
+
+    def _rerank(self, held_out: HeldOut, rows: Sequence[Row], first: Rankings) -> Rankings:
+        """`first`, (N, E), with the best of each row in the order of the model's scores."""
+        count = min(self.candidates, len(self.entries))
+        chosen = np.argsort(-first, axis=1, kind="stable")[:, :count]
+        questions = [text for row in rows for text in [read_question(row, self.reads_context)] * count]
+        passages = [self.entries[number].passage for numbers in chosen for number in numbers]
+        pairs = Examples.build(encode_pairs(questions, passages, held_out.tokenizer, held_out.max_length))
+        logits = self.compute_outputs(held_out.model, pairs, get_padding(held_out.model, held_out.tokenizer))
+        ranking = first.copy()
+        lowest, highest = logits.min(initial=0.0), first.max(initial=0.0)
+        np.put_along_axis(ranking, chosen, highest + 1 + logits.reshape(chosen.shape) - lowest, axis=1)
+        return ranking
+
+    def to_config(self) -> dict[str, Any]:
+        """What prediction needs beside the weights; the entries are no part of it."""
+        return {
+            "type": self.type,
+            "size": self.size,
+            "clean": list(self.clean),
+            "reads_context": self.reads_context,
+            "negatives": self.negatives,
+            "candidates": self.candidates,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Reranking:
+        """Inverse of `to_config`."""
+        return cls(
+            config["size"],
+            tuple(config["clean"]),
+            config["reads_context"],
+            config["negatives"],
+            config["candidates"],
+        )
+
+
+def encode_pairs(questions: Sequence[str], passages: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
+    """Token ids of each question with its passage; where both are too long, the longer one is cut."""
+    if not questions:
+        return []
+    encoded: list[list[int]] = tokenizer(
+        list(questions), list(passages), truncation="longest_first", max_length=max_length
+    )["input_ids"]
+    return encoded

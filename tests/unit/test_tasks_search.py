@@ -1,0 +1,211 @@
+"""Retrieval and reranking: groups of rows, their losses by hand, and the rankings that are judged."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from finetune.data.batches import Examples, collate, plan_group_batches, split_batch
+from finetune.data.knowledge import Entry
+from finetune.data.rows import Row
+from finetune.errors import DataError
+from finetune.evaluation.corpus_metrics import compute_rank_statistics
+from finetune.evaluation.ranking_baselines import compute_ranking_baselines, find_places
+from finetune.models.base import BaseModel, load_tokenizer
+from finetune.recipe.schema import ModelSection, TaskSection
+from finetune.tasks import Reranking, Retrieval, load_task
+from finetune.tasks.encoding import encode_texts
+
+ENTRIES = [
+    Entry("returns", "How long can I return shoes?", "Thirty days.", "a"),
+    Entry("delivery", "How long does delivery take?", "Two days.", "a"),
+    Entry("shoes", "Which shoes do you sell?", "Red shoes and blue shoes.", "a"),
+    Entry("other", "How long can I return hats?", "Never.", "b"),
+]
+ROWS = [
+    Row("r:1", "train", 1, {"text": "how long can I return them", "entry": "returns", "context": "Customer: red ones"}),
+    Row("r:2", "train", 2, {"text": "when does it come", "entry": "delivery returns", "context": ""}),
+]
+
+
+def build(shape, rows=ROWS, columns=None, **keys):
+    section = TaskSection(type=shape.type, data="rows.csv", columns=columns or {}, **keys)
+    return shape.build(section, None, rows, ENTRIES)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return BaseModel(str(tiny_base), tiny_base, "local folder")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return load_tokenizer(base)
+
+
+# Rows
+
+
+def test_a_group_is_a_question_its_right_entries_and_hard_ones(tokenizer):
+    task = build(Retrieval, negatives=1)
+    examples = task.build_examples(ROWS, tokenizer, 64)
+    # Answers are sorted: (0,) is the first, (0, 1) the second. "how long can I return" is most like `returns`, which is
+    # right, and then like `delivery`; `other` is as alike, but its group is no row's.
+    assert examples.labels.tolist() == [4, 0, 1, 5, 0, 1, 2]
+    assert examples.groups.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    passages = encode_texts([entry.passage for entry in ENTRIES], tokenizer, 64)
+    rows = np.split(examples.input_ids, examples.starts[1:-1])
+    assert rows[2].tolist() == passages[1]
+    assert task.compute_row_weights(examples, "none").tolist() == [1, 0, 0, 1, 0, 0, 0]
+
+
+def test_what_was_said_before_stands_in_front_of_the_question_where_it_is_read(tokenizer):
+    plain, with_context = build(Retrieval), build(Retrieval, columns={"context": "context"})
+    alone = plain.build_examples(ROWS, tokenizer, 64).lengths[0]
+    assert with_context.build_examples(ROWS, tokenizer, 64).lengths[0] > alone
+    short = with_context.build_examples(ROWS, tokenizer, 8)
+    end = tokenizer("how long can I return them")["input_ids"][-6:]
+    assert np.split(short.input_ids, short.starts[1:-1])[0][-6:].tolist() == end, "the newest words stay"
+    assert tokenizer.truncation_side == "right"
+
+
+def test_pairs_hold_the_question_and_the_entry(tokenizer):
+    examples = build(Reranking, negatives=2).build_examples(ROWS, tokenizer, 64)
+    assert examples.labels.tolist() == [1, 0, 0, 3, 3, 2]
+    expected = tokenizer(ROWS[1].values["text"], ENTRIES[1].passage)["input_ids"]
+    assert np.split(examples.input_ids, examples.starts[1:-1])[4].tolist() == expected
+    assert build(Reranking).compute_row_weights(examples, "none").tolist() == [1, 0, 0, 0.5, 0.5, 0]
+
+
+def test_unknown_entries_are_named():
+    rows = [Row("r:1", None, 1, {"text": "a", "entry": "returns retuns"})]
+    with pytest.raises(DataError, match=r"entry: must be ids of the 4 entries .* got in r:1 'retuns'\. Correct"):
+        build(Retrieval, rows)
+
+
+@pytest.mark.parametrize("shape", [Retrieval, Reranking])
+def test_rows_without_an_entry_are_left_out(shape):
+    rows = [*ROWS, Row("r:3", None, 3, {"text": "hello", "entry": ""})]
+    assert [row.id for row in build(shape, rows).prepare_rows(rows)] == ["r:1", "r:2"]
+
+
+@pytest.mark.parametrize("shape", [Retrieval, Reranking])
+def test_the_configuration_comes_back_without_the_entries(shape):
+    task = build(shape, negatives=3, clean=["html"], columns={"context": "context"})
+    loaded = load_task(task.to_config())
+    assert loaded.to_config() == task.to_config()
+    assert loaded.codes == task.codes
+    assert not loaded.entries
+
+
+# Losses
+
+
+def test_the_loss_of_a_question_is_the_cross_entropy_over_the_entries_of_the_batch():
+    task = build(Retrieval)
+    features = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+    labels = torch.tensor([4, 0, 1, 2, 5])  # two questions: the first is answered by 0, the second by 0 and 1
+    losses = task.compute_loss(features, labels, 0.0)
+    cosines = 20 * features[[0, 4]] @ features[1:4].T
+    assert losses[0].item() == pytest.approx(cross_entropy(cosines[0], torch.tensor(0)).item(), rel=1e-5)
+    shares = cosines[1].softmax(0)
+    assert losses[4].item() == pytest.approx(-torch.log(shares[0] + shares[1]).item(), abs=1e-6)
+    assert losses[1:4].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("labels", [[4], [0], [4, 2]])
+def test_a_share_that_has_nothing_to_compare_has_no_loss_and_a_gradient(labels):
+    features = torch.ones(len(labels), 8, requires_grad=True)
+    losses = build(Retrieval).compute_loss(features, torch.tensor(labels), 0.0)
+    losses.sum().backward()
+    assert losses.tolist() == [0] * len(labels)
+    assert features.grad.abs().sum() == 0
+
+
+def test_pairs_compete_within_their_question():
+    logits = torch.tensor([[2.0], [1.0], [0.5], [3.0]])
+    losses = build(Reranking).compute_loss(logits, torch.tensor([1, 0, 3, 2]), 0.0)
+    expected = [cross_entropy(torch.tensor(pair), torch.tensor(0)).item() for pair in ([2.0, 1.0], [0.5, 3.0])]
+    assert losses[[0, 2]].tolist() == pytest.approx(expected)
+    assert losses[[1, 3]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("shape", [Retrieval, Reranking])
+def test_packed_rows_have_the_losses_of_padded_ones(shape, base, tokenizer):
+    task = build(shape)
+    model = task.build_model(base, ModelSection(), tokenizer, 3).eval()
+    examples = task.build_examples(ROWS, tokenizer, 64)
+    rows = np.arange(len(examples))
+    packed, padded = (task.compute_losses(model, collate(examples, rows, pad), 0.0) for pad in (None, 0))
+    np.testing.assert_allclose(packed.detach(), padded.detach(), atol=1e-5)
+
+
+# Batches
+
+
+def test_no_batch_and_no_share_of_one_parts_a_group():
+    groups = np.repeat(np.arange(30), 4)[np.random.default_rng(5).permutation(120)]
+    lengths = np.random.default_rng(6).integers(3, 20, size=120)
+    batches = plan_group_batches(groups, lengths, 300, seed=1, epoch=2)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(120))
+    assert len(batches) > 3
+    examples = Examples.build([[1] * length for length in lengths], groups=groups.tolist())
+    for rows in batches:
+        parts = [rows] if len(rows) < 8 else split_batch(examples, rows, 3)
+        assert sorted(np.concatenate(parts).tolist()) == sorted(rows.tolist())
+        seen = [set(groups[part].tolist()) for part in parts]
+        assert sum(map(len, seen)) == len(set().union(*seen))
+        for part in parts:
+            assert all((groups == group).sum() == (groups[part] == group).sum() for group in groups[part])
+    assert not np.array_equal(batches[0], plan_group_batches(groups, lengths, 300, seed=1, epoch=3)[0])
+
+
+# Rankings
+
+
+def test_metrics_by_hand():
+    places = [np.array([2]), np.array([1, 4]), np.array([11])]
+    names = ("mrr", "recall_at_1", "recall_at_5")
+    values = {name: compute_rank_statistics(name, places)[:, 0].tolist() for name in names}
+    assert values["mrr"] == pytest.approx([1 / 2, 1, 1 / 11])
+    assert values["recall_at_1"] == [0, 1, 0]
+    assert values["recall_at_5"] == [1, 1, 0]
+
+
+def test_gain_is_that_of_scikit_learn():
+    from sklearn.metrics import ndcg_score
+
+    generator = np.random.default_rng(7)
+    for right in ([3], [0, 5, 9], list(range(12))):
+        scores = generator.normal(size=30).astype(np.float32)
+        relevant = np.isin(np.arange(30), right)
+        value = compute_rank_statistics("ndcg_at_10", [find_places(scores, right)])[0, 0]
+        assert value == pytest.approx(ndcg_score([relevant], [scores], k=10))
+
+
+def test_what_scores_alike_stands_behind():
+    assert find_places(np.array([1.0, 1.0, 1.0, 0.0], dtype=np.float32), [1]).tolist() == [3]
+
+
+def test_fused_ranks_are_those_of_both():
+    vectors, passages = np.eye(3, dtype=np.float32), ["red", "blue", "red shoes"]
+    rankings = compute_ranking_baselines(["fused"], ["red"], passages, lambda: (vectors[[2]], vectors))
+    # BM25 puts the shorter of two texts first; the base puts the third first, and has the others in order.
+    assert rankings["fused"][0] == pytest.approx([1 / 61 + 1 / 62, 1 / 63 + 1 / 63, 1 / 62 + 1 / 61])
+
+
+@pytest.mark.parametrize("shape", [Retrieval, Reranking])
+def test_metrics_while_training_are_those_of_the_ranking(shape, tokenizer):
+    task = build(shape, negatives=3)
+    references = task.build_examples(ROWS, tokenizer, 64).labels
+    if shape is Reranking:  # pairs of the first question: right in the second place; of the other: first and last
+        outputs = np.array([[1.0], [2.0], [0.0], [5.0], [1.0], [3.0]], dtype=np.float32)
+    else:  # entries 0, 1, 2; the first question is nearest to 1, the second to 1 too
+        place = {0: [1, 0, 0], 1: [0, 1, 0], 2: [0, 0, 1], 4: [0.6, 0.8, 0], 5: [0, 1, 0]}
+        outputs = np.array([place[label] for label in references.tolist()], dtype=np.float32)
+    metrics = task.compute_metrics(outputs, references, ["mrr", "recall_at_1"])
+    assert metrics["mrr"] == pytest.approx(0.75)
+    assert metrics["recall_at_1"] == 0.5
+    assert metrics["loss"] > 0
