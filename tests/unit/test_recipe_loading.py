@@ -232,8 +232,8 @@ def test_problems_of_overrides_are_shown_as_set(path: Path, override: str, sente
     [
         (
             ["tasks.other={type: causal_lm, data: x}", "evaluate.calibrate=none"],
-                "tasks.other.type: must be text_classification, retrieval or reranking where a recipe has several tasks, "
-                "got causal_lm. Give it a recipe of its own.",
+            "tasks.other.type: must be text_classification, retrieval or reranking where a recipe has several tasks, "
+            "got causal_lm. Give it a recipe of its own.",
         ),
         (
             ["tasks.other={type: text_classification, data: x}", "model.architecture=native"],
