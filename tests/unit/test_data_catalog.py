@@ -36,7 +36,8 @@ def test_shipped_cards_are_valid_and_complete():
         assert card.licence
         assert card.notes
         assert (card.labels is not None) == ("label" in card.roles)
-        assert set(card.roles) in ({"text", "label"}, {"text", "target"}, {"text"})
+        assert set(card.roles) - {"entry", "context"} in ({"text", "label"}, {"text", "target"}, {"text"})
+        assert ("entry" in card.roles) == (card.knowledge is not None)
         assert set(card.roles.values()) <= set(card.columns)
         assert set(card.rows) == set(card.files)
     assert len(cards["banking77"].labels) == 77
