@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import Batch, Examples, Indices, list_inputs
+from finetune.data.batches import IGNORED, Batch, Examples, Indices, list_inputs
 from finetune.models.base import BaseModel
 from finetune.models.classifier import list_head_modules, list_new_modules
 from finetune.models.multi_task import (
@@ -58,7 +58,12 @@ class MultiTask:
         return Examples(
             np.concatenate([part.input_ids for part in parts]),
             np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]),
-            np.concatenate([part.labels + first for part, first in zip(parts, firsts, strict=True)]),
+            np.concatenate(
+                [
+                    np.where(part.labels == IGNORED, IGNORED, part.labels + first)
+                    for part, first in zip(parts, firsts, strict=True)
+                ]
+            ),
         )
 
     def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:

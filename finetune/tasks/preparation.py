@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.batches import Examples, Indices
-from finetune.data.checks import Finding, check_lengths, check_rows, check_shots, raise_on_errors
+from finetune.data.checks import Finding, check_lengths, check_rows, check_shots, raise_on_errors, set_apart
 from finetune.data.cleaning import normalize_for_duplicates
 from finetune.data.rows import Row, Splits, build_name_rows
 from finetune.data.sources import LoadedRows, load_rows
@@ -133,7 +133,15 @@ def _prepare_part(
     source = load_rows(section.data, section.columns, roles=shape.roles, relative_to=relative_to)
     task = shape.build(section, _get_card_labels(source), source.rows)
     splits = split_rows(task.prepare_rows(source.rows), section.split, seed=seed, columns=source.columns)
-    splits, findings = check_rows(splits, task.labels, leaks=section.split.leaks, texts=list_texts(task))
+    splits, apart = set_apart(splits, section.out_of_scope)
+    splits, findings = check_rows(
+        splits,
+        task.labels,
+        leaks=section.split.leaks,
+        texts=list_texts(task),
+        out_of_scope=section.out_of_scope,
+    )
+    findings = [*apart, *findings]
     raise_on_errors(findings, source.origin)
     if section.split.shots is not None:  # after leaks were dropped, so that the count holds
         splits = keep_shots(splits, section.split.shots, seed=seed)
@@ -208,9 +216,10 @@ def load_held_out(
     rows = task.prepare_rows(source.rows)
     if any(row.split == "test" for row in rows):
         rows = [row for row in rows if row.split == "test"]
-    _, own = check_rows({"test": rows}, task.labels, leaks="fail", texts=list_texts(task))
+    outside = task.out_of_scope if isinstance(task, TextClassification) else None
+    _, own = check_rows({"test": rows}, task.labels, leaks="fail", texts=list_texts(task), out_of_scope=outside)
     raise_on_errors([finding for finding in own if finding.kind != "absent_class"], source.origin)
     # A new set may repeat training texts; that is for the reader to know, and no reason to refuse.
-    _, together = check_rows({"train": list(train), "test": rows}, task.labels, leaks="warn")
+    _, together = check_rows({"train": list(train), "test": rows}, task.labels, leaks="warn", out_of_scope=outside)
     shared = [finding for finding in together if finding.kind in ("leak", "near_leak")]
     return source, rows, shared
