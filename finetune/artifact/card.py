@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from finetune.adapters.methods import METHODS, describe
-from finetune.evaluation.wording import MEANINGS, decimals_of, format_score
+from finetune.evaluation.wording import MEANINGS, OUTSIDE_SCORES, decimals_of, format_score
 from finetune.recipe.card import Card
 from finetune.recipe.reference import SCRATCH_BASE, split_revision
 from finetune.recipe.schema import GenerateSection, Recipe, TaskSection
@@ -136,6 +136,7 @@ def build_model_card(
         tuning=describe(recipe.adapter),
         peft=is_peft,
         triad=recipe.model.architecture == "triad",
+        outside_words=OUTSIDE_SCORES,
         generation=_describe_generation(recipe.evaluate.generate),
     )
     return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}"))

@@ -17,6 +17,7 @@ from finetune.artifact.saved import Saved, open_saved
 from finetune.data.batches import Examples
 from finetune.data.rows import Row
 from finetune.errors import UsageError
+from finetune.evaluation.outside import OutsideRule
 from finetune.models.base import resolve_base
 from finetune.models.classifier import get_padding
 from finetune.models.generation import generate_texts, stream_text
@@ -50,16 +51,22 @@ class Prediction:
         label: the most likely class.
         confidence: its calibrated probability.
         scores: class -> calibrated probability.
+        outside: the probability that the text belongs to no class, where such texts are as frequent as in validation;
+            None where the run had none there to fit it on.
     """
 
     label: str
     confidence: float
     scores: dict[str, float]
+    outside: float | None = None
 
 
-def build_prediction(labels: Sequence[str], scores: npt.NDArray[np.float64]) -> Prediction:
+def build_prediction(
+    labels: Sequence[str], scores: npt.NDArray[np.float64], outside: float | None = None
+) -> Prediction:
     """The answer that a row of scores, (K,), means."""
     return Prediction(
+        outside=outside,
         label=labels[int(scores.argmax())],
         confidence=float(scores.max()),
         scores={label: float(score) for label, score in zip(labels, scores, strict=True)},
@@ -77,6 +84,7 @@ class Predictor:
         temperature: fitted on validation; 1 where not calibrated.
         max_length: tokens after which a text is cut.
         writing: how text is written, where the task writes text.
+        outside: what tells texts of no class, where the run was trained with `out_of_scope`.
     """
 
     model: nn.Module
@@ -85,6 +93,7 @@ class Predictor:
     temperature: float
     max_length: int
     writing: GenerateSection = field(default_factory=GenerateSection)
+    outside: OutsideRule | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -99,17 +108,30 @@ class Predictor:
             advance: called with the number of texts after each batch.
         """
         check_texts(texts)
-        return [build_prediction(self.labels, row) for row in self.compute_scores(texts, advance=advance)]
+        return self.build_predictions(self.compute_text_logits(texts, advance))
+
+    def build_predictions(self, logits: npt.NDArray[np.floating[Any]]) -> list[Prediction]:
+        """The answers that logits, (N, K), mean."""
+        scores = self.calibrate(logits)
+        outside = self.outside.compute_probabilities(logits) if self.outside else None
+        found = [None] * len(scores) if outside is None else outside.tolist()
+        return [build_prediction(self.labels, row, out) for row, out in zip(scores, found, strict=True)]
 
     def compute_scores(
         self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
     ) -> npt.NDArray[np.float64]:
         """Calibrated probabilities, (N, K)."""
-        return self.calibrate(self.compute_logits(self._clean(texts), advance))
+        return self.calibrate(self.compute_text_logits(texts, advance))
 
     def calibrate(self, logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
         """Calibrated probabilities from logits, both (N, K)."""
         return self._classify().compute_scores(logits, self.temperature)
+
+    def compute_text_logits(
+        self, texts: Sequence[str], advance: Callable[[int], None] = lambda _rows: None
+    ) -> npt.NDArray[np.float32]:
+        """Raw outputs of a classifier for texts as they come, (N, K)."""
+        return self.compute_logits(self._clean(texts), advance)
 
     def compute_logits(
         self, rows: Sequence[Row], advance: Callable[[int], None] = lambda _rows: None
@@ -261,23 +283,27 @@ class MultiPredictor:
             Task name -> a prediction for each text.
         """
         check_texts(texts)
-        return {
-            name: [build_prediction(self[name].labels, row) for row in scores]
-            for name, scores in self.compute_scores(texts, advance=advance).items()
-        }
+        logits = self.compute_logits(texts, advance=advance)
+        return {name: self[name].build_predictions(part) for name, part in logits.items()}
 
     def compute_scores(
         self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
     ) -> dict[str, npt.NDArray[np.float64]]:
-        """Task with labels -> calibrated probabilities, (N, K). Texts are cleaned once if the tasks agree how."""
+        """Task with labels -> calibrated probabilities, (N, K)."""
+        logits = self.compute_logits(texts, advance=advance)
+        return {name: self[name].calibrate(part) for name, part in logits.items()}
+
+    def compute_logits(
+        self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
+    ) -> dict[str, npt.NDArray[np.floating[Any]]]:
+        """Task with labels -> raw outputs, (N, K). Texts are cleaned once if the tasks agree how."""
         tasks = {name: task for name, task in self.task.tasks.items() if isinstance(task, TextClassification)}
         if len({task.clean for task in tasks.values()}) != 1:
-            return {name: self[name].compute_scores(texts, advance=advance) for name in tasks}
+            return {name: self[name].compute_text_logits(texts, advance) for name in tasks}
         predictor = self[next(iter(tasks))]
         pad_token_id = get_padding(self.model, predictor.tokenizer)
         outputs = self.task.compute_outputs(self.model, predictor.encode(texts), pad_token_id, advance=advance)
-        parts = self.task.split_outputs(outputs)
-        return {name: self[name].calibrate(logits) for name, logits in parts if name in tasks}
+        return {name: part for name, part in self.task.split_outputs(outputs) if name in tasks}
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -350,11 +376,14 @@ def build_predictor(saved: Saved, model: nn.Module, name: str | None = None) -> 
     from transformers import AutoTokenizer
 
     several, settings = isinstance(saved.task, MultiTask), saved.settings
+    rules = settings.get("outside", {})  # task name -> rule; none before the run was judged
+    outside = rules.get(name) if several else next(iter(rules.values()), None)
     return Predictor(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(saved.folder, trust_remote_code=False),
         task=saved.task.tasks[name or ""] if isinstance(saved.task, MultiTask) else saved.task,
         temperature=settings["temperatures"][name] if several else settings["temperature"],
+        outside=OutsideRule(**outside) if outside else None,
         max_length=settings["max_length"],
         writing=GenerateSection(**settings.get("generate", {})),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from finetune.adapters.routing import UnroutableError, can_route, load_several, route_rows
-from finetune.artifact.load import Prediction, Predictor, build_prediction, build_predictor, choose_device
+from finetune.artifact.load import Prediction, Predictor, build_predictor, choose_device
 from finetune.artifact.saved import open_saved, resolve_shared_base
 from finetune.data.batches import Batch, Examples, Indices, list_inputs
 from finetune.errors import UsageError
@@ -71,21 +71,29 @@ class AdapterPool:
         Raises:
             UsageError: an unknown name, or another number of names than of texts.
         """
-        names, scores = self._name_rows(texts, adapters), self.compute_scores(texts, adapters)
-        return [build_prediction(self._members[name].labels, row) for name, row in zip(names, scores, strict=True)]
+        answers: dict[int, Prediction] = {}
+        for member, rows, logits in self._answer(texts, adapters):
+            answers.update(zip(rows, member.build_predictions(logits), strict=True))
+        return [answers[i] for i in range(len(texts))]
 
     def compute_scores(self, texts: Sequence[str], adapters: str | Sequence[str]) -> list[npt.NDArray[np.float64]]:
         """Calibrated probabilities of each text, (K,) with the K of its adapter; arguments as in `predict`."""
+        scores: dict[int, npt.NDArray[np.float64]] = {}
+        for member, rows, logits in self._answer(texts, adapters):
+            scores.update(zip(rows, member.calibrate(logits), strict=True))
+        return [scores[i] for i in range(len(texts))]
+
+    def _answer(
+        self, texts: Sequence[str], adapters: str | Sequence[str]
+    ) -> Iterator[tuple[Predictor, list[int], npt.NDArray[np.float32]]]:
+        """Each adapter with the numbers of its texts and their logits, (N, K)."""
         names = self._name_rows(texts, adapters)
         places = {name: [i for i, given in enumerate(names) if given == name] for name in dict.fromkeys(names)}
         examples = {name: self._members[name].encode([texts[i] for i in rows]) for name, rows in places.items()}
         with self._lock:
             logits = self._compute_logits(examples)
-        scores: dict[int, npt.NDArray[np.float64]] = {}
         for name, rows in places.items():
-            member = self._members[name]
-            scores.update(zip(rows, member.calibrate(logits[name]), strict=True))
-        return [scores[i] for i in range(len(names))]
+            yield self._members[name], rows, logits[name]
 
     def _compute_logits(self, examples: Mapping[str, Examples]) -> dict[str, npt.NDArray[np.float32]]:
         """Logits (N, K) of each adapter's rows."""

@@ -21,7 +21,8 @@ from finetune.evaluation.corpus_metrics import (
 )
 from finetune.evaluation.corpus_scoring import compute_corpus_estimates
 from finetune.evaluation.intervals import Estimate, compute_estimates
-from finetune.evaluation.metrics import METRICS
+from finetune.evaluation.metrics import METRICS, OUTSIDE_METRICS
+from finetune.evaluation.outside import OutsideScores, compute_outside_estimates
 
 SCORE = "score_"
 """What stands before a class in the name of the column with its scores."""
@@ -55,9 +56,15 @@ class Predictions:
         if self._is_classifier:
             labels = list(self.test["labels"])
             index = {label: i for i, label in enumerate(labels)}
-            references = np.array([index[label] for label in self.columns["reference"]], dtype=np.int64)
+            drawing = {"resamples": resamples, "seed": seed}
+            found = np.array([index.get(label, -1) for label in self.columns["reference"]], dtype=np.int64)
+            known = found >= 0  # the others belong to no class
             scores = np.column_stack([self.columns[f"{SCORE}{label}"] for label in labels]).astype(np.float64)
-            return compute_estimates(references, scores, names, resamples=resamples, seed=seed)
+            own = [name for name in names if name not in OUTSIDE_METRICS]
+            estimates = compute_estimates(found[known], scores[known], own, **drawing)
+            if len(own) < len(names):
+                estimates |= compute_outside_estimates(~known, self._read_outside_scores(), **drawing)
+            return {name: estimates[name] for name in names}
         tables = {name: self._build_table(name) for name in names}
         return compute_corpus_estimates(tables, resamples=resamples, seed=seed)
 
@@ -67,10 +74,14 @@ class Predictions:
 
     def _can_compute(self, name: str) -> bool:
         if self._is_classifier:
-            return name in METRICS
+            return name in METRICS or (name in OUTSIDE_METRICS and "outside_score" in self.columns)
         metric = CORPUS_METRICS.get(name)
         # The file holds no bytes of the rows.
         return metric is not None and COLUMNS[metric.needs] in self.columns and name != "bits_per_byte"
+
+    def _read_outside_scores(self) -> OutsideScores:
+        scores = np.array(self.columns["outside_score"], dtype=np.float64)
+        return OutsideScores(scores, float(self.test["outside"]["threshold"]))
 
     def _build_table(self, name: str) -> Floats:
         """Statistics of each row for a metric of a language task, (N, S)."""

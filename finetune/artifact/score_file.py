@@ -16,7 +16,7 @@ import pyarrow.parquet
 from rich.console import Console
 from rich.progress import Progress
 
-from finetune.artifact.load import MultiPredictor, Prediction, list_predictors, load
+from finetune.artifact.load import MultiPredictor, Prediction, Predictor, list_predictors, load
 from finetune.data.sources import load_texts
 from finetune.errors import DataError, ResourceError, UsageError
 
@@ -25,6 +25,8 @@ FORMATS = (".csv", ".jsonl", ".parquet")
 
 def score_file(run: str | Path, source: Path, output: Path, *, column: str = "text", quiet: bool = False) -> int:
     """Write every row of `source` with `predicted_label`, `confidence` and one `score_<class>` column each.
+
+    Where the run tells texts of no class, also with `outside`, the probability of that.
 
     Where the run has several tasks, these columns come for each, with `<task>_` before their names.
 
@@ -47,10 +49,7 @@ def score_file(run: str | Path, source: Path, output: Path, *, column: str = "te
     predictor = load(run)
     several = isinstance(predictor, MultiPredictor)
     added = {
-        name: [
-            f"{name}_{column}" if several else column
-            for column in ("predicted_label", "confidence", *(f"score_{label}" for label in part.labels))
-        ]
+        name: [f"{name}_{column}" if several else column for column in _list_columns(part)]
         for name, part in list_predictors(predictor, [""]).items()
     }
     _check_free(source, records[0], [column for columns in added.values() for column in columns])
@@ -87,8 +86,14 @@ def generate_file(
     return len(records)
 
 
+def _list_columns(predictor: Predictor) -> list[str]:
+    outside = ["outside"] if predictor.outside and predictor.outside.slope is not None else []
+    return ["predicted_label", "confidence", *outside, *(f"score_{label}" for label in predictor.labels)]
+
+
 def _list_values(prediction: Prediction) -> list[Any]:
-    return [prediction.label, prediction.confidence, *prediction.scores.values()]
+    outside = [] if prediction.outside is None else [prediction.outside]
+    return [prediction.label, prediction.confidence, *outside, *prediction.scores.values()]
 
 
 def _read(source: Path, output: Path, column: str) -> tuple[list[dict[str, Any]], list[str]]:

@@ -64,8 +64,9 @@ def _predict_texts(run: str, texts: list[str], as_json: bool) -> None:
     if as_json:
         print_json([{"text": text, **asdict(prediction)} for text, prediction in zip(texts, predictions, strict=True)])
         return
+    outside = ["outside"] if any(prediction.outside is not None for prediction in predictions) else []
     rows = [
-        [prediction.label, f"{prediction.confidence:.1%}", text]
+        [prediction.label, f"{prediction.confidence:.1%}", *(f"{prediction.outside:.1%}" for _ in outside), text]
         for text, prediction in zip(texts, predictions, strict=True)
     ]
-    print_table(["label", "confidence", "text"], rows)
+    print_table(["label", "confidence", *outside, "text"], rows)

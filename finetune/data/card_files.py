@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.data.files import Record, list_names, open_checked, quote_reason, read_table
+from finetune.data.dstc import read_dialogues, read_entries
+from finetune.data.files import Record, list_names, open_checked, read_json, read_table
 from finetune.errors import DataError
 from finetune.recipe.card import Card
 from finetune.recipe.messages import show, suggest
 
 
 def read_card_files(card: Card, paths: Sequence[Path], key: str) -> list[Record]:
-    """Read one file of a card; with the format `parallel`, the files of one split.
+    """Read one file of a card; with the formats `parallel` and `dstc`, the files of one split.
 
     Args:
         card: says the format and the columns.
-        paths: one file; with `parallel` one per column.
+        paths: one file; with `parallel` one per column; with `dstc` dialogues and labels, or labels.
         key: what the card writes behind `#`, with `json_splits`.
 
     Returns:
@@ -38,7 +38,18 @@ def read_card_files(card: Card, paths: Sequence[Path], key: str) -> list[Record]
         return _read_parallel(paths, columns)
     if card.format == "headerless_tsv":
         return _read_fields(paths[0], columns)
+    if card.format == "dstc":
+        return read_dialogues(paths)
     return read_table(paths[0])
+
+
+def read_card_entries(card: Card, path: Path) -> list[Record]:
+    """Read the knowledge file of a card as records for `knowledge.build_entries`.
+
+    Raises:
+        DataError: as `read_card_files`.
+    """
+    return read_entries(path) if card.format == "dstc" else read_table(path)
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -77,7 +88,7 @@ def _read_fields(path: Path, columns: Sequence[str]) -> list[Record]:
 
 def _read_json_split(path: Path, key: str, columns: Sequence[str]) -> list[Record]:
     """One list of [text, label] pairs of an object, split -> list of pairs."""
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, dict) or key not in content:
         keys = list(content) if isinstance(content, dict) else []
         raise DataError(f"{path}: must hold the key {key!r}, got {list_names(keys)}.{suggest(key, keys)}")
@@ -93,7 +104,7 @@ def _read_json_split(path: Path, key: str, columns: Sequence[str]) -> list[Recor
 
 def _read_json_list(path: Path, columns: Sequence[str], aliases: dict[str, str]) -> list[Record]:
     """The named columns of each object of a list; None where an object has neither the column nor its alias."""
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, list) or not content:
         raise DataError(f"{path}: must be a JSON list of objects, got {show(content)}. Get the file again.")
     records = []
@@ -113,11 +124,3 @@ def _join_lines(value: Any, where: str) -> Any:
     if isinstance(value, (list, dict)):
         raise DataError(f"{where}: must be text or a list of lines, got {show(value)}. Leave it out of the columns.")
     return value
-
-
-def _read_json(path: Path) -> Any:
-    with open_checked(path, is_text=True) as copy:
-        try:
-            return json.loads(copy.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: must be JSON, got {quote_reason(error)}. Get the file again.") from None

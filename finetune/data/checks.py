@@ -47,6 +47,7 @@ def check_rows(
     leaks: Literal["fail", "warn", "drop"],
     texts: Sequence[str] = ("text",),
     context: str | None = None,
+    out_of_scope: str | None = None,
 ) -> tuple[Splits, list[Finding]]:
     """Look for rows that cannot be trained on and for texts that are in two splits.
 
@@ -60,6 +61,7 @@ def check_rows(
             number of rows removed is a warning.
         texts: the roles that no row may leave empty; leaks are looked for in `text` alone.
         context: a role that belongs to the text: two texts are the same where this is too.
+        out_of_scope: the label of rows that belong to none of `labels`.
 
     Returns:
         The splits without the dropped rows, and the findings, errors first. Nothing is raised: see `raise_on_errors`.
@@ -71,7 +73,7 @@ def check_rows(
     ]
     findings = [finding for role in texts for finding in _check_texts(splits, role)]
     if labels is not None:
-        findings += _check_labels(splits, labels)
+        findings += _check_labels(splits, [*labels, *([out_of_scope] if out_of_scope else [])])
     exact = _find_exact_leaks(entries)
     near = _find_near_leaks(entries, skip={leak.entry for leak in exact})
     findings += _report_leaks("leak", exact, leaks, "error" if leaks == "fail" else "warning")
@@ -86,6 +88,37 @@ def check_rows(
     findings += _check_duplicates(same_texts)
     order = ("error", "warning", "note")
     return splits, sorted(findings, key=lambda finding: order.index(finding.severity))
+
+
+def set_apart(splits: Splits, out_of_scope: str | None) -> tuple[Splits, list[Finding]]:
+    """Take the rows that belong to no class out of train: what they have in common is only what they are not.
+
+    Args:
+        splits: rows whose `label` is a class name, or `out_of_scope`.
+        out_of_scope: None where every row has a class.
+
+    Returns:
+        The splits, validation and test as they were, and the findings.
+    """
+    if out_of_scope is None:
+        return splits, []
+    outside = {name: [row for row in rows if row.values.get("label") == out_of_scope] for name, rows in splits.items()}
+    findings = []
+    if left_out := [row.id for row in outside["train"]]:
+        message = (
+            f"train: left out {_rows(len(left_out))} labelled {out_of_scope!r}, which no class is learned from"
+            f" ({_some(left_out)})."
+        )
+        findings.append(Finding("out_of_scope", "note", "train", len(left_out), message, _shown(left_out)))
+    for split, why in (("validation", "no probability can be fitted"), ("test", "nothing says how well they are told")):
+        if not outside[split]:
+            message = f"{split}: must have rows labelled {out_of_scope!r} for out_of_scope, got none: {why}. Add some."
+            findings.append(Finding("out_of_scope", "warning", split, 0, message))
+        elif len(outside[split]) == len(splits[split]):
+            message = f"{split}: must have rows with a class, got only rows labelled {out_of_scope!r}. Add some."
+            findings.append(Finding("out_of_scope", "error", split, len(splits[split]), message))
+    train = [row for row in splits["train"] if row.values.get("label") != out_of_scope]
+    return splits | {"train": train}, findings
 
 
 def check_lengths(lengths: Mapping[str, npt.ArrayLike], max_length: int) -> list[Finding]:

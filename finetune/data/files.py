@@ -84,6 +84,19 @@ def read_table(path: Path) -> list[Record]:
         return _read_csv(copy, path, "\t" if suffix.startswith(".tsv") else ",")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: the file is missing, empty, damaged, too large or no JSON.
+    """
+    with open_checked(path, is_text=True) as copy:
+        try:
+            return json.loads(copy.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: must be JSON, got {quote_reason(error)}. Get the file again.") from None
+
+
 def to_records(dataset: datasets.Dataset) -> list[Record]:
     """The rows of a `datasets.Dataset`; class numbers become class names, -1 (no class) becomes None."""
     names = {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from finetune.data.card_files import read_card_entries
 from finetune.data.catalog import card_names, describe_location, find_card_folder, load_card
 from finetune.data.files import MAX_TEXT_CHARACTERS, Record, list_names, read_table
 from finetune.errors import DataError
@@ -66,7 +67,7 @@ def load_card_knowledge(card: Card) -> list[Entry]:
     folder = find_card_folder(card)
     if folder is None:
         raise DataError(f"{card.name}: its knowledge must lie in a folder, got {describe_location(card)}.")
-    return build_entries(read_table(folder / card.knowledge), f"{card.name}: {card.knowledge}")
+    return build_entries(read_card_entries(card, folder / card.knowledge), f"{card.name}: {card.knowledge}")
 
 
 def build_entries(records: Sequence[Record], where: str) -> list[Entry]:

@@ -25,7 +25,8 @@ class BaselineData:
 
     texts: Sequence[str]
     labels: Ints | None = None
-    """(N,); None for test, whose labels no baseline may see."""
+    """(N,); below 0 for a row of no class, which validation may have; None for test, whose labels no baseline may
+    see."""
     features: Features | None = None
     """Gives the frozen base's embeddings, (N, D); called only if `frozen_logreg` is asked for."""
 
@@ -123,6 +124,7 @@ def _choose_c(
 ) -> BaselineResult:
     """Logistic regression with the C of best macro-F1 on validation (the smaller of equals), fitted on train alone."""
     references, validation_references = _labels(train), _labels(validation)
+    known = validation_references >= 0
     if np.unique(references).size < 2:
         raise DataError(
             f"train: must hold at least 2 classes for a baseline with logistic regression, "
@@ -143,7 +145,7 @@ def _choose_c(
         for name, matrix in zip(("validation", "test"), matrices[1:], strict=True):
             scores[name] = np.zeros((matrix.shape[0], n_labels))
             scores[name][:, model.classes_] = model.predict_proba(matrix)
-        f1 = compute_metric("macro_f1", validation_references, scores["validation"])
+        f1 = compute_metric("macro_f1", validation_references[known], scores["validation"][known])
         if f1 > best_f1:
             best_f1, best = f1, BaselineResult(scores, {"C": c})
     return best

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from finetune.errors import GateError, RecipeError
-from finetune.evaluation.metrics import KINDS, check_metric_names, is_larger_better
+from finetune.evaluation.metrics import KINDS, OUTSIDE_METRICS, check_metric_names, is_larger_better
 
 BEATS_BASELINES = "beats_baselines"
 
@@ -32,8 +32,9 @@ def check_gate_names(gates: Mapping[str, str | bool], baselines: Iterable[str], 
         RecipeError: Lists every problem; to be called before training.
     """
     problems = []
+    also = (BEATS_BASELINES, *(OUTSIDE_METRICS if kind == "labels" else ()))
     try:
-        check_metric_names(select_gate_metrics(gates), key="evaluate.gates", also=(BEATS_BASELINES,), kind=kind)
+        check_metric_names(select_gate_metrics(gates), key="evaluate.gates", also=also, kind=kind)
     except RecipeError as error:
         problems.append(str(error))
     if gates.get(BEATS_BASELINES) and not list(baselines):

@@ -162,6 +162,16 @@ METRICS: dict[str, MetricInfo] = {
 }
 
 
+KEPT_RATIO = 0.95
+"""Share of the rows with a class that are not taken for outside."""
+OUTSIDE_METRICS: dict[str, str] = {
+    "outside_auroc": "chance that a row of no class looks more outside than a row with one (arXiv:2010.03759)",
+    "outside_recall_at_95": "share of rows of no class above the threshold that keeps 95 % of the others on validation",
+}
+"""Metric -> formula, of tasks with `out_of_scope`, for gates; larger is better. They look at rows that no other metric
+counts, and are computed wherever there are such rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskKind:
     """What tasks that are scored alike can be scored with."""
@@ -267,6 +277,8 @@ def check_metric_names(
 
 def _explain_unknown(name: str, known: Sequence[str], kind: str) -> str | None:
     """Which tasks the metric is for, or the nearest known one; None if `evaluate` has it for class labels."""
+    if name in OUTSIDE_METRICS:
+        return " It comes by itself with tasks.<name>.out_of_scope; evaluate.gates may name it."
     others = [other.words for other in KINDS.values() if name in other.metrics]
     if others:
         return f" It is for {others[0]}."

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from finetune.evaluation import charts, wording
 from finetune.evaluation.charts import Scale, Series, is_number
-from finetune.evaluation.metrics import is_larger_better
+from finetune.evaluation.metrics import OUTSIDE_METRICS, is_larger_better
 from finetune.evaluation.verdict import build_verdict, compute_gap, gate_decimals, is_scaled
 from finetune.evaluation.wording import Score, decimals_of, format_count, format_number, name_of, part_of
 
@@ -25,6 +25,8 @@ FAR = 4.0
 """Times the axis of the score plot may grow to hold one more baseline; beyond that an arrow stands for it."""
 FEW_ROWS = 30
 """A slice with fewer rows says little."""
+COVERAGES = (0.5, 0.8, 0.9, 0.95, 1.0)
+"""Coverages that the table of selective accuracy shows."""
 CONFUSION_NUMBERS_UP_TO = 12
 """Classes up to which the confusion matrix is a table of counts."""
 MOST_CONFUSED, MISTAKES_SHOWN, SAMPLES_SHOWN, CLASSES_SHOWN = 15, 10, 10, 12
@@ -82,6 +84,8 @@ def render_report(data: ReportData) -> str:
         "confusion": _build_confusion(data.test),
         "classes": _build_classes(part_of(data.test, "per_class")),
         "calibration": _build_calibration(data.test),
+        "selective": _build_selective(part_of(data.test, "selective")),
+        "outside": _build_outside(data.test),
         "slices": _build_slices(data.test, primary),
         "mistakes": [_build_mistake(mistake) for mistake in data.mistakes],
         "mistakes_shown": MISTAKES_SHOWN,
@@ -113,6 +117,7 @@ def build_environment() -> Environment:
         "condition": wording.format_condition,
         "decimals": decimals_of,
         "named": name_of,
+        "share": wording.format_share,
         "breakable": wording.mark_breaks,
     }
     return environment
@@ -286,6 +291,44 @@ def _build_calibration(test: Mapping[str, Any]) -> list[dict[str, Any]]:
             chart = charts.reliability_chart(bins, words)
             figures.append({"title": title, "gap": gap, "chart": chart, "bins": bins})
     return figures
+
+
+def _build_selective(selective: Mapping[str, Any]) -> dict[str, Any]:
+    points = [one for one in part_of(selective, "points") if is_number(one.get("accuracy"))]
+    if not points:
+        return {}
+    label = (
+        f"Accuracy against coverage: {points[0]['accuracy']:.3f} on the surest {points[0]['coverage']:.0%} of the "
+        f"rows, {points[-1]['accuracy']:.3f} on all."
+    )
+    shown = [next(one for one in points if one["coverage"] >= share - 1e-9) for share in COVERAGES]
+    return {
+        "chart": charts.curve_chart([Series([(one["coverage"], one["accuracy"]) for one in points])], label),
+        "rows": list({one["coverage"]: one for one in shown}.values()),
+        "area": selective.get("area"),
+    }
+
+
+def _build_outside(test: Mapping[str, Any]) -> dict[str, Any]:
+    outside = part_of(test, "outside")
+    if not outside.get("rows"):
+        return {}
+    systems = {"This model": test, **{name_of(name): one for name, one in part_of(test, "baselines").items()}}
+    rows = [
+        {
+            "name": name,
+            "main": one is test,
+            "scores": [part_of(part_of(one, "metrics"), key) for key in OUTSIDE_METRICS],
+        }
+        for name, one in systems.items()
+    ]
+    return {
+        **outside,
+        "words": wording.OUTSIDE_SCORES.get(str(outside.get("score")), outside.get("score")),
+        "found": part_of(part_of(test, "metrics"), "outside_recall_at_95").get("value"),
+        "columns": list(OUTSIDE_METRICS),
+        "systems": rows,
+    }
 
 
 def _build_slices(test: Mapping[str, Any], primary: str | None) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from finetune.evaluation.gates import BEATS_BASELINES, check_gate_names, check_g
 from finetune.evaluation.intervals import Estimate, compute_difference, compute_estimates, compute_interval
 from finetune.evaluation.metrics import (
     KINDS,
+    OUTSIDE_METRICS,
     Floats,
     Ints,
     check_metric_names,
@@ -24,6 +25,8 @@ from finetune.evaluation.metrics import (
     compute_per_class,
     compute_predictions,
 )
+from finetune.evaluation.outside import OutsideRows, compute_outside_estimates
+from finetune.evaluation.selective import compute_selective_accuracy
 from finetune.evaluation.slices import SliceRows, compute_slices
 from finetune.recipe.schema import EvaluateSection
 
@@ -34,7 +37,7 @@ AFTER_TRAINING = ("bits_per_byte", *(name for name, metric in CORPUS_METRICS.ite
 
 @dataclass(frozen=True, slots=True)
 class ScoredSplit:
-    """A split of N rows and what the model said about them."""
+    """The N rows of a split that have a class, and what the model said about them."""
 
     name: str
     """"validation" or "test"."""
@@ -50,6 +53,8 @@ class ScoredSplit:
     temperature: float = 1.0
     """Fitted on validation; 1 where nothing was fitted."""
     baselines: Mapping[str, BaselineResult] = field(default_factory=dict)
+    outside: OutsideRows | None = None
+    """The same rows and those of no class; None where the task has no such rows."""
     opened: int | None = None
     """How often the test split was opened."""
 
@@ -132,7 +137,8 @@ def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict
     """Score a split: metrics with intervals, baselines, classes, calibration, slices and, on test, the gates.
 
     Metrics are those of the recipe in its order, then those that only a gate names, all on scores at the split's
-    temperature. All systems see the same resamples. Baselines are scored as they are, without a temperature.
+    temperature; then those of `OUTSIDE_METRICS`, where there are rows of no class. All systems see the same resamples.
+    Baselines are scored as they are, without a temperature.
 
     Returns:
         What is written as JSON: numbers rounded to six digits, None where a number is not defined.
@@ -144,10 +150,14 @@ def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict
     """
     references, logits = np.asarray(split.references, dtype=np.int64), np.asarray(split.logits, dtype=np.float64)
     _check_finite(split.name, logits)
-    names = list(dict.fromkeys([*section.metrics, *select_gate_metrics(section.gates)]))
+    named = dict.fromkeys([*section.metrics, *select_gate_metrics(section.gates)])
+    names = [name for name in named if name not in OUTSIDE_METRICS]
     drawing = {"resamples": section.resamples, "seed": seed}
+    outside = split.outside
     before, scores = apply_temperature(logits, 1.0), apply_temperature(logits, split.temperature)
     model = compute_estimates(references, scores, names, **drawing)
+    if outside:
+        model |= compute_outside_estimates(outside.is_outside, outside.model, **drawing)
     predictions, n_labels = compute_predictions(scores), len(split.labels)
     per_class = compute_per_class(references, predictions, n_labels)
     rows = SliceRows(references, scores, split.texts, split.values)
@@ -162,7 +172,10 @@ def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict
         "baselines": {
             name: compare_systems(
                 model,
-                compute_estimates(references, baseline.scores[split.name], names, **drawing),
+                compute_estimates(references, baseline.scores[split.name], names, **drawing)
+                | (
+                    compute_outside_estimates(outside.is_outside, outside.baselines[name], **drawing) if outside else {}
+                ),
                 baseline.settings,
                 section.confidence,
             )
@@ -178,6 +191,8 @@ def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict
             "before": compute_reliability(references, before),
             "after": compute_reliability(references, scores),
         },
+        "selective": compute_selective_accuracy(references, scores),
+        **({"outside": outside.describe()} if outside else {}),
         "slices": compute_slices(rows, section.slices, names, confidence=section.confidence, **drawing),
     }
     scored = round_numbers(scored)

@@ -30,6 +30,8 @@ NAMES = {
     "recall_at_1": "recall@1",
     "recall_at_5": "recall@5",
     "ndcg_at_10": "NDCG@10",
+    "outside_auroc": "AUROC, out of scope",
+    "outside_recall_at_95": "out of scope found",
     "majority": "Always the most frequent class",
     "tfidf_logreg": "TF-IDF + logistic regression",
     "frozen_logreg": "Frozen base + logistic regression",
@@ -51,6 +53,8 @@ MEANINGS = {
     "ece": "how far confidence lies from accuracy, on average; lower is better",
     "brier": "the squared distance of the scores from the truth; lower is better",
     "log_loss": "the surprise at the truth; lower is better",
+    "outside_auroc": "how often a text of no class looks more outside than a text with one",
+    "outside_recall_at_95": "the share of texts of no class that are found when 95% of the others are kept",
     "loss": "the surprise at each token, in nats; lower is better",
     "perplexity": "among how many equally likely tokens the model would be as unsure; lower is better",
     "bits_per_byte": "the bits that a byte of the text would take up if the model packed it; lower is better",
@@ -63,6 +67,8 @@ MEANINGS = {
     "recall_at_5": "the share of right entries that are among the first five",
     "ndcg_at_10": "how high the right entries stand among the first ten, from 0 to 1",
 }
+OUTSIDE_SCORES = {"energy": "the energy of the logits", "max_probability": "1 - the largest probability"}
+"""What a score of being outside is."""
 DECIMALS = {"bleu": 1, "bleu_zh": 1, "chrf": 1, "perplexity": 2}
 """Metric -> decimals, for those that do not live between 0 and 1; three for all others."""
 

@@ -63,14 +63,23 @@ class Card(Section):
     """Folder name under $FINETUNE_DATA; default `name`. Samples lie beside their card instead."""
     files: dict[FileKey, str | list[str]] = Field(default_factory=dict)
     """Our split -> file or files in the folder; `all` when the set is not split. With `json_splits`:
-    `file.json#key`; with `parallel`: one file per column."""
+    `file.json#key`; with `parallel`: one file per column; with `dstc`: the dialogues, then the labels."""
     format: Literal[
-        "csv", "jsonl", "parquet", "paragraphs", "lines", "parallel", "headerless_tsv", "json_splits", "json_list"
+        "csv",
+        "jsonl",
+        "parquet",
+        "paragraphs",
+        "lines",
+        "parallel",
+        "headerless_tsv",
+        "json_splits",
+        "json_list",
+        "dstc",
     ] = "csv"
     """`paragraphs`: plain text in a .txt file, a row for what stands between blank lines. `lines`: a row per line.
     `parallel`: line n of each file belongs to row n. `headerless_tsv`: fields parted by tabs, without quotes.
     `json_splits`: one JSON object, split -> list of [text, label]. `json_list`: a list of objects; a list of texts
-    becomes the lines of one."""
+    becomes the lines of one. `dstc`: the dialogues and labels of a DSTC challenge, or its labels alone."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Column -> what it is; in the order of the files or fields, where those do not name it. `paragraphs` and `lines`
     have one, `text`."""
@@ -82,7 +91,7 @@ class Card(Section):
     """The classes in order, or value-in-the-data -> class."""
     knowledge: str | None = None
     """The file in the folder that holds the entries which questions are answered from: `id`, `text`, and perhaps
-    `title` and `group`."""
+    `title` and `group`; with `dstc`: domain > entity > FAQ."""
     rows: dict[FileKey, RowCount] = Field(default_factory=dict)
     """Split -> number of rows; a file with another number is reported."""
     notes: str = ""
@@ -146,12 +155,18 @@ class Card(Section):
             if names and count != len(names):
                 got = f"{count} file{'' if count == 1 else 's'} for {', '.join(names)}"
                 yield f"files.{split}: must name one file per column when `format` is parallel, got {got}."
+        for split, files in self.files.items() if self.format == "dstc" else ():
+            if not isinstance(files, str) and len(files) > 2:
+                yield (
+                    f"files.{split}: must name dialogues and labels, or labels alone, when `format` is dstc, got "
+                    f"{len(files)} files."
+                )
 
     def list_files(self) -> Iterator[tuple[FileKey, list[str]]]:
-        """Each split with the files that are read as one: a single one, or with `parallel` one per column."""
+        """Each split with the files that are read as one: a single one, or all of a `parallel` or `dstc` split."""
         for split, names in self.files.items():
             files = [names] if isinstance(names, str) else names
-            yield from [(split, files)] if self.format == "parallel" else ((split, [file]) for file in files)
+            yield from [(split, files)] if self.format in ("parallel", "dstc") else ((split, [file]) for file in files)
 
 
 def _each(files: dict[FileKey, str | list[str]]) -> list[tuple[FileKey, str]]:

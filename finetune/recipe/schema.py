@@ -36,6 +36,7 @@ Baseline = Literal[
     "frozen",
     "fused",
 ]
+OutsideScore = Literal["energy", "max_probability"]
 
 
 class ScratchSection(Section):
@@ -154,6 +155,9 @@ class TaskSection(Section):
     `context`: what was said before a text, read where it is named."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
+    out_of_scope: str | None = Field(default=None, min_length=1)
+    """The label of rows that belong to no class (text_classification). They are not trained on and count in no score of
+    the classes; on validation and test they show how well the model knows that it does not know."""
     clean: list[TextStep] = Field(default_factory=list)
     """Steps on each text before it is encoded: `html` decodes entities, `urls` removes links."""
     separator: str | None = None
@@ -273,6 +277,9 @@ class EvaluateSection(Section):
     """Texts of the test split shown in the report with what the model writes."""
     calibrate: Literal["none", "temperature"] = "temperature"
     """Fitted on validation, arXiv:1706.04599."""
+    outside_score: OutsideScore = "energy"
+    """What tells rows of no class from others, where a task has `out_of_scope`: `energy`, -logsumexp of the logits
+    (arXiv:2010.03759), or `max_probability`, 1 - the largest probability."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Level of the bootstrap intervals."""
     resamples: int = Field(default=1000, ge=100, le=100_000)
@@ -346,7 +353,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
-        raise_all([*self._check_base(), *self._check_tasks(), *self._check_several()])
+        raise_all([*self._check_base(), *self._check_tasks(), *self._check_several(), *self._check_outside_gates()])
         return self
 
     def _check_base(self) -> list[str]:
@@ -406,6 +413,8 @@ class Recipe(Section):
             where = f"tasks.{name}"
             if task.type != "text_classification" and task.labels is not None:
                 problems.append(f"{where}.labels: must be left out for {task.type}, got {len(task.labels)} labels.")
+            if task.type != "text_classification" and task.out_of_scope is not None:
+                problems.append(f"{where}.out_of_scope: must be left out for {task.type}, got {task.out_of_scope!r}.")
             problems += self._list_few_shot_problems(where, task)
             if task.type != "text_classification" and self.model.normalize_features:
                 problems.append(f"model.normalize_features: must be false for {task.type}, got true.")
@@ -491,6 +500,18 @@ class Recipe(Section):
             for gate in sorted(known)
             if gate.partition(".")[0] not in self.tasks
         ]
+        return problems
+
+    def _check_outside_gates(self) -> list[str]:
+        """A gate on rows of no class needs tasks that have them."""
+        problems = []
+        for gate in self.evaluate.gates:
+            owner, _, metric = gate.rpartition(".")
+            without = [name for name, task in self.tasks.items() if owner in ("", name) and task.out_of_scope is None]
+            if metric.startswith("outside_") and without:
+                problems.append(
+                    f"evaluate.gates.{gate}: must be for tasks with `out_of_scope`, got {', '.join(without)} without."
+                )
         return problems
 
     def evaluate_for(self, name: str) -> EvaluateSection:

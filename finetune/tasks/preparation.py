@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from finetune.data.batches import Examples, Indices
-from finetune.data.checks import Finding, check_lengths, check_rows, check_shots, raise_on_errors
+from finetune.data.checks import Finding, check_lengths, check_rows, check_shots, raise_on_errors, set_apart
 from finetune.data.cleaning import normalize_for_duplicates
 from finetune.data.knowledge import Entry, compute_knowledge_fingerprint, load_card_knowledge, load_knowledge
 from finetune.data.rows import Row, Splits, build_name_rows
@@ -21,7 +21,7 @@ from finetune.data.splits import keep_shots, split_rows
 from finetune.errors import DataError
 from finetune.models.base import BaseModel
 from finetune.recipe.schema import ModelSection, TaskSection
-from finetune.tasks import TASKS, MultiTask, Reranking, Retrieval
+from finetune.tasks import TASKS, MultiTask, Reranking, Retrieval, TextClassification
 from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.entries import ENTRY
 from finetune.tasks.multi_task import Headed
@@ -160,13 +160,16 @@ def _prepare_part(
     task = shape.build(known, _get_card_labels(source), source.rows, entries)
     rows = task.prepare_rows(source.rows)
     splits = split_rows(rows, section.split, seed=seed, columns=source.columns)
+    splits, apart = set_apart(splits, section.out_of_scope)
     splits, findings = check_rows(
         splits,
         task.labels,
         leaks=section.split.leaks,
         texts=list_texts(task),
         context=CONTEXT if CONTEXT in source.columns else None,
+        out_of_scope=section.out_of_scope,
     )
+    findings = [*apart, *findings]
     raise_on_errors(findings, source.origin)
     if section.split.shots is not None:  # after leaks were dropped, so that the count holds
         splits = keep_shots(splits, section.split.shots, seed=seed)
@@ -262,9 +265,10 @@ def load_held_out(
     rows = task.prepare_rows(source.rows)
     if any(row.split == "test" for row in rows):
         rows = [row for row in rows if row.split == "test"]
-    _, own = check_rows({"test": rows}, task.labels, leaks="fail", texts=list_texts(task))
+    outside = task.out_of_scope if isinstance(task, TextClassification) else None
+    _, own = check_rows({"test": rows}, task.labels, leaks="fail", texts=list_texts(task), out_of_scope=outside)
     raise_on_errors([finding for finding in own if finding.kind != "absent_class"], source.origin)
     # A new set may repeat training texts; that is for the reader to know, and no reason to refuse.
-    _, together = check_rows({"train": list(train), "test": rows}, task.labels, leaks="warn")
+    _, together = check_rows({"train": list(train), "test": rows}, task.labels, leaks="warn", out_of_scope=outside)
     shared = [finding for finding in together if finding.kind in ("leak", "near_leak")]
     return source, rows, shared

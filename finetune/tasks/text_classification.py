@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,15 @@ from finetune.errors import DataError
 from finetune.evaluation.baselines import BaselineData, BaselineResult, compute_baselines
 from finetune.evaluation.calibration import apply_temperature, fit_temperature
 from finetune.evaluation.metrics import compute_metric
+from finetune.evaluation.outside import (
+    OutsideRows,
+    OutsideRule,
+    OutsideScores,
+    compute_outside_scores,
+    compute_threshold,
+    compute_uncertainty,
+    fit_outside,
+)
 from finetune.evaluation.scoring import ScoredSplit, score_split
 from finetune.models.base import BaseModel, load_tokenizer
 from finetune.models.centroids import start_at_centroids
@@ -33,6 +42,7 @@ from finetune.models.classifier import (
 )
 from finetune.models.embedding import compute_embeddings
 from finetune.models.prediction import compute_logits
+from finetune.recipe.messages import suggest
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks.encoding import CONTEXT, encode_texts, read_question
 from finetune.tasks.task import HeldOut, Judgement, Outputs
@@ -49,12 +59,14 @@ class TextClassification:
         values: value in the data -> class name, where the data hold codes.
         clean: steps on each text before it is encoded.
         reads_context: whether what was said before belongs to a text.
+        out_of_scope: the label of rows that belong to none of `labels`; None where there are no such rows.
     """
 
     labels: list[str]
     values: dict[str, str]
     clean: tuple[TextStep, ...] = ()
     reads_context: bool = False
+    out_of_scope: str | None = None
 
     type: ClassVar[str] = "text_classification"
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
@@ -89,17 +101,20 @@ class TextClassification:
         """Settle the classes: the recipe's, else the card's, else the sorted values of the data.
 
         Raises:
-            DataError: fewer than two classes.
+            DataError: fewer than two classes, or no row out of scope where there should be some.
         """
-        labels = section.labels if section.labels is not None else card_labels
-        reads_context = CONTEXT in section.columns
-        if labels is None:
-            labels = sorted({row.values["label"] for row in rows if row.values["label"]})
-            if len(labels) < 2:
-                raise DataError(f"{section.data}: the label column must hold at least 2 classes, got {labels}.")
-        if isinstance(labels, list):
-            return cls(list(labels), {}, tuple(section.clean), reads_context)
-        return cls(list(dict.fromkeys(labels.values())), dict(labels), tuple(section.clean), reads_context)
+        labels, outside = section.labels if section.labels is not None else card_labels, section.out_of_scope
+        found = {row.values["label"] for row in rows if row.values["label"]}
+        values = labels if isinstance(labels, dict) else {}
+        if outside is not None and outside not in (named := {values.get(label, label) for label in found}):
+            raise DataError(
+                f"{section.data}: out_of_scope must be a label of the data, got {outside!r}, which no row has."
+                f"{suggest(outside, named)}"
+            )
+        classes = [name for name in dict.fromkeys(values.values() or labels or sorted(found)) if name != outside]
+        if len(classes) < 2:
+            raise DataError(f"{section.data}: the label column must hold at least 2 classes, got {classes}.")
+        return cls(classes, dict(values), tuple(section.clean), CONTEXT in section.columns, outside)
 
     def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
         """Clean each text, and put class names where the data hold codes."""
@@ -110,7 +125,7 @@ class TextClassification:
         return self
 
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
-        """Encode prepared rows, cut at `max_length` tokens; labels are -100 where a row has none."""
+        """Encode prepared rows, cut at `max_length` tokens; labels are -100 where a row has no class."""
         texts = [read_question(row, self.reads_context) for row in rows]
         encoded = encode_texts(texts, tokenizer, max_length, keep="end" if self.reads_context else "start")
         index: dict[Any, int] = {label: i for i, label in enumerate(self.labels)}
@@ -176,58 +191,117 @@ class TextClassification:
     def compute_metrics(
         self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
     ) -> dict[str, float]:
-        """Loss, and the named metrics of uncalibrated scores."""
+        """Loss, and the named metrics of uncalibrated scores, of the rows that have a class."""
+        outputs, references = outputs[references != IGNORED], references[references != IGNORED]
         scores = apply_temperature(outputs, 1.0)
         loss = nn.functional.cross_entropy(torch.from_numpy(outputs), torch.from_numpy(references)).item()
         return {"loss": loss} | {name: compute_metric(name, references, scores) for name in names}
 
     def judge(self, held_out: HeldOut) -> Judgement:
         """Calibrate on validation, fit the baselines, and score validation and test."""
-        section, rows = held_out.section, held_out.rows
         pad_token_id = get_padding(held_out.model, held_out.tokenizer)
-        logits, references = {}, {}
-        for name in held_out.judged:
-            examples = held_out.examples[name]
-            logits[name] = self.compute_outputs(held_out.model, examples, pad_token_id).astype(np.float64)
-            references[name] = examples.labels
-        if held_out.settings is not None:
-            temperature = float(held_out.settings["temperature"])
-        elif section.calibrate == "temperature":
-            temperature = fit_temperature(logits["validation"], references["validation"])
-        else:
-            temperature = 1.0
+        logits = {
+            name: self.compute_outputs(held_out.model, held_out.examples[name], pad_token_id).astype(np.float64)
+            for name in held_out.judged
+        }
+        temperature, rule = self._calibrate(held_out, logits)
         baselines = self._compute_baselines(held_out)
         scored = {
             name: score_split(
-                ScoredSplit(
-                    name=name,
-                    labels=self.labels,
-                    references=references[name],
-                    logits=logits[name],
-                    texts=[row.values["text"] for row in rows[name]],
-                    values=[row.values for row in rows[name]],
-                    temperature=temperature,
-                    baselines=baselines,
-                    opened=held_out.opened if name == "test" else None,
-                ),
-                section,
+                self._select_split(held_out, name, logits[name], (temperature, rule), baselines),
+                held_out.section,
                 held_out.seed,
             )
             for name in logits
         }
+        rows, references = held_out.rows["test"], held_out.examples["test"].labels
         scores = self.compute_scores(logits["test"], temperature)
+        predictions = self._list_predictions(rows, references, scores)
+        if rule:
+            predictions["outside_score"] = compute_outside_scores(logits["test"], rule.score)
         return Judgement(
             scored=scored,
-            predictions=self._list_predictions(rows["test"], references["test"], scores),
-            mistakes=self._list_mistakes(rows["test"], references["test"], scores),
-            settings={"temperature": temperature},
+            predictions=predictions,
+            mistakes=self._list_mistakes(rows, references, scores),
+            settings={"temperature": temperature, "outside": asdict(rule) if rule else None},
+        )
+
+    def _calibrate(self, held_out: HeldOut, logits: Mapping[str, Outputs]) -> tuple[float, OutsideRule | None]:
+        """Temperature, and what tells rows of no class: fitted on validation, or as they were."""
+        if held_out.settings is not None:
+            outside = held_out.settings.get("outside")
+            return float(held_out.settings["temperature"]), OutsideRule(**outside) if outside else None
+        references = held_out.examples["validation"].labels
+        known, temperature = references != IGNORED, 1.0
+        if held_out.section.calibrate == "temperature":
+            temperature = fit_temperature(logits["validation"][known], references[known])
+        if self.out_of_scope is None:
+            return temperature, None
+        return temperature, fit_outside(logits["validation"], ~known, held_out.section.outside_score)
+
+    def _select_split(
+        self,
+        held_out: HeldOut,
+        name: str,
+        logits: Outputs,
+        fitted: tuple[float, OutsideRule | None],
+        baselines: Mapping[str, BaselineResult],
+    ) -> ScoredSplit:
+        """The rows of a split that have a class; those that have none beside them."""
+        references = held_out.examples[name].labels
+        known = references != IGNORED
+        rows = [row for row, is_known in zip(held_out.rows[name], known, strict=True) if is_known]
+        temperature, rule = fitted
+        return ScoredSplit(
+            name=name,
+            labels=self.labels,
+            references=references[known],
+            logits=logits[known],
+            texts=[row.values["text"] for row in rows],
+            values=[row.values for row in rows],
+            temperature=temperature,
+            baselines={
+                baseline: BaselineResult({name: result.scores[name][known]}, result.settings)
+                for baseline, result in baselines.items()
+            },
+            outside=self._select_outside(held_out, name, logits, rule, baselines) if rule else None,
+            opened=held_out.opened if name == "test" else None,
+        )
+
+    def _select_outside(
+        self,
+        held_out: HeldOut,
+        name: str,
+        logits: Outputs,
+        rule: OutsideRule,
+        baselines: Mapping[str, BaselineResult],
+    ) -> OutsideRows:
+        """How far outside each row of a split looks to the model and to the baselines."""
+        fitted_on = held_out.examples["validation"].labels != IGNORED
+        return OutsideRows(
+            label=self.out_of_scope or "",
+            is_outside=held_out.examples[name].labels == IGNORED,
+            score=rule.score,
+            model=OutsideScores(compute_outside_scores(logits, rule.score), rule.threshold),
+            baselines={
+                baseline: OutsideScores(
+                    compute_uncertainty(result.scores[name]),
+                    compute_threshold(compute_uncertainty(result.scores["validation"][fitted_on])),
+                )
+                for baseline, result in baselines.items()
+            },
         )
 
     def to_config(self) -> dict[str, Any]:
         """What prediction needs beside the weights."""
-        return {"type": self.type, "labels": self.labels, "values": self.values, "clean": list(self.clean)} | (
-            {"reads_context": True} if self.reads_context else {}
-        )
+        return {
+            "type": self.type,
+            "labels": self.labels,
+            "values": self.values,
+            "clean": list(self.clean),
+            "reads_context": self.reads_context,
+            "out_of_scope": self.out_of_scope,
+        }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TextClassification:
@@ -236,14 +310,16 @@ class TextClassification:
             list(config["labels"]),
             dict(config["values"]),
             tuple(config["clean"]),
-            config.get("reads_context", False),
+            config.get("reads_context", False),  # models saved before there were such keys lack them
+            config.get("out_of_scope"),
         )
 
     def _prepare_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         label = values.get("label")
         prepared: dict[str, Any] = {"text": clean_text(values["text"], self.clean)}
         if label is not None:
-            prepared["label"] = label if label in self.labels else self.values.get(label, label)
+            known = (*self.labels, self.out_of_scope)
+            prepared["label"] = label if label in known else self.values.get(label, label)
         return prepared
 
     def _compute_baselines(self, held_out: HeldOut) -> dict[str, BaselineResult]:
@@ -283,7 +359,7 @@ class TextClassification:
         return {
             "id": [row.id for row in rows],
             "text": [row.values["text"] for row in rows],
-            "reference": [self.labels[i] for i in references],
+            "reference": [self.out_of_scope if i == IGNORED else self.labels[i] for i in references],
             "prediction": [self.labels[i] for i in scores.argmax(axis=1)],
         } | {f"score_{label}": scores[:, i] for i, label in enumerate(self.labels)}
 
@@ -291,7 +367,7 @@ class TextClassification:
         self, rows: Sequence[Row], references: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]
     ) -> list[dict[str, Any]]:
         predictions, confidences = scores.argmax(axis=1), scores.max(axis=1)
-        wrong = np.flatnonzero(predictions != references)
+        wrong = np.flatnonzero((predictions != references) & (references != IGNORED))
         return [
             {
                 "id": rows[i].id,

@@ -248,7 +248,7 @@ def test_predict_speaks_json(command, finished_run, tmp_path):
     assert done.code == 0
     content = json.loads(done.out)
     assert [one["text"] for one in content] == ["shares fall", "profit [rises] 4 %"]
-    assert content[0].keys() == {"text", "label", "confidence", "scores"}
+    assert content[0].keys() == {"text", "label", "confidence", "scores", "outside"}
     assert content[0]["confidence"] == content[0]["scores"][content[0]["label"]] == max(content[0]["scores"].values())
     (tmp_path / "a.csv").write_text("text\nx\n")
     done = command("predict", finished_run, "--input", tmp_path / "a.csv", "--output", tmp_path / "b.csv", "--json")

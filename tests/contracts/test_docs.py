@@ -25,7 +25,7 @@ from finetune.data.rows import Row
 from finetune.data.sources import load_rows
 from finetune.data.splits import split_rows
 from finetune.evaluation.corpus_metrics import CORPUS_METRICS
-from finetune.evaluation.metrics import METRICS
+from finetune.evaluation.metrics import METRICS, OUTSIDE_METRICS
 from finetune.recipe import Card, HubSource, Recipe, Section, TaskSection, load_recipe
 from finetune.recipe.comparison import Comparison
 from finetune.recipe.schema import SplitSection
@@ -226,7 +226,8 @@ def build_metrics() -> str:
         f"| `{info.name}` | {'larger' if info.larger_is_better else 'smaller'} | {escape(info.formula)} |\n"
         for info in [*METRICS.values(), *CORPUS_METRICS.values()]
     )
-    return "| name | better | formula |\n|---|---|---|\n" + "".join(rows)
+    outside = (f"| `{name}` | larger | {escape(formula)} |\n" for name, formula in OUTSIDE_METRICS.items())
+    return "| name | better | formula |\n|---|---|---|\n" + "".join([*rows, *outside])
 
 
 GENERATED: dict[str, Callable[[], str]] = {

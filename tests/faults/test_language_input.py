@@ -120,6 +120,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"tasks": {"tone": {"labels": ["a", "b"]}}},
         "tasks.tone.labels: must be left out for seq2seq, got 2 labels.",
     ),
+    "rows of no class": (
+        "seq2seq",
+        {"tasks": {"tone": {"out_of_scope": "none"}}},
+        "tasks.tone.out_of_scope: must be left out for seq2seq, got 'none'.",
+    ),
     "so many rows of each class": (
         "causal_lm",
         {"tasks": {"tone": {"split": {"shots": 8}}}},

@@ -31,16 +31,19 @@ def shipped(tmp_path, monkeypatch):
 def test_shipped_cards_are_valid_and_complete():
     cards = {card.name: card for card in list_cards()}
     assert {"banking77", "clinc150", "twitter_fin_sentiment"} <= set(cards)
+    assert {"bitext_intents", "dstc9_faq", "dstc11_faq_val"} <= set(cards)
     assert {"multi30k_en_de", "tatoeba_en_zh", "tinyshakespeare", "chinese_poetry"} <= set(cards)
     for card in cards.values():
         assert card.licence
         assert card.notes
         assert (card.labels is not None) == ("label" in card.roles)
-        assert set(card.roles) - {"entry", "context"} in ({"text", "label"}, {"text", "target"}, {"text"})
-        assert ("entry" in card.roles) == (card.knowledge is not None)
+        optional = {"entry", "context"}
+        assert set(card.roles) - optional in ({"text", "label"}, {"text", "target"}, {"text"})
+        assert ("entry" in card.roles) <= (card.knowledge is not None)
         assert set(card.roles.values()) <= set(card.columns)
         assert set(card.rows) == set(card.files)
     assert len(cards["banking77"].labels) == 77
+    assert len(cards["bitext_intents"].labels) == 27
     assert len(cards["clinc150"].labels) == 151
     assert cards["clinc150"].labels[-1] == "oos"
     assert cards["twitter_fin_sentiment"].labels == {"0": "negative", "1": "positive", "2": "neutral"}

@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from finetune.data.checks import check_lengths, check_rows, check_shots, findings_to_json, raise_on_errors
+from finetune.data.checks import (
+    check_lengths,
+    check_rows,
+    check_shots,
+    findings_to_json,
+    raise_on_errors,
+    set_apart,
+)
 from finetune.data.rows import Row
 from finetune.errors import DataError
 
@@ -239,3 +246,39 @@ def test_classes_with_too_few_rows_for_the_shots():
         "train: every class must have 2 different texts for split.shots, got fewer of 'neg' (1), 'neutral' (0). All of "
         "them are kept. Add rows, or lower split.shots."
     )
+
+
+# Rows of no class
+
+
+def test_rows_of_no_class_leave_train_and_are_known_elsewhere():
+    outside = {"train": [("hello there", "oos")], "validation": [("what is this", "oos")], "test": [("hum", "oos")]}
+    splits, findings = set_apart(clean_splits(**outside), "oos")
+    assert splits["train"] == clean_splits()["train"]
+    assert [len(splits[name]) for name in ("validation", "test")] == [3, 3]
+    note = only(findings)
+    assert (note.severity, note.count, note.rows) == ("note", 1, ("train:3",))
+    assert note.message == "train: left out 1 row labelled 'oos', which no class is learned from (train:3)."
+    assert check_rows(splits, ["neg", "pos"], leaks="fail", out_of_scope="oos") == (splits, [])
+    _, findings = check_rows(splits, ["neg", "pos"], leaks="fail")
+    assert {finding.kind for finding in findings} == {"unknown_label"}
+
+
+def test_a_text_of_no_class_that_was_trained_on_is_a_leak():
+    splits, _ = set_apart(clean_splits(test=[("Alpha wins contract!", "oos")]), "oos")
+    _, findings = check_rows(splits, ["neg", "pos"], leaks="fail", out_of_scope="oos")
+    assert "leak" in {finding.kind for finding in findings if finding.severity == "error"}
+
+
+def test_rows_of_no_class_are_missed_and_may_not_be_all():
+    splits = clean_splits(validation=[("what is this", "oos")]) | make_splits(test=[("hum", "oos")])
+    _, findings = set_apart(splits, "oos")
+    assert only(findings).severity == "error"
+    assert only(findings).message == "test: must have rows with a class, got only rows labelled 'oos'. Add some."
+    _, findings = set_apart(clean_splits(), "oos")
+    must = "must have rows labelled 'oos' for out_of_scope, got none"
+    assert [finding.message for finding in findings] == [
+        f"validation: {must}: no probability can be fitted. Add some.",
+        f"test: {must}: nothing says how well they are told. Add some.",
+    ]
+    assert set_apart(splits, None) == (splits, [])

@@ -47,7 +47,7 @@ def test_layout_is_the_documented_one() -> None:
     scored = score_split(make_split(), make_section(gates={"mcc": "> 0", "beats_baselines": True}), seed=13)
     assert list(scored) == [
         *("split", "rows", "labels", "confidence", "resamples", "seed", "opened", "metrics", "baselines", "per_class"),
-        *("confusion", "temperature", "reliability", "slices", "gates"),
+        *("confusion", "temperature", "reliability", "selective", "slices", "gates"),
     ]
     assert scored["split"] == "test"
     assert scored["rows"] == N

@@ -150,6 +150,10 @@ def test_files_of_a_split_are_listed_as_they_are_read(tmp_path: Path) -> None:
             "files.test: must name one file per column when `format` is parallel, got 3 files for en, de.",
         ),
         (
+            "format: dstc\nfiles: {all: [a, b, c]}\n",
+            "files.all: must name dialogues and labels, or labels alone, when `format` is dstc, got 3 files.",
+        ),
+        (
             "format: parallel\nfiles: {all: [a, b]}\n",
             "columns: must name the columns in order when `format` is parallel, got nothing.",
         ),
