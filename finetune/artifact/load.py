@@ -25,7 +25,7 @@ from finetune.models.multi_task import OneHead
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import GenerateSection
 from finetune.tasks import MultiTask, Reranking, Retrieval, Task, TextClassification
-from finetune.tasks.encoding import encode_texts, join_context
+from finetune.tasks.encoding import Side, encode_texts, join_context
 from finetune.tasks.reranking import encode_pairs
 
 WRITING = ("causal_lm", "seq2seq")
@@ -159,15 +159,11 @@ class Predictor:
             advance: called with the number of texts after each batch.
         """
         task = self._get(Retrieval, "embed", "vectors of texts")
-        joined = [
-            join_context(text, context) for text, context in zip(texts, contexts or [""] * len(texts), strict=True)
-        ]
-        examples = Examples.build(
-            encode_texts(joined, self.tokenizer, self.max_length, keep="start" if contexts is None else "end")
-        )
-        return task.compute_outputs(
-            self.model, examples, get_padding(self.model, self.tokenizer), advance=advance
-        ).astype(np.float32)
+        joined = list(map(join_context, texts, contexts or [""] * len(texts)))
+        keep: Side = "start" if contexts is None else "end"
+        examples = Examples.build(encode_texts(joined, self.tokenizer, self.max_length, keep=keep))
+        pad_token_id = get_padding(self.model, self.tokenizer)
+        return task.compute_outputs(self.model, examples, pad_token_id, advance=advance).astype(np.float32)
 
     def score_pairs(self, question: str, passages: Sequence[str], context: str = "") -> npt.NDArray[np.float64]:
         """How likely each passage answers the question, of a `reranking` model: (N,), in [0, 1]."""

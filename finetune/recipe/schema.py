@@ -434,7 +434,7 @@ class Recipe(Section):
             given = task.knowledge
             return [f"{where}.knowledge: must be left out for {task.type}, got {given!r}."] if given else []
         problems = []
-        if self.train.micro_steps > 1:
+        if task.type == "retrieval" and self.train.micro_steps > 1:
             problems.append(
                 f"train.micro_steps: must be 1 for {task.type}, which compares the rows of a batch, got "
                 f"{self.train.micro_steps}."

@@ -40,14 +40,14 @@ RELEVANT = "relevant"
 class Reranking:
     """The shape of a second look at what a first search found: a cross-encoder (arXiv:1901.04085).
 
-    Rows are trained on in groups: pairs of one question with its right entries and with entries that look right and are
-    not. The label of a pair is 2 * the number of its question, plus 1 where the entry is right.
+    A question is trained on with its right entries and with entries that look right and are not. The label of a pair is
+    2 * the number of its question, plus 1 where the entry is right.
 
     Args:
         size: questions in the data, at least as many as in any of their splits.
         clean: steps on each question before it is encoded.
         reads_context: whether what was said before belongs to the question.
-        negatives: wrong entries in a group.
+        negatives: wrong entries for a question.
         candidates: entries that are looked at again when the model is judged, the best of the baseline `fused`.
         entries: what the questions are answered from; none where a trained model was loaded.
     """
@@ -119,18 +119,16 @@ class Reranking:
         return self
 
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
-        """Groups of pairs; where a pair is too long, the longer text is cut."""
+        """Pairs, question by question; where a pair is too long, the longer text is cut."""
         questions: list[str] = []
         passages: list[str] = []
         labels: list[int] = []
-        groups: list[int] = []
-        for group, (row, wrong) in enumerate(zip(rows, self.library.mine(rows, self.negatives), strict=True)):
+        for number, (row, wrong) in enumerate(zip(rows, self.library.mine(rows, self.negatives), strict=True)):
             right = self.library.find_right(row)
             questions += [read_question(row, self.reads_context)] * (len(right) + len(wrong))
-            passages += [self.entries[number].passage for number in (*right, *wrong)]
-            labels += [2 * group + 1] * len(right) + [2 * group] * len(wrong)
-            groups += [group] * (len(right) + len(wrong))
-        return Examples.build(encode_pairs(questions, passages, tokenizer, max_length), labels, groups=groups)
+            passages += [self.entries[entry].passage for entry in (*right, *wrong)]
+            labels += [2 * number + 1] * len(right) + [2 * number] * len(wrong)
+        return Examples.build(encode_pairs(questions, passages, tokenizer, max_length), labels)
 
     def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
         """The base with a new head of one score, in float32."""
@@ -152,29 +150,27 @@ class Reranking:
         """Nothing to start."""
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
-        """Loss of each right pair, (B,); 0 for the others."""
+        """Loss of each pair, (B,)."""
         return self.compute_loss(model(**list_inputs(batch)).logits, batch["labels"], label_smoothing)
 
     def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-        """ListNet's top-one loss (Cao et al. 2007): -log of a right pair's share in the softmax over its question's.
+        """Binary cross-entropy of each pair by itself, so that a score also says when no entry answers.
 
         Args:
             logits: (B, 1).
             labels: (B,).
             label_smoothing: not used.
-
-        Returns:
-            (B,); 0 for wrong pairs.
         """
-        scores, questions = logits[:, 0].float(), labels // 2
-        same = questions[:, None] == questions
-        shares = scores - scores.expand_as(same).masked_fill(~same, -torch.inf).logsumexp(1)
-        return -shares * (labels % 2)
+        return nn.functional.binary_cross_entropy_with_logits(
+            logits[:, 0].float(), (labels % 2).float(), reduction="none"
+        )
 
     def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
-        """Every question counts 1, shared by its right pairs."""
-        counts = np.bincount(examples.labels, minlength=self.codes)
-        return np.where(examples.labels % 2 == 1, 1 / np.maximum(counts[examples.labels], 1), 0.0).astype(np.float32)
+        """Of every question the right pairs count 1 together, and the wrong ones too."""
+        return self._weigh(examples.labels)
+
+    def _weigh(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return (1 / np.bincount(labels)[labels]).astype(np.float32)
 
     def compute_outputs(
         self,
@@ -191,15 +187,14 @@ class Reranking:
     def compute_metrics(
         self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
     ) -> dict[str, float]:
-        """Loss, and the named metrics of each question's ranking of its own group."""
+        """Loss, and the named metrics of each question's ranking of its own pairs."""
         losses = self.compute_loss(torch.from_numpy(outputs), torch.from_numpy(references), 0.0)
         questions, places = references // 2, []
         for question in np.unique(questions):
             rows = np.flatnonzero(questions == question)
             places.append(find_places(outputs[rows, 0], np.flatnonzero(references[rows] % 2).tolist()))
-        return {"loss": losses[torch.from_numpy(references) % 2 == 1].mean().item()} | compute_mean_metrics(
-            names, places
-        )
+        loss = np.average(losses.numpy(), weights=self._weigh(references))
+        return {"loss": float(loss)} | compute_mean_metrics(names, places)
 
     def judge(self, held_out: HeldOut) -> Judgement:
         """Rank again the first of what the baseline `fused` finds; behind them everything stays as it was."""
