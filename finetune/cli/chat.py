@@ -76,7 +76,7 @@ def _replay(assistant: Assistant, path: Path, log: TurnLog | None, as_json: bool
                 log.write(dialogue.id, turn.text, reply)
             if as_json:
                 _print_line(
-                    {"session": dialogue.id, "text": turn.text, "expected_intent": turn.intent} | reply.to_json()
+                    {"session": dialogue.id, "message": turn.text, "expected_intent": turn.intent} | reply.to_json()
                 )
             else:
                 console.print(Text.assemble(("you  ", "bold"), _make_printable(turn.text)))

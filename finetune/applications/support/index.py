@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -20,6 +21,9 @@ from finetune.recipe.files import compute_sha256, write_file_atomically
 
 RERANKED = 8
 """How many entries the model reads in full for each question: nearly all of the time of a reply."""
+
+FUSED = 100
+"""How many entries each ranking puts forward."""
 
 _KNOWLEDGE, _FEATURES, _INDEX = "knowledge.jsonl", "features.safetensors", "index.json"
 
@@ -83,10 +87,10 @@ class KnowledgeIndex:
         dense = self.features @ features  # (E,)
         asked = [text, *find_last_customer_turn(context)]
         rankings = [dense, *(self._rank_by_words(question, dense) for question in asked)]
-        count = min(RERANKED, len(self.entries))
-        fused = fuse_rankings(rankings)
-        first = np.argpartition(-fused, count - 1)[:count]
-        first = first[np.lexsort((first, -fused[first]))]
+        # An entry that is far down in every ranking cannot come first: only the tops are sorted.
+        tops = np.unique(np.concatenate([_find_largest(scores, FUSED) for scores in rankings]))
+        fused = fuse_rankings([scores[tops] for scores in rankings])
+        first = tops[np.argsort(-fused, kind="stable")[:RERANKED]]
         scores = reader.rerank(text, context, [self.entries[index].passage for index in first])
         best = np.argsort(-scores, kind="stable")
         return [Found(self.entries[first[place]], float(scores[place])) for place in best]
@@ -144,6 +148,13 @@ def find_last_customer_turn(context: str) -> list[str]:
     """The newest of the customer's lines in a context, without the speaker; empty where there is none."""
     lines = [line.removeprefix("Customer: ") for line in context.splitlines() if line.startswith("Customer: ")]
     return lines[-1:]
+
+
+def _find_largest(scores: Floats, count: int) -> npt.NDArray[np.intp]:
+    """The places of the largest scores, in any order."""
+    if count >= len(scores):
+        return np.arange(len(scores))
+    return np.argpartition(-scores, count)[:count]
 
 
 def _load_features(path: Path) -> Floats:

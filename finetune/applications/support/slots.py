@@ -21,7 +21,9 @@ PATTERNS: dict[str, re.Pattern[str]] = {
         rf"|\b(?:today|tomorrow|yesterday|(?:(?:next|last|this) )?{_DAYS})\b)"
     ),
     "amount": re.compile(rf"[$€£¥]\s?\d[\d,.]*\d|[$€£¥]\s?\d|\b\d[\d,.]*\s?{MONEY}"),
-    "quantity": re.compile(r"(?i:\b(?:\d{1,3}|one|two|three|four|five|six|seven|eight|nine|ten)\b)(?![.,/:]\d)"),
+    "quantity": re.compile(
+        r"(?i:(?<![.,/:\d])\b(?:\d{1,3}|one|two|three|four|five|six|seven|eight|nine|ten)\b)(?![.,/:]\d)"
+    ),
     "postcode": re.compile(r"\b(?:[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|\d{5}(?:-\d{4})?)\b"),
 }
 """Slot -> what fills it. A name that ends in one of these, such as `new_email`, is filled alike."""

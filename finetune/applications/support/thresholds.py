@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,14 +81,15 @@ class Outcome:
 
 
 def decide(signals: Signals, thresholds: Thresholds) -> Action:
-    """Template if the intent is sure, else passage if the entry is, else a question when two intents together are."""
+    """Template if the intent is sure, passage if the entry is; a question if only two intents together are."""
     if signals.outside > thresholds.outside:
         return "handover"
-    if signals.has_template and signals.intent >= thresholds.intent:
+    sure = signals.intent >= thresholds.intent
+    if sure and signals.has_template:
         return "template"
     if signals.passage >= thresholds.passage:
         return "passage"
-    return "question" if signals.pair >= thresholds.pair else "handover"
+    return "question" if signals.pair >= thresholds.pair and not sure else "handover"
 
 
 def compute_costs(outcome: Outcome, costs: Costs) -> dict[Action, float]:
@@ -125,16 +127,14 @@ def choose_thresholds(outcomes: Sequence[Outcome], costs: Costs) -> Thresholds:
     for name, value in asdict(costs).items():
         if not (np.isfinite(value) and value >= 0):
             raise UsageError(f"support: the cost of {name} must be 0 or more, got {value}.")
-    seen = [each.signals for each in outcomes]
-    outside = np.array([each.outside for each in seen])
-    # An intent without a template can never be answered by one, whatever the threshold.
-    intent = np.array([each.intent if each.has_template else -1.0 for each in seen])
-    passage, pair = np.array([each.passage for each in seen]), np.array([each.pair for each in seen])
-    grid = [_list_candidates(values) for values in (intent, passage, pair)]
-    gates = _list_candidates(outside)[:-1]
-    best = _search(_tabulate_costs(outcomes, costs), outside, gates, (intent, passage, pair), grid)
-    signals = zip(grid, best[1:], (intent, passage, pair), strict=True)
-    chosen = [_relax(values[place], observed[observed >= 0]) for values, place, observed in signals]
+    outside, *others = (
+        np.array([getattr(each.signals, name) for each in outcomes])
+        for name in ("outside", "intent", "passage", "pair")
+    )
+    grid = [_list_candidates(values) for values in others]
+    gates = np.sort(_list_candidates(outside)[1:])
+    best = _search(outcomes, costs, gates, grid)
+    chosen = [_relax(values[place], seen) for values, place, seen in zip(grid, best[1:], others, strict=True)]
     return Thresholds(-_relax(-gates[best[0]], -outside), *chosen)
 
 
@@ -170,61 +170,69 @@ def load_thresholds(path: Path) -> Thresholds:
     return Thresholds(**found)
 
 
-def _tabulate_costs(outcomes: Sequence[Outcome], costs: Costs) -> Numbers:
-    """(N, 4) in the order of `ACTIONS`; of equal totals the one with fewer wrong answers is to be the smaller."""
-    strict = Costs(costs.wrong + 1e-6, costs.handover, costs.question)
-    return np.array([[compute_costs(each, strict)[action] for action in ACTIONS] for each in outcomes])
-
-
 def _list_candidates(values: Numbers) -> Numbers:
-    """The observed values, ascending, at most `MAX_VALUES` of them, and `NEVER`."""
-    observed = np.unique(values[values >= 0])
+    """`NEVER`, and the observed values, falling, at most `MAX_VALUES` of them."""
+    observed = np.unique(values)
     if len(observed) > MAX_VALUES:
         observed = observed[np.linspace(0, len(observed) - 1, MAX_VALUES).round().astype(int)]
-    return np.append(observed, NEVER)
+    return np.append(observed, NEVER)[::-1]
 
 
-def _search(
-    costs: Numbers, outside: Numbers, gates: Numbers, signals: Sequence[Numbers], grid: Sequence[Numbers]
-) -> tuple[int, ...]:
+def _search(outcomes: Sequence[Outcome], costs: Costs, gates: Numbers, grid: Sequence[Numbers]) -> tuple[int, ...]:
     """Places of the cheapest thresholds: in `gates`, and in each part of `grid`.
 
-    For one gate, what a question adds to the total of every combination of the other three is constant on three boxes:
-    where the template is given, where the passage is, where the question back is. So each question is a few corners in
-    a table of differences, and running sums along its axes give all totals at once.
+    For one gate, what a question adds to the total of every combination of the other three is constant on boxes: where
+    the template is given, where the passage is, where the question back is. So each question is a few corners in a
+    table of differences, and running sums along its axes give all totals at once.
 
     Args:
-        costs: (N, 4).
-        outside: (N,).
+        outcomes: N of them.
+        costs: as in `choose_thresholds`.
         gates: thresholds of `outside`, ascending.
-        signals: intent, passage and pair, each (N,).
-        grid: thresholds of each.
+        grid: thresholds of intent, passage and pair, each falling.
     """
-    lengths = [len(values) for values in grid]
-    changes = np.zeros([length + 1 for length in lengths])
-    added = costs[:, :3] - costs[:, 3:]  # against handing all over
-    # The number of thresholds that each question reaches: they are the first ones.
-    reached = [np.searchsorted(values, signal, side="right") for values, signal in zip(grid, signals, strict=True)]
-    best, least = (0, *(length - 1 for length in lengths)), np.inf
-    entered = np.searchsorted(gates, outside, side="left")  # the first gate that lets it in
+    changes = np.zeros([len(values) for values in grid], dtype=np.int64)
+    totals = np.empty_like(changes)
+    best: tuple[int, ...] = (0, 0, 0, 0)  # nothing but hand-overs
+    least = 0
+    entered = np.searchsorted(gates, [each.signals.outside for each in outcomes])  # the first gate that lets it in
     for gate in range(len(gates)):
-        for i in np.flatnonzero(entered == gate):
-            t, p, q = (int(part[i]) for part in reached)
-            _add_box(changes, ((0, t), (0, lengths[1]), (0, lengths[2])), added[i, 0])
-            _add_box(changes, ((t, lengths[0]), (0, p), (0, lengths[2])), added[i, 1])
-            _add_box(changes, ((t, lengths[0]), (p, lengths[1]), (0, q)), added[i, 2])
-        totals = changes.cumsum(0).cumsum(1).cumsum(2)[:-1, :-1, :-1].round(9)
-        place = totals.size - 1 - int(totals[::-1, ::-1, ::-1].argmin())  # of equals the highest thresholds
+        for outcome in compress(outcomes, entered == gate):
+            _add_question(changes, outcome, costs, grid)
+        np.cumsum(changes, axis=0, out=totals)
+        np.cumsum(totals, axis=1, out=totals)
+        np.cumsum(totals, axis=2, out=totals)
+        place = int(totals.argmin())  # of equals the first, which has the highest thresholds
         if totals.flat[place] < least:
-            least, best = totals.flat[place], (gate, *map(int, np.unravel_index(place, totals.shape)))
+            least, best = int(totals.flat[place]), (gate, *map(int, np.unravel_index(place, totals.shape)))
     return best
 
 
-def _add_box(changes: Numbers, box: Sequence[tuple[int, int]], value: float) -> None:
+def _add_question(changes: npt.NDArray[np.int64], outcome: Outcome, costs: Costs, grid: Sequence[Numbers]) -> None:
+    """What one question adds to the totals, against its hand-over."""
+    signals = outcome.signals
+    # From which threshold on each signal reaches it; all that follow are lower.
+    intent, passage, pair = (
+        int(np.searchsorted(-values, -signal))
+        for values, signal in zip(grid, (signals.intent, signals.passage, signals.pair), strict=True)
+    )
+    templated = intent if signals.has_template else len(grid[0])
+    # Whole numbers: equal totals are equal. Of them, the one with fewer wrong answers is to be the smaller.
+    cost = {action: round(value * 1e6) for action, value in compute_costs(outcome, costs).items()}
+    cost["template"] += not outcome.template_right
+    cost["passage"] += not outcome.passage_right
+    every = (0, None)
+    _add_box(changes, ((templated, None), every, every), cost["template"] - cost["handover"])
+    _add_box(changes, ((0, templated), (passage, None), every), cost["passage"] - cost["handover"])
+    _add_box(changes, ((0, intent), (0, passage), (pair, None)), cost["question"] - cost["handover"])
+
+
+def _add_box(changes: npt.NDArray[np.int64], box: Sequence[tuple[int, int | None]], value: int) -> None:
     """Let the running sums of `changes` rise by `value` inside the box of [start, stop) along each axis."""
-    for corner in range(8):
-        sides = [corner >> axis & 1 for axis in range(3)]
-        changes[tuple(box[axis][side] for axis, side in enumerate(sides))] += value * (-1) ** sum(sides)
+    sides = [[(start, 1)] if stop is None else [(start, 1), (stop, -1)] for start, stop in box]
+    for (i, first), (j, second), (k, third) in product(*sides):
+        if i < changes.shape[0] and j < changes.shape[1] and k < changes.shape[2]:
+            changes[i, j, k] += value * first * second * third
 
 
 def _relax(threshold: float, observed: Numbers) -> float:
