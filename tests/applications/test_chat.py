@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 
 import pytest
@@ -13,9 +14,10 @@ from finetune.applications.support.assistant import HAND_OVER
 from finetune.applications.support.evaluate import build_questions
 from finetune.applications.support.load import load_assistant, save_assistant
 from finetune.applications.support.thresholds import Costs
-from finetune.artifact.run_folder import RunFolder
+from finetune.artifact.run_folder import RunFolder, save_json
 from finetune.errors import UsageError
 
+THRESHOLDS = {"outside": 0.5, "intent": 0.8, "passage": 0.6, "pair": 0.9}
 QUESTIONS = [
     {"text": "cancel order 12345", "intent": "cancel_order"},
     {"text": "how do returns of shoes work", "intent": "returns", "entry": "returns-01"},
@@ -32,7 +34,10 @@ def run(tmp_path, reader, entries, intents_file, monkeypatch):
     (folder / "status.json").write_text('{"state": "finished"}')
     monkeypatch.setattr(loading, "build_reader", lambda run: reader)
     questions = build_questions(QUESTIONS, reader.intents)
-    save_assistant(loading.find_support_folder(RunFolder(folder)), reader, entries, intents_file, questions, Costs())
+    support = loading.find_support_folder(RunFolder(folder))
+    save_assistant(support, reader, entries, intents_file, questions, Costs())
+    # Five questions choose thresholds that no conversation should depend on.
+    save_json(support / "thresholds.json", {"thresholds": THRESHOLDS})
     return folder
 
 
@@ -97,7 +102,7 @@ def test_lines_without_a_session_are_one_conversation(chat):
         ('{"text": 7}', "must be a JSON object with text"),
         ('{"text": "a", "session": 7}', "line 1: session must be text, got another value."),
         ("[" * 5000, "line 1: must be a JSON object such as"),
-        ('{"text": "' + "a" * 1_000_001 + '"}', "line 1: must have at most 1,000,000 characters, got 1,000,013"),
+        ('{"text": "' + "a" * 1_000_001 + '"}', "line 1: must have at most 1,000,000 characters, got 1,000,014"),
         (b'\xff{"text": "a"}', "line 1: must be a JSON object such as"),
     ],
 )
@@ -166,6 +171,11 @@ def test_the_log_holds_no_personal_data(chat, tmp_path):
     assert events[0]["session"] == "[email]"
     assert events[2]["reply"] == "I have cancelled order [order_id]."
     assert "12345" not in path.read_text()
+
+
+def test_the_assistant_itself_needs_no_torch():
+    code = "import sys, finetune.applications.support.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_run_without_the_tasks_is_refused(command, tmp_path):
