@@ -22,7 +22,7 @@ from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = [
-    *("run", "check", "resume", "evaluate", "predict", "generate", "compare", "sweep"),
+    *("run", "check", "resume", "evaluate", "predict", "generate", "chat", "compare", "sweep"),
     *("recipes", "data", "adapters", "schema", "doctor"),
 ]
 COMMANDS = [
@@ -33,6 +33,7 @@ COMMANDS = [
     "compare",
     "predict",
     "generate",
+    "chat",
     "sweep",
     "recipes list",
     "recipes show",

@@ -1,0 +1,1 @@
+"""What people use, built on artifacts."""

@@ -1,0 +1,251 @@
+"""The assistant: one message in, one reply out, with how sure it is and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from finetune.applications.support.dialogue import Pending, Session
+from finetune.applications.support.index import Found, KnowledgeIndex
+from finetune.applications.support.quotes import Writer, compose_answer, quote_answer
+from finetune.applications.support.reader import Reader, Reading
+from finetune.applications.support.slots import MAX_FREE_CHARACTERS, describe_slot, find_pattern, find_values
+from finetune.applications.support.templates import Intent, Intents, fill_slots, fill_template
+from finetune.applications.support.thresholds import Signals, Thresholds, decide
+from finetune.data.ranking import split_words
+
+Kind = Literal["template", "passage", "question", "handover"]
+
+MAX_CHARACTERS = 2_000
+"""Of a message; what follows is not read."""
+SHOWN = 3
+"""How many intents and entries a reply says that it considered."""
+
+NO_WORDS = "I could not find any words in your message. What can I help you with?"
+HAND_OVER = "I would rather let a colleague answer this. They will see our conversation and reply to you."
+_FIRST, _SECOND = ({"1", "first", "the first", "the first one"}, {"2", "second", "the second", "the second one"})
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An entry that a reply quotes."""
+
+    id: str
+    title: str
+    score: float
+    """The probability that the entry answers the message."""
+    quote: str
+
+
+@dataclass(frozen=True, slots=True)
+class Considered:
+    """What a reply was chosen from."""
+
+    outside: float
+    """How much the message looks out of scope, in [0, 1]."""
+    intents: tuple[tuple[str, float], ...]
+    """The likeliest intents with their probabilities."""
+    entries: tuple[tuple[str, float], ...]
+    """The ids of the entries found first, each with the probability that it answers the message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the assistant says."""
+
+    kind: Kind
+    """A filled template, a cited passage, a question back, or a hand-over to a person."""
+    text: str
+    confidence: float
+    """In [0, 1]. Template: that the intent is right. Passage: that the entry answers. Question: that what it names is
+    meant. Hand-over: that the message is out of scope, or that no answer at hand is right."""
+    reason: str
+    intent: str | None = None
+    """The intent of a template, or of a question that asks for its slots."""
+    sources: tuple[Source, ...] = ()
+    """What the text quotes; empty but for passages."""
+    choices: tuple[str, ...] = ()
+    """The intents that a question back names."""
+    missing: tuple[str, ...] = ()
+    """The slots that a question back asks for, the first of them now."""
+    notes: tuple[str, ...] = ()
+    """What else the customer should know."""
+    considered: Considered | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The reply as JSON values."""
+        return asdict(self)
+
+
+class Assistant:
+    """Answers messages.
+
+    Args:
+        reader: the trained model.
+        index: what is known, read by the same model.
+        intents: what each of the model's intents is called, and its template.
+        thresholds: how sure it must be.
+        writer: writes answers from passages; without one, or where a passage does not support them, it is quoted.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        index: KnowledgeIndex,
+        intents: Intents,
+        thresholds: Thresholds,
+        writer: Writer | None = None,
+    ) -> None:
+        self.reader, self.index, self.intents, self.thresholds = reader, index, intents, thresholds
+        self.writer = writer
+
+    def reply(self, text: str, session: Session) -> Reply:
+        """Answer a message and put both into the session."""
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON can hold, has no bytes
+        length = len(text)
+        text = text[:MAX_CHARACTERS]
+        reply = self._answer(text, session)
+        if length > MAX_CHARACTERS:
+            note = f"Only the first {MAX_CHARACTERS:,} of {length:,} characters were read."
+            reply = replace(reply, notes=(*reply.notes, note))
+        session.add("customer", text)
+        session.add("agent", reply.text)
+        return reply
+
+    def observe(self, text: str, context: str) -> tuple[Reading, list[Found], Signals]:
+        """What is read and found, and the numbers that decide."""
+        reading = self.reader.read(text, context)
+        found = self.index.find(text, context, reading.features, self.reader)
+        return reading, found, self.build_signals(reading, found)
+
+    def build_signals(self, reading: Reading, found: Sequence[Found]) -> Signals:
+        """The numbers that decide."""
+        first, *others = self.rank_intents(reading)
+        pair = float(reading.scores[first] + reading.scores[others[0]]) if others else 0.0
+        return Signals(
+            outside=float(reading.outside),
+            intent=float(reading.scores[first]),
+            pair=min(pair, 1.0),
+            passage=found[0].score if found else 0.0,
+            has_template=self._name(first).template is not None,
+        )
+
+    def rank_intents(self, reading: Reading) -> list[int]:
+        """The places of the intents, the likeliest first."""
+        return [int(place) for place in np.argsort(-reading.scores, kind="stable")]
+
+    def _answer(self, text: str, session: Session) -> Reply:
+        pending, session.pending = session.pending, None
+        if not split_words(text):
+            session.pending = pending
+            return Reply("question", NO_WORDS, 1.0, "The message has no words.")
+        if pending and pending.slot is None and (chosen := _read_choice(text, pending.intents)):
+            return self._answer_chosen(self.intents[chosen], pending.question, session)
+        reading, found, signals = self.observe(text, session.context)
+        considered = self._describe(reading, found)
+        if pending and pending.slot and (value := self._read_slot(text, pending, signals, reading)):
+            pending.values[pending.slot] = value
+            reply = self._answer_template(self.intents[pending.intents[0]], pending.confidence, text, session, pending)
+            return replace(reply, considered=considered)
+        action = decide(signals, self.thresholds)
+        ranked = [self._name(place) for place in self.rank_intents(reading)[:2]]
+        if action == "template":
+            reply = self._answer_template(ranked[0], signals.intent, text, session, pending)
+        elif action == "passage":
+            reply = self._answer_passage(found[0], text, session.context)
+        elif action == "question":
+            reply = _ask_which(ranked, signals.pair)
+            session.pending = Pending(text, tuple(intent.name for intent in ranked))
+        else:
+            reply = self._hand_over(signals)
+        return replace(reply, considered=considered)
+
+    def _answer_chosen(self, intent: Intent, question: str, session: Session) -> Reply:
+        """After a question back: the customer's choice is certain, what answers it may not be."""
+        if intent.template is not None:
+            return self._answer_template(intent, 1.0, question, session, None)
+        text = f"{question} {intent.description}"
+        reading, found, signals = self.observe(text, session.context)
+        considered = self._describe(reading, found)
+        if signals.passage >= self.thresholds.passage:
+            return replace(self._answer_passage(found[0], text, session.context), considered=considered)
+        reason = f'You chose "{intent.description}", and no entry is sure to answer that.'
+        return Reply("handover", HAND_OVER, 1 - signals.passage, reason, considered=considered)
+
+    def _answer_template(
+        self, intent: Intent, confidence: float, text: str, session: Session, pending: Pending | None
+    ) -> Reply:
+        """The filled template, or a question for its first slot that nothing fills."""
+        same = pending is not None and pending.intents == (intent.name,)
+        known = pending.values if pending and same else {}
+        filling = fill_slots(intent.slots, [text, *session.customer_texts], known)
+        if not filling.missing:
+            reason = f'The intent is "{intent.description}".'
+            return Reply("template", fill_template(intent, filling.values), confidence, reason, intent.name)
+        slot = filling.missing[0]
+        if pending and same and pending.slot == slot:
+            reason = f"The {describe_slot(slot)} was asked for and did not come."
+            return Reply("handover", HAND_OVER, confidence, reason, intent.name, missing=tuple(filling.missing))
+        session.pending = Pending(text, (intent.name,), slot, confidence, filling.values)
+        reason = f'The intent is "{intent.description}"; its answer needs the {describe_slot(slot)}.'
+        ask = _ask_for(intent, slot, filling.choices.get(slot, []))
+        return Reply("question", ask, confidence, reason, intent.name, missing=tuple(filling.missing))
+
+    def _answer_passage(self, found: Found, text: str, context: str) -> Reply:
+        entry = found.entry
+        quote = quote_answer(entry, text, context, self.reader)
+        said = compose_answer(self.writer, entry, text, context) if self.writer else None
+        reason = f"Entry {entry.id} answers this."
+        source = Source(entry.id, entry.title, found.score, quote)
+        return Reply("passage", said or quote, found.score, reason, sources=(source,))
+
+    def _hand_over(self, signals: Signals) -> Reply:
+        if signals.outside > self.thresholds.outside:
+            return Reply("handover", HAND_OVER, signals.outside, "The message looks out of scope.")
+        sure = max(signals.intent if signals.has_template else 0.0, signals.passage)
+        return Reply("handover", HAND_OVER, 1 - sure, "Neither an intent nor an entry is sure enough.")
+
+    def _read_slot(self, text: str, pending: Pending, signals: Signals, reading: Reading) -> str | None:
+        """What a message says of the slot that was asked for; None where it speaks of something else."""
+        slot = pending.slot or ""
+        if find_pattern(slot):
+            values = find_values(slot, [text])
+            return values[0] if len(values) == 1 else None
+        likeliest = self._name(self.rank_intents(reading)[0]).name
+        other = likeliest not in pending.intents and signals.intent >= self.thresholds.intent
+        return None if other else " ".join(text.split())[:MAX_FREE_CHARACTERS]
+
+    def _describe(self, reading: Reading, found: Sequence[Found]) -> Considered:
+        places = self.rank_intents(reading)[:SHOWN]
+        intents = tuple((self.reader.intents[place], float(reading.scores[place])) for place in places)
+        entries = tuple((each.entry.id, each.score) for each in found[:SHOWN])
+        return Considered(float(reading.outside), intents, entries)
+
+    def _name(self, place: int) -> Intent:
+        return self.intents[self.reader.intents[place]]
+
+
+def _ask_which(intents: Sequence[Intent], confidence: float) -> Reply:
+    first, second = (intent.description for intent in intents)
+    text = f"Which of these do you mean?\n1. {first}\n2. {second}"
+    names = tuple(intent.name for intent in intents)
+    return Reply("question", text, confidence, "Two intents are close.", choices=names)
+
+
+def _ask_for(intent: Intent, slot: str, choices: Sequence[str]) -> str:
+    asked = describe_slot(slot)
+    if choices:
+        return f"You named more than one {asked}: {', '.join(choices)}. Which one do you mean?"
+    return f'To help you with "{intent.description}", I need the {asked}. What is it?'
+
+
+def _read_choice(text: str, intents: Sequence[str]) -> str | None:
+    """The intent that a message chooses by its number."""
+    said = " ".join(split_words(text))
+    for words, intent in zip((_FIRST, _SECOND), intents, strict=True):
+        if said in words:
+            return intent
+    return None

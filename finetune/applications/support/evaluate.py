@@ -1,0 +1,208 @@
+"""The assistant on labelled questions, as customers would meet it.
+
+Each question gets one reply, and that counts as one of four outcomes:
+
+- right: the template of the question's own intent, also while it asks for what its slots need; a passage whose id is
+  among the question's entries; for what is out of scope a hand-over. A passage that only suits the intent is not right.
+- wrong: any other template or passage, and a request for the slots of another intent's template.
+- handed_over: a hand-over of what is in scope.
+- asked_back: a question back that names two intents, or that asks for words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from finetune.applications.support.assistant import Assistant, Reply
+from finetune.applications.support.dialogue import Session
+from finetune.applications.support.index import Found
+from finetune.applications.support.reader import Reading
+from finetune.applications.support.thresholds import Numbers, Outcome, Signals
+from finetune.errors import DataError
+from finetune.evaluation.intervals import Estimate, Interval, compute_interval, draw_weights
+
+OUT_OF_SCOPE = "out_of_scope"
+"""The label of a question that no intent fits."""
+OUTCOMES = ("right", "wrong", "handed_over", "asked_back")
+
+Judgement = Literal["right", "wrong", "handed_over", "asked_back"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A message and what should come of it."""
+
+    text: str
+    context: str
+    """The dialogue before it, as lines "Customer: ..." and "Agent: ...", newest last."""
+    intent: str | None
+    """None out of scope."""
+    entries: frozenset[str]
+    """The ids of the entries that answer it; perhaps none does."""
+    cluster: str
+    """Questions of one cluster say the same in other words: the bootstrap draws clusters."""
+    style: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question, what the assistant said, and how that counts."""
+
+    question: Question
+    reply: Reply
+    judgement: Judgement
+
+
+def build_questions(rows: Sequence[Mapping[str, Any]], intents: Sequence[str]) -> list[Question]:
+    """Questions out of rows with `text`, `intent` and perhaps `entry`, `context`, `cluster` and `style`.
+
+    Raises:
+        DataError: an intent that the model does not know.
+    """
+    questions = []
+    for number, row in enumerate(rows, start=1):
+        intent = str(row["intent"])
+        if intent not in (*intents, OUT_OF_SCOPE):
+            raise DataError(f"question {number}: intent must be one of the model's or {OUT_OF_SCOPE}, got {intent!r}.")
+        questions.append(
+            Question(
+                text=str(row["text"]),
+                context=str(row.get("context") or ""),
+                intent=None if intent == OUT_OF_SCOPE else intent,
+                entries=frozenset(str(row.get("entry") or "").split()),
+                cluster=str(row.get("cluster") or f"row {number}"),
+                style=str(row.get("style") or ""),
+            )
+        )
+    return questions
+
+
+def collect_outcomes(assistant: Assistant, questions: Sequence[Question]) -> list[Outcome]:
+    """What each action would have been worth for each question: read and searched once, for any thresholds.
+
+    The assistant's own thresholds play no part.
+    """
+    outcomes = []
+    for question in questions:
+        context = Session.from_context(question.context).context
+        reading, found, signals = assistant.observe(question.text, context)
+        outcomes.append(_weigh(assistant, question, reading, found, signals))
+    return outcomes
+
+
+def _weigh(
+    assistant: Assistant, question: Question, reading: Reading, found: Sequence[Found], signals: Signals
+) -> Outcome:
+    ranked = [assistant.reader.intents[place] for place in assistant.rank_intents(reading)[:2]]
+    return Outcome(
+        signals=signals,
+        template_right=signals.has_template and ranked[0] == question.intent,
+        passage_right=bool(found) and found[0].entry.id in question.entries,
+        pair_right=question.intent in ranked,
+        in_scope=question.intent is not None,
+    )
+
+
+def answer_questions(assistant: Assistant, questions: Sequence[Question]) -> list[Answered]:
+    """Ask each question in a conversation of its own, which begins with its context."""
+    answered = []
+    for question in questions:
+        reply = assistant.reply(question.text, Session.from_context(question.context))
+        answered.append(Answered(question, reply, judge(question, reply)))
+    return answered
+
+
+def judge(question: Question, reply: Reply) -> Judgement:
+    """How a reply counts, as this module's first lines define it."""
+    if reply.kind == "handover":
+        return "handed_over" if question.intent is not None else "right"
+    if reply.kind == "passage":
+        return "right" if any(source.id in question.entries for source in reply.sources) else "wrong"
+    if reply.kind == "template" or reply.missing:
+        return "right" if question.intent is not None and reply.intent == question.intent else "wrong"
+    return "asked_back"
+
+
+def summarize(answered: Sequence[Answered], *, confidence: float, resamples: int, seed: int) -> dict[str, Any]:
+    """End-to-end figures with their intervals.
+
+    Args:
+        answered: at least one.
+        confidence: level of the intervals, such as 0.95.
+        resamples: number of bootstrap resamples, which draw whole clusters.
+        seed: fixes the resamples.
+
+    Returns:
+        `all`, `in_scope`, `out_of_scope` (each where there are any) and `styles` (name -> the same): `questions`, and
+        the share of each outcome as {"value", "low", "high"}.
+    """
+    groups = {
+        "all": list(answered),
+        "in_scope": [each for each in answered if each.question.intent is not None],
+        "out_of_scope": [each for each in answered if each.question.intent is None],
+    }
+    styles = sorted({each.question.style for each in answered} - {""})
+
+    def count(part: Sequence[Answered]) -> dict[str, Any]:
+        shares = _compute_shares(part, confidence=confidence, resamples=resamples, seed=seed)
+        return {"questions": len(part), **shares}
+
+    return {
+        **{name: count(part) for name, part in groups.items() if part},
+        "styles": {style: count([each for each in answered if each.question.style == style]) for style in styles},
+    }
+
+
+def compute_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
+    """Selective accuracy against coverage (El-Yaniv & Wiener 2010), whatever the thresholds.
+
+    Each question is given its likelier answer, the template of the likeliest intent or the entry found first, with that
+    answer's probability times that of being in scope as its confidence. Out of scope every answer is wrong.
+
+    Args:
+        outcomes: of N questions.
+
+    Returns:
+        A point for each confidence that occurs, falling: `confidence`, `coverage` (the share of questions of that
+        confidence or more) and `accuracy` (the share of these that is answered right).
+    """
+    confidences, right = np.zeros(len(outcomes)), np.zeros(len(outcomes))
+    for place, outcome in enumerate(outcomes):
+        signals = outcome.signals
+        by_template = signals.has_template and signals.intent >= signals.passage
+        confidences[place] = (1 - signals.outside) * (signals.intent if by_template else signals.passage)
+        right[place] = outcome.template_right if by_template else outcome.passage_right
+    order = np.argsort(-confidences, kind="stable")
+    confidences, right = confidences[order], right[order].cumsum()
+    last = np.flatnonzero(np.append(confidences[1:] != confidences[:-1], True)[: len(outcomes)])
+    return [
+        {
+            "confidence": float(confidences[place]),
+            "coverage": (int(place) + 1) / len(outcomes),
+            "accuracy": float(right[place]) / (int(place) + 1),
+        }
+        for place in last
+    ]
+
+
+def _compute_shares(
+    answered: Sequence[Answered], *, confidence: float, resamples: int, seed: int
+) -> dict[str, Interval]:
+    """The share of each outcome; a resample draws as many clusters as there are, each with all of its questions."""
+    _, clusters = np.unique([each.question.cluster for each in answered], return_inverse=True)
+    sizes = np.bincount(clusters).astype(np.float64)
+    counts = np.stack(
+        [np.bincount(clusters, [each.judgement == outcome for each in answered], len(sizes)) for outcome in OUTCOMES]
+    )  # (4, clusters)
+    samples: Numbers = np.concatenate(
+        [counts @ weights / (sizes @ weights) for weights in draw_weights(len(sizes), resamples, seed)], axis=1
+    )
+    values = counts.sum(axis=1) / len(answered)
+    return {
+        outcome: compute_interval(Estimate(float(value), drawn), confidence)
+        for outcome, value, drawn in zip(OUTCOMES, values, samples, strict=True)
+    }

@@ -1,0 +1,104 @@
+"""From a run to an assistant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.applications.support.assistant import Assistant
+from finetune.applications.support.evaluate import Question, collect_outcomes
+from finetune.applications.support.index import KnowledgeIndex
+from finetune.applications.support.reader import Reader
+from finetune.applications.support.templates import load_intents
+from finetune.applications.support.thresholds import (
+    NEVER,
+    Costs,
+    Thresholds,
+    choose_thresholds,
+    load_thresholds,
+    save_thresholds,
+)
+from finetune.artifact.run_folder import RunFolder, find_run
+from finetune.data.knowledge import Entry, load_knowledge
+from finetune.errors import FinetuneError, UsageError
+from finetune.recipe.files import write_file_atomically
+
+_INDEX, _INTENTS, _THRESHOLDS = "index", "intents.jsonl", "thresholds.json"
+
+
+def load_assistant(run: str | Path, knowledge: Path | None = None) -> Assistant:
+    """The assistant of a finished run.
+
+    Args:
+        run: the run's folder, or runs/<name> for its latest finished run.
+        knowledge: a file of entries to answer from instead of the run's own; it is read by the model now, and nothing
+            is trained or written.
+
+    Raises:
+        UsageError: no such run, one that trained no assistant, or one whose index belongs to another model.
+        DataError: a file of entries or intents that cannot be trusted.
+        ResourceError: a file is missing or damaged.
+    """
+    folder = find_run(run)
+    reader = build_reader(folder)
+    support = find_support_folder(folder)
+    if not support.is_dir():
+        raise UsageError(f"{folder.path}: must hold an assistant in {support.name}/, got none. Train it again.")
+    if knowledge is None:
+        index = KnowledgeIndex.load(support / _INDEX, reader)
+    else:
+        index = KnowledgeIndex.build(load_knowledge(str(knowledge)), reader, _load_own_index(support, reader))
+    intents = load_intents(support / _INTENTS, reader.intents)
+    return Assistant(reader, index, intents, load_thresholds(support / _THRESHOLDS))
+
+
+def save_assistant(
+    folder: Path, reader: Reader, entries: Sequence[Entry], intents: Path, questions: Sequence[Question], costs: Costs
+) -> Assistant:
+    """Build the index, choose the thresholds on validation questions, and write what `load_assistant` reads.
+
+    Args:
+        folder: as `find_support_folder` gives it.
+        reader: the trained model.
+        entries: what it answers from.
+        intents: the file of intents and templates, which is copied.
+        questions: of the validation split.
+        costs: what a wrong answer costs against a hand-over.
+
+    Raises:
+        DataError: intents that are not the model's, or no questions.
+    """
+    checked = load_intents(intents, reader.intents)
+    index = KnowledgeIndex.build(entries, reader)
+    untuned = Assistant(reader, index, checked, Thresholds(outside=1.0, intent=NEVER, passage=NEVER, pair=NEVER))
+    outcomes = collect_outcomes(untuned, questions)
+    thresholds = choose_thresholds(outcomes, costs)
+    index.save(folder / _INDEX)
+    write_file_atomically(folder / _INTENTS, intents.read_bytes())
+    save_thresholds(folder / _THRESHOLDS, thresholds, costs, outcomes)
+    return Assistant(reader, index, checked, thresholds)
+
+
+def find_support_folder(run: RunFolder) -> Path:
+    """Where the assistant of a run lies."""
+    return run.path / "support"
+
+
+def build_reader(run: RunFolder) -> Reader:
+    """The trained model of a run as the assistant's reader.
+
+    Raises:
+        UsageError: the run has not the three tasks that an assistant stands on.
+    """
+    raise UsageError(
+        f"{run.path}: must have trained the tasks of an assistant (intent, answer, rerank), got a run without them. "
+        "Run recipes/support.yaml."
+    )
+
+
+def _load_own_index(support: Path, reader: Reader) -> KnowledgeIndex | None:
+    """The run's own index, whose features serve again; a damaged one is no reason to refuse other entries."""
+    try:
+        return KnowledgeIndex.load(support / _INDEX, reader)
+    except FinetuneError:
+        return None

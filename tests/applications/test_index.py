@@ -1,0 +1,118 @@
+"""The knowledge index: what is found, what is refused, and how fast."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from finetune.applications.support.index import RERANKED, KnowledgeIndex
+from finetune.data.knowledge import Entry, load_knowledge
+from finetune.errors import ResourceError, UsageError
+
+
+def find(index, reader, text, context=""):
+    return index.find(text, context, reader.read(text, context).features, reader)
+
+
+def test_the_model_has_the_last_word(reader, entries):
+    found = find(KnowledgeIndex.build(entries, reader), reader, "Do you wrap gifts in paper?")
+    assert found[0].entry.id == "gifts-01"
+    scores = [each.score for each in found]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] == 1.0  # all of wrap, gifts, paper
+
+
+def test_entries_without_a_shared_word_follow_by_meaning_and_not_by_their_place(reader):
+    """Else the first lines of a file would be candidates for every question."""
+    words = [f"word{i}" for i in range(40)]
+    entries = [Entry(str(i), "", word) for i, word in enumerate(words)]
+    index = KnowledgeIndex.build(entries, reader)
+    features = reader.embed(["word37 word38 word39"])[0]
+    found = index.find("unheard", "", features, reader)
+    assert {"37", "38", "39"} <= {each.entry.id for each in found}
+    assert len(found) == RERANKED
+
+
+def test_a_follow_up_is_also_looked_for_by_the_turn_before(reader):
+    entries = [Entry(str(i), "", f"and other matter {i}") for i in range(20)] + [Entry("wrap", "", "we wrap in paper")]
+    index = KnowledgeIndex.build(entries, reader)
+    context = "Customer: do you wrap it\nAgent: yes"
+    assert "wrap" in {each.entry.id for each in find(index, reader, "and for the other", context)}
+
+
+def test_what_is_saved_loads_as_the_same(reader, entries, tmp_path):
+    index = KnowledgeIndex.build(entries, reader)
+    index.save(tmp_path)
+    loaded = KnowledgeIndex.load(tmp_path, reader)
+    assert loaded.entries == entries
+    assert np.array_equal(loaded.features, index.features)
+    assert find(loaded, reader, "returns") == find(index, reader, "returns")
+
+
+def test_new_entries_answer_at_once_and_only_they_are_read(reader, entries):
+    index = KnowledgeIndex.build(entries, reader)
+    reader.embedded.clear()
+    new = Entry("vouchers-01", "Do vouchers expire?", "Vouchers never expire.")
+    rebuilt = KnowledgeIndex.build([new, *entries[1:]], reader, known=index)
+    assert reader.embedded == [new.passage]
+    assert np.array_equal(rebuilt.features, KnowledgeIndex.build([new, *entries[1:]], reader).features)
+    assert find(rebuilt, reader, "vouchers expire")[0].entry.id == "vouchers-01"
+
+
+def test_features_of_another_model_are_not_kept(reader, entries):
+    index = KnowledgeIndex.build(entries, reader)
+    reader.embedded.clear()
+    reader.fingerprint = "b" * 64
+    KnowledgeIndex.build(entries, reader, known=index)
+    assert len(reader.embedded) == len(entries)
+
+
+def test_an_index_of_another_model_is_refused(reader, entries, tmp_path):
+    KnowledgeIndex.build(entries, reader).save(tmp_path)
+    reader.fingerprint = "b" * 64
+    with pytest.raises(
+        UsageError, match=r"must be built by this model, bbbbbbbbbbbb, got one of aaaaaaaaaaaa. Build it"
+    ):
+        KnowledgeIndex.load(tmp_path, reader)
+
+
+def test_an_index_of_other_entries_is_refused(reader, entries, tmp_path):
+    KnowledgeIndex.build(entries, reader).save(tmp_path)
+    path = tmp_path / "knowledge.jsonl"
+    kept = path.read_text()
+    path.write_text(kept.replace("thirty", "ninety"))
+    with pytest.raises(UsageError, match=r"must be what the index was built from, got other text. Build it again"):
+        KnowledgeIndex.load(tmp_path, reader)
+    path.write_text("".join(kept.splitlines(keepends=True)[:2]))
+    with pytest.raises(UsageError, match="as many features as entries, got 3 features, 2 entries, and 3 when it was"):
+        KnowledgeIndex.load(tmp_path, reader)
+
+
+def test_a_damaged_index_is_refused(reader, entries, tmp_path):
+    with pytest.raises(ResourceError, match=r"must hold an index, got no index.json, knowledge.jsonl, features"):
+        KnowledgeIndex.load(tmp_path, reader)
+    KnowledgeIndex.build(entries, reader).save(tmp_path)
+    (tmp_path / "features.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ResourceError, match=r"features.safetensors: must hold features, got a damaged file"):
+        KnowledgeIndex.load(tmp_path, reader)
+
+
+def test_ten_thousand_entries_are_searched_without_reading_them_all(reader):
+    generator = np.random.default_rng(0)
+    texts = [" ".join(f"w{word}" for word in words) for words in generator.integers(0, 3000, (10_000, 30))]
+    entries = [Entry(str(i), "", text) for i, text in enumerate(texts)]
+    features = generator.standard_normal((10_000, 384), dtype=np.float32)
+    index = KnowledgeIndex(entries, features / np.linalg.norm(features, axis=1, keepdims=True), reader.fingerprint)
+    start = time.perf_counter()
+    for attempt in range(5):
+        found = index.find(entries[attempt].text, "", index.features[attempt], reader)
+        assert found[0].entry.id == str(attempt)
+    assert time.perf_counter() - start < 1.0  # some 0.02 s on a quiet core
+    assert reader.reranked == [RERANKED] * 5
+
+
+def test_a_knowledge_file_is_what_it_was(reader, entries, tmp_path):
+    KnowledgeIndex.build(entries, reader).save(tmp_path)
+    assert load_knowledge(str(tmp_path / "knowledge.jsonl")) == entries
