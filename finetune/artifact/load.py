@@ -131,7 +131,7 @@ class Predictor:
         self, texts: Sequence[str], advance: Callable[[int], None] = lambda _rows: None
     ) -> npt.NDArray[np.float32]:
         """Raw outputs of a classifier for texts as they come, (N, K)."""
-        return self.compute_logits(self._clean(texts), advance)
+        return self.compute_logits(self.clean(texts), advance)
 
     def compute_logits(
         self, rows: Sequence[Row], advance: Callable[[int], None] = lambda _rows: None
@@ -142,7 +142,7 @@ class Predictor:
 
     def encode(self, texts: Sequence[str]) -> Examples:
         """Texts as the classifier reads them."""
-        return self._classify().build_examples(self._clean(texts), self.tokenizer, self.max_length)
+        return self._classify().build_examples(self.clean(texts), self.tokenizer, self.max_length)
 
     def embed(
         self,
@@ -228,9 +228,9 @@ class Predictor:
         """Cleaned texts; one that goes on with nothing begins where one does in training: behind what separates two."""
         _check_writes(self.task)
         beginning = getattr(self.task, "separator", None) or ""
-        return [row.values["text"] or beginning for row in self._clean(texts)]
+        return [row.values["text"] or beginning for row in self.clean(texts)]
 
-    def _clean(self, texts: Sequence[str]) -> list[Row]:
+    def clean(self, texts: Sequence[str]) -> list[Row]:
         """The rows that a task makes of texts."""
         rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
         return self.task.prepare_rows(rows)
@@ -281,6 +281,15 @@ class MultiPredictor:
         check_texts(texts)
         logits = self.compute_logits(texts, advance=advance)
         return {name: self[name].build_predictions(part) for name, part in logits.items()}
+
+    def read(self, text: str, context: str = "") -> dict[str, npt.NDArray[np.floating[Any]]]:
+        """What every head makes of one text behind its context: task name -> (1, K), from one pass through the base."""
+        predictor = next(iter(self.predictors.values()))
+        tokens = encode_texts([join_context(text, context)], predictor.tokenizer, predictor.max_length, keep="end")
+        pad_token_id = get_padding(self.model, predictor.tokenizer)
+        return dict(
+            self.task.split_outputs(self.task.compute_outputs(self.model, Examples.build(tokens), pad_token_id))
+        )
 
     def compute_scores(
         self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from finetune.cli.output import AsJson, RunArgument
+from finetune.cli.output import AsJson, RunArgument, print_note
 
 if TYPE_CHECKING:
     from finetune.applications.support.assistant import Assistant, Reply
@@ -51,9 +51,13 @@ def chat_command(
     """
     from contextlib import nullcontext
 
+    from finetune.applications.support.build import build_assistant, is_built
     from finetune.applications.support.load import load_assistant
     from finetune.applications.support.turn_log import TurnLog
 
+    if not is_built(run):  # a missed gate ends `finetune run` before it
+        print_note("building the assistant: index, thresholds on validation, the test questions end to end")
+        build_assistant(run)
     with nullcontext() if log is None else TurnLog(log) as turns:
         assistant = load_assistant(run, knowledge)
         if replay is not None:

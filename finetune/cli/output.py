@@ -37,6 +37,11 @@ def print_text(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def print_note(text: str) -> None:
+    """What goes on, on standard error: long work must not look like no work."""
+    typer.echo(text, err=True)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """Print a table without markup in its cells."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

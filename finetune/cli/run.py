@@ -13,6 +13,7 @@ from finetune.cli.output import (
     Runs,
     print_findings,
     print_json,
+    print_note,
     print_table,
     print_text,
 )
@@ -90,14 +91,21 @@ def _show(run: Run, as_json: bool) -> None:
         _show_trained(run, as_json)
         return
     tests, reports = run.tests, {name: str(place / "report.html") for name, place in places.items()}
+    assistant = _build_assistant(run, as_json)
     if as_json:
-        print_json({"run": str(run.folder.path), "report": take_only(reports), "test": take_only(tests)})
+        content = {"run": str(run.folder.path), "report": take_only(reports), "test": take_only(tests)}
+        print_json(content | ({"assistant": assistant} if assistant else {}))
         return
     show_all_scores(tests)
+    if assistant:
+        _show_assistant(assistant)
     for report in reports.values():
         print_text(f"report  {report}")
     print_text(f"card    {run.folder.card}")
     name = run.folder.path.parent
+    if assistant:
+        print_text(f"talk    finetune chat {name}")
+        return
     print_text(
         {
             "text_classification": f'predict finetune predict {name} "some text"',
@@ -107,6 +115,32 @@ def _show(run: Run, as_json: bool) -> None:
             "reranking": f'use     finetune.load("{name}").score_pairs(question, entries)',
         }.get(run.task_type, f'write   finetune generate {name} --prompt "some text"')
     )
+
+
+def _build_assistant(run: Run, quiet: bool) -> dict[str, Any] | None:
+    """The end-to-end figures of the assistant that the recipe asks for, without the replies; None where it does not."""
+    from finetune.recipe import load_recipe
+
+    if load_recipe(run.folder.recipe).assistant is None:
+        return None
+    from finetune.applications.support.build import build_assistant
+
+    if not quiet:
+        print_note("assistant: index, thresholds on validation, the test questions end to end")
+    figures = build_assistant(run.folder.path)
+    return {name: value for name, value in figures.items() if name not in ("replies", "curve")}
+
+
+def _show_assistant(figures: dict[str, Any]) -> None:
+    from finetune.evaluation.wording import format_score
+
+    outcomes = ("right", "wrong", "handed_over", "asked_back")
+    parts = [name for name in ("in_scope", "out_of_scope") if name in figures]
+    rows = [
+        [name.replace("_", " "), f"{figures[name]['questions']:,}", *(format_score(figures[name][o]) for o in outcomes)]
+        for name in parts
+    ]
+    print_table(["", "questions", *(o.replace("_", " ") for o in outcomes)], rows, title="assistant, test, end to end")
 
 
 def show_all_scores(tests: dict[str, dict[str, Any]]) -> None:

@@ -92,6 +92,8 @@ class Card(Section):
     knowledge: str | None = None
     """The file in the folder that holds the entries which questions are answered from: `id`, `text`, and perhaps
     `title` and `group`; with `dstc`: domain > entity > FAQ."""
+    templates: str | None = None
+    """The file in the folder that describes the classes as intents of an assistant, with templates of its replies."""
     rows: dict[FileKey, RowCount] = Field(default_factory=dict)
     """Split -> number of rows; a file with another number is reported."""
     notes: str = ""
@@ -104,9 +106,9 @@ class Card(Section):
             check_classes(labels)
         return labels
 
-    @field_validator("knowledge")
+    @field_validator("knowledge", "templates")
     @classmethod
-    def _knowledge(cls, name: str | None) -> str | None:
+    def _inside(cls, name: str | None) -> str | None:
         if name is not None and not _is_inside(name):
             raise ValueError(f"must be a path inside the data set's folder, without '..', got {name!r}.")
         return name

@@ -17,6 +17,8 @@ from finetune.recipe.section import Section as Section
 SCHEMA_VERSION = 1
 SEARCHING = ("retrieval", "reranking")
 """Task types that look for entries of a knowledge file."""
+ASSISTANT_TYPES = ("text_classification", *SEARCHING)
+"""The tasks of a customer-service assistant, one of each."""
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -306,6 +308,21 @@ class EvaluateSection(Section):
         return gates
 
 
+class AssistantSection(Section):
+    """The customer-service assistant that is built on the trained tasks: one each of `text_classification`, `retrieval`
+    and `reranking`."""
+
+    templates: str | None = None
+    """A JSONL file of intents: `intent`, `description`, `template` with slots in braces or null, `slots`. null: the
+    card's own."""
+    wrong_cost: float = Field(default=5.0, ge=0)
+    """What a wrong answer costs; what it costs against a hand-over decides how sure the assistant must be."""
+    handover_cost: float = Field(default=1.0, ge=0)
+    """What it costs to hand a question over that could have been answered."""
+    question_cost: float = Field(default=0.5, ge=0)
+    """What it costs to ask back."""
+
+
 class HubSection(Section):
     """Where `push` goes."""
 
@@ -334,6 +351,8 @@ class Recipe(Section):
     """The loop."""
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     """How the model is judged."""
+    assistant: AssistantSection | None = None
+    """Build a customer-service assistant on the tasks."""
     hub: HubSection = Field(default_factory=HubSection)
     """Where `push` goes."""
 
@@ -513,6 +532,12 @@ class Recipe(Section):
                     f"evaluate.gates.{gate}: must be for tasks with `out_of_scope`, got {', '.join(without)} without."
                 )
         return problems
+
+    def _check_assistant(self) -> list[str]:
+        types = sorted(task.type for task in self.tasks.values())
+        if self.assistant is None or types == sorted(ASSISTANT_TYPES):
+            return []
+        return [f"assistant: must have one task each of {', '.join(ASSISTANT_TYPES)}, got {', '.join(types)}."]
 
     def evaluate_for(self, name: str) -> EvaluateSection:
         """`evaluate` as it holds for one of the tasks: gates called `<task>.<metric>` are for that task alone."""

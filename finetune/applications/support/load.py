@@ -18,6 +18,7 @@ from finetune.applications.support.thresholds import (
     load_thresholds,
     save_thresholds,
 )
+from finetune.applications.support.trained import build_reader
 from finetune.artifact.run_folder import RunFolder, find_run
 from finetune.data.knowledge import Entry, load_knowledge
 from finetune.errors import FinetuneError, UsageError
@@ -82,18 +83,6 @@ def save_assistant(
 def find_support_folder(run: RunFolder) -> Path:
     """Where the assistant of a run lies."""
     return run.path / "support"
-
-
-def build_reader(run: RunFolder) -> Reader:
-    """The trained model of a run as the assistant's reader.
-
-    Raises:
-        UsageError: the run has not the three tasks that an assistant stands on.
-    """
-    raise UsageError(
-        f"{run.path}: must have trained the tasks of an assistant (intent, answer, rerank), got a run without them. "
-        "Run recipes/support.yaml."
-    )
 
 
 def _load_own_index(support: Path, reader: Reader) -> KnowledgeIndex | None:
