@@ -76,6 +76,13 @@ def test_a_question_back_is_worth_its_cost_only_where_it_names_what_is_meant():
     assert choose_thresholds(outcomes[1:] + outcomes[3:], COSTS).pair == NEVER
 
 
+def test_a_sure_intent_without_template_is_not_asked_about_by_hand():
+    sure = make(intent=0.9, pair=0.95)  # handed over (1); asking about it would cost 1.5
+    outcomes = [sure, make(intent=0.8, template=True), make(intent=0.5, pair=0.9, named=True)]
+    chosen = choose_thresholds(outcomes, COSTS)
+    assert compute_mean_cost(outcomes, chosen, COSTS) == pytest.approx((1 + 0 + 0.5) / 3)
+
+
 PROBABILITIES = st.sampled_from([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
 OUTCOMES = st.builds(
     make,

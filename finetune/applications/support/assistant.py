@@ -74,6 +74,7 @@ class Reply:
     notes: tuple[str, ...] = ()
     """What else the customer should know."""
     considered: Considered | None = None
+    """None where nothing was weighed, as for the answer to a question back."""
 
     def to_json(self) -> dict[str, Any]:
         """The reply as JSON values."""
@@ -144,12 +145,10 @@ class Assistant:
             return Reply("question", NO_WORDS, 1.0, "The message has no words.")
         if pending and pending.slot is None and (chosen := _read_choice(text, pending.intents)):
             return self._answer_chosen(self.intents[chosen], pending.question, session)
-        reading, found, signals = self.observe(text, session.context)
-        considered = self._describe(reading, found)
-        if pending and pending.slot and (value := self._read_slot(text, pending, signals, reading)):
+        if pending and pending.slot and (value := self._read_slot(text, pending, session.context)):
             pending.values[pending.slot] = value
-            reply = self._answer_template(self.intents[pending.intents[0]], pending.confidence, text, session, pending)
-            return replace(reply, considered=considered)
+            return self._answer_template(self.intents[pending.intents[0]], pending.confidence, text, session, pending)
+        reading, found, signals = self.observe(text, session.context)
         action = decide(signals, self.thresholds)
         ranked = [self._name(place) for place in self.rank_intents(reading)[:2]]
         if action == "template":
@@ -161,7 +160,7 @@ class Assistant:
             session.pending = Pending(text, tuple(intent.name for intent in ranked))
         else:
             reply = self._hand_over(signals)
-        return replace(reply, considered=considered)
+        return replace(reply, considered=self._describe(reading, found))
 
     def _answer_chosen(self, intent: Intent, question: str, session: Session) -> Reply:
         """After a question back: the customer's choice is certain, what answers it may not be."""
@@ -208,15 +207,17 @@ class Assistant:
         sure = max(signals.intent if signals.has_template else 0.0, signals.passage)
         return Reply("handover", HAND_OVER, 1 - sure, "Neither an intent nor an entry is sure enough.")
 
-    def _read_slot(self, text: str, pending: Pending, signals: Signals, reading: Reading) -> str | None:
+    def _read_slot(self, text: str, pending: Pending, context: str) -> str | None:
         """What a message says of the slot that was asked for; None where it speaks of something else."""
         slot = pending.slot or ""
         if find_pattern(slot):
             values = find_values(slot, [text])
             return values[0] if len(values) == 1 else None
-        likeliest = self._name(self.rank_intents(reading)[0]).name
-        other = likeliest not in pending.intents and signals.intent >= self.thresholds.intent
-        return None if other else " ".join(text.split())[:MAX_FREE_CHARACTERS]
+        reading = self.reader.read(text, context)
+        likeliest = self.rank_intents(reading)[0]
+        other = self._name(likeliest).name not in pending.intents
+        sure = reading.outside <= self.thresholds.outside and reading.scores[likeliest] >= self.thresholds.intent
+        return None if other and sure else " ".join(text.split())[:MAX_FREE_CHARACTERS]
 
     def _describe(self, reading: Reading, found: Sequence[Found]) -> Considered:
         places = self.rank_intents(reading)[:SHOWN]

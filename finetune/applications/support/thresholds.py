@@ -217,10 +217,8 @@ def _add_question(changes: npt.NDArray[np.int64], outcome: Outcome, costs: Costs
         for values, signal in zip(grid, (signals.intent, signals.passage, signals.pair), strict=True)
     )
     templated = intent if signals.has_template else len(grid[0])
-    # Whole numbers: equal totals are equal. Of them, the one with fewer wrong answers is to be the smaller.
+    # Whole numbers, so that equal totals are equal.
     cost = {action: round(value * 1e6) for action, value in compute_costs(outcome, costs).items()}
-    cost["template"] += not outcome.template_right
-    cost["passage"] += not outcome.passage_right
     every = (0, None)
     _add_box(changes, ((templated, None), every, every), cost["template"] - cost["handover"])
     _add_box(changes, ((0, templated), (passage, None), every), cost["passage"] - cost["handover"])
