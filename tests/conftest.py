@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import csv
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -133,6 +134,69 @@ def write_recipe(tiny_base: Path) -> Callable[..., Path]:
         with path.open("w", encoding="utf-8") as file:
             yaml.dump(merge(recipe, changes), file)
         return path
+
+    return write
+
+
+THINGS = {"returns": "gains", "delivery": "loss", "sizes": "flat"}
+"""Entry and intent -> a word of its questions that the tiny tokenizer knows."""
+
+
+@pytest.fixture(scope="session")
+def write_questions() -> Callable[[Path], None]:
+    """A function that writes questions.jsonl, what they are answered from (faq.jsonl) and what is said (intents.jsonl)."""
+
+    def write(folder: Path) -> None:
+        generator = np.random.default_rng(11)
+        words = ["shares", "meeting", "profit", "schedule", "beats", "misses", "names", "report"]
+        rows: list[dict[str, str]] = []
+        for i in range(90):
+            name = list(THINGS)[i % 3]
+            text = f"{THINGS[name]} {' '.join(generator.choice(words, size=4))} {i}"
+            rows.append({"text": text, "entry": name, "intent": name, "context": "Customer: earlier" if i % 2 else ""})
+        rows.append({"text": "nobody knows", "entry": "", "intent": "sizes", "context": ""})
+        files: dict[str, list[dict[str, Any]]] = {
+            "questions": rows,
+            "faq": [
+                {"id": name, "title": f"{word} profit", "text": f"{word} meeting"} for name, word in THINGS.items()
+            ],
+            "intents": [
+                {
+                    "intent": name,
+                    "description": f"ask about {name}",
+                    "template": "We return it." if name == "returns" else None,
+                    "slots": [],
+                }
+                for name in THINGS
+            ],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, records in files.items():
+            (folder / f"{file}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_support_recipe(write_recipe: Callable[..., Path], write_questions: Callable[[Path], None]) -> Any:
+    """A function (folder, **changes) -> a recipe with three tasks of different types on those questions."""
+    search = {"data": "questions.jsonl", "knowledge": "faq.jsonl", "negatives": 2, "split": {"leaks": "warn"}}
+    tone = {
+        "data": "questions.jsonl",
+        "columns": {"label": "intent", "context": "context"},
+        "labels": list(THINGS),
+        "split": {"leaks": "warn"},
+    }
+
+    def write(folder: Path, **changes: Any) -> Path:
+        write_questions(folder)
+        tasks = {
+            "tone": tone,
+            "answer": {"type": "retrieval", **search, "columns": {"context": "context"}},
+            "rerank": {"type": "reranking", **search},
+        }
+        evaluate = {"baselines": ["majority", "bm25"], "slices": [], "gates": {"mrr": ">= 0.1"}}
+        return write_recipe(folder, tasks=tasks, evaluate=evaluate, **changes)
 
     return write
 

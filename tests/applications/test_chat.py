@@ -180,13 +180,6 @@ def test_the_assistant_itself_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_run_without_the_tasks_is_refused(command, tmp_path):
-    (tmp_path / "status.json").write_text('{"state": "finished"}')
-    done = command("chat", tmp_path)
-    assert done.code == 2
-    assert "must have trained the tasks of an assistant (intent, answer, rerank), got a run without them" in done.err
-
-
 def test_a_run_without_an_assistant_is_refused(run, reader, tmp_path, monkeypatch):
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -13,48 +13,12 @@ from finetune.artifact.predictions import load_predictions
 from finetune.errors import DataError, UsageError
 from finetune.evaluation.corpus_metrics import compute_rank_statistics
 
-THINGS = {"returns": "gains", "delivery": "loss", "sizes": "flat"}
-"""Entry -> a word of its questions; the words are those that the tiny tokenizer knows."""
-
-
-def write_questions(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(11)
-    words = ["shares", "meeting", "profit", "schedule", "beats", "misses", "names", "report"]
-    with (folder / "questions.jsonl").open("w") as file:
-        for i in range(90):
-            entry = list(THINGS)[i % 3]
-            filler = " ".join(generator.choice(words, size=4))
-            context = "Customer: earlier" if i % 2 else ""
-            row = {"text": f"{THINGS[entry]} {filler} {i}", "entry": entry, "intent": entry, "context": context}
-            file.write(json.dumps(row) + "\n")
-        file.write(json.dumps({"text": "nobody knows", "entry": "", "intent": "sizes", "context": ""}) + "\n")
-    with (folder / "faq.jsonl").open("w") as file:
-        for name, word in THINGS.items():
-            file.write(json.dumps({"id": name, "title": f"{word} profit", "text": f"{word} meeting"}) + "\n")
-    return folder
-
-
 SEARCH = {"data": "questions.jsonl", "knowledge": "faq.jsonl", "negatives": 2, "split": {"leaks": "warn"}}
-INTENT = {
-    "type": "text_classification",
-    "data": "questions.jsonl",
-    "columns": {"text": "text", "label": "intent"},
-    "labels": list(THINGS),
-    "split": {"leaks": "warn"},
-}
-EVALUATE = {"baselines": ["majority", "bm25"], "slices": [], "gates": {"mrr": ">= 0.1"}}
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory, write_recipe):
-    folder = write_questions(tmp_path_factory.mktemp("search"))
-    tasks = {
-        "tone": INTENT,
-        "answer": {"type": "retrieval", **SEARCH, "columns": {"context": "context"}},
-        "rerank": {"type": "reranking", **SEARCH},
-    }
-    return write_recipe(folder, tasks=tasks, evaluate=EVALUATE)
+def recipe(tmp_path_factory, write_support_recipe):
+    return write_support_recipe(tmp_path_factory.mktemp("search"))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +88,7 @@ def test_scores_on_another_file(run, recipe):
         finetune.evaluate(run.folder.path, str(other), "rerank")
 
 
-def write_alone(folder, base, task):
+def write_alone(write_questions, folder, base, task):
     """A recipe with one task."""
     write_questions(folder)
     recipe = {
@@ -148,8 +112,10 @@ def write_alone(folder, base, task):
         ("reranking", "TriadForSequenceClassification", 'score_pairs("a question"'),
     ],
 )
-def test_one_task_alone(kind, head, use, tiny_base, tmp_path):
-    run = finetune.run(write_alone(tmp_path, tiny_base, {"type": kind, **SEARCH}), runs=tmp_path / "runs", quiet=True)
+def test_one_task_alone(kind, head, use, write_questions, tiny_base, tmp_path):
+    run = finetune.run(
+        write_alone(write_questions, tmp_path, tiny_base, {"type": kind, **SEARCH}), runs=tmp_path / "runs", quiet=True
+    )
     assert list(run.test["baselines"]) == ["bm25", "frozen", "fused"]
     assert run.test["metrics"]["recall_at_5"]["value"] == 1, "there are but three entries"
     card = run.folder.card.read_text()
@@ -165,7 +131,7 @@ def test_one_task_alone(kind, head, use, tiny_base, tmp_path):
         assert len(predictor.score_pairs("gains", ["gains profit", "loss"])) == 2
 
 
-def test_a_task_without_knowledge_says_where_to_put_it(tiny_base, tmp_path):
-    path = write_alone(tmp_path, tiny_base, {"type": "retrieval", "data": "questions.jsonl"})
+def test_a_task_without_knowledge_says_where_to_put_it(write_questions, tiny_base, tmp_path):
+    path = write_alone(write_questions, tmp_path, tiny_base, {"type": "retrieval", "data": "questions.jsonl"})
     with pytest.raises(DataError, match=r"retrieval must have entries to look for, got none\. Set tasks"):
         finetune.check(path)
