@@ -103,7 +103,8 @@ def test_names_are_checked_before_training(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gates, "check_metric_names", refuse)
     with pytest.raises(RecipeError) as caught:
         check_gate_names({"makro_f1": ">= 0.8", "beats_baselines": True}, [])
-    assert asked == [(["makro_f1"], {"key": "evaluate.gates", "also": ("beats_baselines",), "kind": "labels"})]
+    also = ("beats_baselines", "outside_auroc", "outside_recall_at_95")
+    assert asked == [(["makro_f1"], {"key": "evaluate.gates", "also": also, "kind": "labels"})]
     assert str(caught.value).splitlines() == [
         "evaluate.gates: must name metrics out of ..., got 'makro_f1'.",
         "evaluate.gates: beats_baselines must have a baseline to beat, got none. "

@@ -59,6 +59,14 @@ def make_data(classes: int = 3, **test: Any) -> ReportData:
         "confusion": confusion,
         "temperature": 1.31,
         "reliability": {"before": bins, "after": bins},
+        "selective": {
+            "area": 0.9512,
+            "points": [
+                {"coverage": i / 20, "accuracy": 1 - 0.1 * (i / 20) ** 2, "confidence": 1 - i / 40}
+                for i in range(1, 21)
+            ],
+        },
+        "outside": {"label": "none of these", "rows": 25, "score": "energy", "threshold": -2.5, "kept": 0.9417},
         "slices": {"length": [{"value": "1-8 words", "rows": 12, "metrics": {"macro_f1": score(0.8456)}}]},
         "gates": {"macro_f1": {"condition": ">= 0.80", "value": 0.9, "passed": True}},
     }
@@ -286,3 +294,26 @@ def test_long_texts_are_cut() -> None:
     html = render_report(dataclasses.replace(make_data(), mistakes=[mistake]))
     assert "a" * 600 in html
     assert "a" * 601 not in html
+
+
+def test_selective_accuracy_is_a_curve_and_a_table(read_page: Any) -> None:
+    page = read_page(render_report(make_data()))
+    text = " ".join(page.text.split())
+    assert "Accuracy against coverage: 1.000 on the surest 5% of the rows, 0.900 on all." in render_report(make_data())
+    # 1 - 0.1 c^2 at coverages 50 %, 80 % ..., where the least sure row that is answered has 1 - c / 2.
+    for row in ("50% 97.5% 0.750", "80% 93.6% 0.600", "90% 91.9% 0.550", "95% 91.0% 0.525", "100% 90.0% 0.500"):
+        assert row in text
+    assert "The area below it is 0.951" in text
+    assert "If it may keep silent" not in render_report(make_data(selective={"area": None, "points": []}))
+
+
+def test_rows_of_no_class_have_a_section(read_page: Any) -> None:
+    found = {"outside_auroc": score(0.9321), "outside_recall_at_95": score(0.7604)}
+    baseline = {"metrics": {"outside_auroc": score(0.8111)}, "difference": {}, "settings": {}}
+    data = make_data(metrics={"macro_f1": score(0.9)} | found, baselines={"tfidf_logreg": baseline})
+    text = " ".join(read_page(render_report(data)).text.split())
+    assert "Of 25 test rows labelled none of these, 76.0% are told from the others by the energy of the logits." in text
+    assert "95% of the rows with a class pass; on test 94.2% of them do." in text
+    assert "TF-IDF + logistic regression 0.811" in text
+    assert "Does it know" not in render_report(make_data(outside=None))
+    assert "Does it know" not in render_report(make_data(outside={"label": "oos", "rows": 0}))
