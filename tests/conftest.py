@@ -144,7 +144,7 @@ THINGS = {"returns": "gains", "delivery": "loss", "sizes": "flat"}
 
 @pytest.fixture(scope="session")
 def write_questions() -> Callable[[Path], None]:
-    """A function that writes questions.jsonl, what they are answered from (faq.jsonl) and what is said (intents.jsonl)."""
+    """A function that writes questions.jsonl, their answers (faq.jsonl) and what an assistant says (intents.jsonl)."""
 
     def write(folder: Path) -> None:
         generator = np.random.default_rng(11)

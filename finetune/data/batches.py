@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ class Examples:
         labels: class of each row, (N,) int64; -100 where there is none.
         target_ids: for tasks that say tokens, what is to be said, laid end to end like `input_ids`; else None.
         target_starts: as `starts`, for `target_ids`.
-        groups: for tasks that compare rows, which belong together: rows of one number are in one batch, (N,) int64.
+        companions: for tasks that compare rows, those that a row must find in its batch, laid end to end; they are
+            dealt with the rows that need them, and not by themselves.
+        companion_starts: as `starts`, for `companions`.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -48,7 +50,8 @@ class Examples:
     labels: Indices
     target_ids: npt.NDArray[np.int32] | None = None
     target_starts: Indices | None = None
-    groups: Indices | None = None
+    companions: Indices | None = None
+    companion_starts: Indices | None = None
 
     @classmethod
     def build(
@@ -57,13 +60,16 @@ class Examples:
         labels: Sequence[int] | None = None,
         *,
         targets: Sequence[Tokens] | None = None,
-        groups: Sequence[int] | None = None,
+        companions: Sequence[Sequence[int]] | None = None,
     ) -> Examples:
         """Lay token lists end to end."""
         known = np.full(len(encoded), IGNORED) if labels is None else np.asarray(labels)
         target_ids, target_starts = (None, None) if targets is None else _lay_end_to_end(targets)
-        together = None if groups is None else np.asarray(groups, dtype=np.int64)
-        return cls(*_lay_end_to_end(encoded), known.astype(np.int64), target_ids, target_starts, together)
+        built = cls(*_lay_end_to_end(encoded), known.astype(np.int64), target_ids, target_starts)
+        if companions is None:
+            return built
+        rows, starts = _lay_end_to_end(companions)
+        return replace(built, companions=rows.astype(np.int64), companion_starts=starts)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Examples]) -> Examples:
@@ -91,11 +97,15 @@ class Examples:
         return np.maximum(self.lengths, self.target_lengths)
 
     def take(self, rows: Indices) -> Examples:
-        """Some of the rows, in that order; without targets."""
+        """Some of the rows, in that order; without targets and companions."""
         tokens = _take(self.input_ids, self.starts[rows], self.lengths[rows])
-        groups = None if self.groups is None else self.groups[rows]
-        starts = np.concatenate([[0], np.cumsum(self.lengths[rows])])
-        return Examples(tokens, starts, self.labels[rows], groups=groups)
+        return Examples(tokens, np.concatenate([[0], np.cumsum(self.lengths[rows])]), self.labels[rows])
+
+    def get_companions(self, row: int) -> Indices:
+        """The rows that one row must find in its batch."""
+        if self.companions is None or self.companion_starts is None:
+            return np.zeros(0, dtype=np.int64)
+        return self.companions[self.companion_starts[row] : self.companion_starts[row + 1]]
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""
@@ -134,31 +144,52 @@ def plan_batches(lengths: Indices, tokens_per_batch: int, *, seed: int, epoch: i
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def plan_group_batches(
-    groups: Indices, lengths: Indices, tokens_per_batch: int, *, seed: int, epoch: int
-) -> list[Indices]:
-    """Order one epoch so that the rows of a group stay together, for losses that compare them.
+def plan_batches_with_companions(examples: Examples, tokens_per_batch: int, *, seed: int, epoch: int) -> list[Indices]:
+    """Order one epoch so that every row finds its companions in its batch, each of them once.
 
     Args:
-        groups: of each row, (N,).
-        lengths, tokens_per_batch, seed, epoch: as for `plan_class_batches`.
+        examples: rows; those that are companions of others occur only as such.
+        tokens_per_batch: at most so many in one step, padding not counted, unless one row's companions alone are more.
+        seed, epoch: as for `plan_batches`.
 
     Returns:
         Row indices of each batch, short rows first.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    order = np.argsort(groups, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
-    return _cut_groups([parts[i] for i in generator.permutation(len(parts))], lengths, tokens_per_batch)
+    lengths, batches = examples.sizes, []
+    chosen: set[int] = set()
+    tokens = 0
+    for row in generator.permutation(_list_leaders(examples, np.arange(len(examples)))).tolist():
+        added = {row, *examples.get_companions(row).tolist()} - chosen
+        cost = int(lengths[list(added)].sum())
+        if chosen and tokens + cost > tokens_per_batch:
+            batches.append(chosen)
+            chosen, tokens = set(), 0
+            added = {row, *examples.get_companions(row).tolist()}
+            cost = int(lengths[list(added)].sum())
+        chosen, tokens = chosen | added, tokens + cost
+    return [_sort_by_length(batch, lengths) for batch in [*batches, *([chosen] if chosen else [])]]
 
 
 def split_batch(examples: Examples, rows: Indices, parts: int) -> list[Indices]:
-    """A batch in about equal parts, some perhaps empty, none of which parts a group."""
-    if examples.groups is None:
+    """A batch in parts of about equally many rows, some perhaps none; companions go with each row that needs them."""
+    if examples.companions is None:
         return np.array_split(rows, parts)
-    groups = examples.groups[rows]
-    chosen = np.array_split(np.unique(groups), parts)
-    return [rows[np.isin(groups, part)] for part in chosen]
+    shares = np.array_split(_list_leaders(examples, rows), parts)
+    wholes = [
+        {row for leader in share.tolist() for row in (leader, *examples.get_companions(leader))} for share in shares
+    ]
+    return [_sort_by_length(whole, examples.sizes) for whole in wholes]
+
+
+def _list_leaders(examples: Examples, rows: Indices) -> Indices:
+    """Those of `rows` that are no other row's companions."""
+    return rows[~np.isin(rows, examples.companions)] if examples.companions is not None else rows
+
+
+def _sort_by_length(rows: set[int], lengths: Indices) -> Indices:
+    order = np.array(sorted(rows), dtype=np.int64)
+    return order[np.argsort(lengths[order], kind="stable")]
 
 
 def plan_class_batches(
@@ -182,16 +213,11 @@ def plan_class_batches(
     order = generator.permutation(len(labels))
     of_class = [order[labels[order] == label] for label in np.unique(labels)]
     groups = [group for rows in of_class for group in np.array_split(rows, max(1, len(rows) // ROWS_PER_GROUP))]
-    return _cut_groups([groups[i] for i in generator.permutation(len(groups))], lengths, tokens_per_batch)
-
-
-def _cut_groups(groups: list[Indices], lengths: Indices, tokens_per_batch: int) -> list[Indices]:
-    """Cut a row of groups into batches of about equal size."""
+    groups = [groups[i] for i in generator.permutation(len(groups))]
     before = np.cumsum([0, *(int(lengths[group].sum()) for group in groups)])[:-1]  # tokens before each group
-    total = max(1, int(lengths.sum()))
-    count = max(1, round(total / tokens_per_batch))
-    owner = before * count // total  # the batch that a group begins in
-    batches = [np.concatenate([groups[int(i)] for i in np.flatnonzero(owner == batch)]) for batch in np.unique(owner)]
+    count = max(1, round(int(lengths.sum()) / tokens_per_batch))
+    owner = before * count // max(1, int(lengths.sum()))  # the batch that a group begins in
+    batches = [np.concatenate([groups[i] for i in np.flatnonzero(owner == batch)]) for batch in np.unique(owner)]
     return [rows[np.argsort(lengths[rows], kind="stable")] for rows in batches]
 
 

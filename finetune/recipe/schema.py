@@ -372,7 +372,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
-        raise_all([*self._check_base(), *self._check_tasks(), *self._check_several(), *self._check_outside_gates()])
+        checks = (self._check_base, self._check_tasks, self._check_several, self._check_outside_gates)
+        raise_all([problem for check in (*checks, self._check_assistant) for problem in check()])
         return self
 
     def _check_base(self) -> list[str]:

@@ -90,11 +90,13 @@ class MultiTask:
             np.where(part.labels == IGNORED, IGNORED, part.labels + first)
             for part, first in zip(parts, firsts, strict=True)
         ]
+        companions, companion_starts = _join_companions(parts)
         return Examples(
             np.concatenate([part.input_ids for part in parts]),
             np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]),
             np.concatenate(labels),
-            groups=_number_groups(parts),
+            companions=companions,
+            companion_starts=companion_starts,
         )
 
     def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
@@ -227,13 +229,12 @@ class MultiTask:
         return replace(part, labels=part.labels - self._list_codes()[name].start)
 
 
-def _number_groups(parts: Sequence[Examples]) -> Indices | None:
-    """The groups of all parts under numbers of their own; a row of a part without groups is one by itself."""
-    if all(part.groups is None for part in parts):
-        return None
-    groups, first = [], 0
-    for part in parts:
-        own = np.arange(len(part)) if part.groups is None else part.groups
-        groups.append(own + first)
-        first += int(own.max(initial=-1)) + 1
-    return np.concatenate(groups)
+def _join_companions(parts: Sequence[Examples]) -> tuple[Indices | None, Indices | None]:
+    """The companions of all parts, under the numbers that the rows have together."""
+    if all(part.companions is None for part in parts):
+        return None, None
+    firsts = np.cumsum([0, *(len(part) for part in parts)])
+    needed = [
+        first + part.get_companions(row) for first, part in zip(firsts, parts, strict=False) for row in range(len(part))
+    ]
+    return np.concatenate(needed), np.cumsum([0, *(len(rows) for rows in needed)])

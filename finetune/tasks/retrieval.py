@@ -34,15 +34,15 @@ SCALE = 20.0
 class Retrieval:
     """The shape of finding answers and products.
 
-    Rows are trained on in groups: a question, its right entries, and entries that look right and are not. The label of
-    an entry is its number; that of a question is E plus the number of its answer, a set of entries.
+    A question is trained on beside its right entries, and entries that look right and are not. The label of an entry is
+    its number; that of a question is E plus the number of its answer, a set of entries.
 
     Args:
         size: E, entries that there are.
         answers: the sets of entries that answer a question of the data.
         clean: steps on each question before it is encoded.
         reads_context: whether what was said before belongs to the question.
-        negatives: wrong entries in a group.
+        negatives: wrong entries beside a question.
         entries: E of them; none where a trained model was loaded.
     """
 
@@ -114,24 +114,23 @@ class Retrieval:
         return self
 
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
-        """Groups of a question, its right entries and wrong ones; of a long question the end stays."""
+        """The questions, each with its right entries and wrong ones as companions, and behind them these entries; of a
+        long question the end stays."""
         numbers = {answer: self.size + number for number, answer in enumerate(self.answers)}
         questions = self.library.encode_questions(rows, tokenizer, max_length)
-        chosen = [
-            [*self.library.find_right(row), *wrong]
-            for row, wrong in zip(rows, self.library.mine(rows, self.negatives), strict=True)
+        right = [self.library.find_right(row) for row in rows]
+        wrong = self.library.mine(rows, self.negatives)
+        needed = sorted({entry for entries in (*right, *wrong) for entry in entries})
+        places = {entry: len(rows) + place for place, entry in enumerate(needed)}
+        passages = encode_texts([self.entries[entry].passage for entry in needed], tokenizer, max_length)
+        companions = [
+            [places[entry] for entry in (*rights, *wrongs)] for rights, wrongs in zip(right, wrong, strict=True)
         ]
-        needed = sorted({number for numbers_of_row in chosen for number in numbers_of_row})
-        passages = encode_texts([self.entries[number].passage for number in needed], tokenizer, max_length)
-        encoded = dict(zip(needed, passages, strict=True))
-        tokens: list[list[int]] = []
-        labels: list[int] = []
-        groups: list[int] = []
-        for group, (row, question) in enumerate(zip(rows, questions, strict=True)):
-            tokens += [question, *(encoded[number] for number in chosen[group])]
-            labels += [numbers[self.library.find_right(row)], *chosen[group]]
-            groups += [group] * (1 + len(chosen[group]))
-        return Examples.build(tokens, labels, groups=groups)
+        return Examples.build(
+            [*questions, *passages],
+            [*(numbers[answer] for answer in right), *needed],
+            companions=[*companions, *([] for _ in needed)],
+        )
 
     def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
         """The base as a sentence encoder, in float32."""

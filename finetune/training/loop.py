@@ -19,8 +19,8 @@ from finetune.data.batches import (
     Indices,
     collate,
     plan_batches,
+    plan_batches_with_companions,
     plan_class_batches,
-    plan_group_batches,
     split_batch,
 )
 from finetune.errors import DivergedError, Interrupted, ResourceError
@@ -215,8 +215,8 @@ def count_steps(train: Examples, section: TrainSection) -> int:
 
 
 def _plan(train: Examples, section: TrainSection, epoch: int) -> list[Indices]:
-    if train.groups is not None:
-        return plan_group_batches(train.groups, train.sizes, section.tokens_per_batch, seed=section.seed, epoch=epoch)
+    if train.companions is not None:
+        return plan_batches_with_companions(train, section.tokens_per_batch, seed=section.seed, epoch=epoch)
     if section.few_shot == "contrastive":
         return plan_class_batches(train.labels, train.sizes, section.tokens_per_batch, seed=section.seed, epoch=epoch)
     return plan_batches(train.sizes, section.tokens_per_batch, seed=section.seed, epoch=epoch)

@@ -69,7 +69,7 @@ def test_an_index_of_another_model_is_refused(run, figures):
     content = path.read_text()
     path.write_text(json.dumps(json.loads(content) | {"model": "b" * 64}))
     try:
-        with pytest.raises(UsageError, match="the index must be built by this model, .* got one of bbbbbbbbbbbb"):
+        with pytest.raises(UsageError, match=r"the index must be built by this model, .* got one of bbbbbbbbbbbb"):
             load_assistant(run.folder.path)
     finally:
         path.write_text(content)

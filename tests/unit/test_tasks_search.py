@@ -1,13 +1,15 @@
-"""Retrieval and reranking: groups of rows, their losses by hand, and the rankings that are judged."""
+"""Retrieval and reranking: rows and their companions, losses by hand, and the rankings that are judged."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from finetune.data.batches import Examples, collate, plan_group_batches, split_batch
+from finetune.data.batches import Examples, collate, plan_batches_with_companions, split_batch
 from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.errors import DataError
@@ -48,17 +50,17 @@ def tokenizer(base):
 # Rows
 
 
-def test_a_group_is_a_question_its_right_entries_and_hard_ones(tokenizer):
+def test_a_question_has_its_right_entries_and_hard_ones_beside_it(tokenizer):
     task = build(Retrieval, negatives=1)
     examples = task.build_examples(ROWS, tokenizer, 64)
     # Answers are sorted: (0,) is the first, (0, 1) the second. "how long can I return" is most like `returns`, which is
     # right, and then like `delivery`; `other` is as alike, but its group is no row's.
-    assert examples.labels.tolist() == [4, 0, 1, 5, 0, 1, 2]
-    assert examples.groups.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert examples.labels.tolist() == [4, 5, 0, 1, 2]
+    assert [examples.get_companions(row).tolist() for row in range(5)] == [[2, 3], [2, 3, 4], [], [], []]
     passages = encode_texts([entry.passage for entry in ENTRIES], tokenizer, 64)
     rows = np.split(examples.input_ids, examples.starts[1:-1])
-    assert rows[2].tolist() == passages[1]
-    assert task.compute_row_weights(examples, "none").tolist() == [1, 0, 0, 1, 0, 0, 0]
+    assert rows[3].tolist() == passages[1]
+    assert task.compute_row_weights(examples, "none").tolist() == [1, 1, 0, 0, 0]
 
 
 def test_what_was_said_before_stands_in_front_of_the_question_where_it_is_read(tokenizer):
@@ -142,21 +144,35 @@ def test_packed_rows_have_the_losses_of_padded_ones(shape, base, tokenizer):
 # Batches
 
 
-def test_no_batch_and_no_share_of_one_parts_a_group():
-    groups = np.repeat(np.arange(30), 4)[np.random.default_rng(5).permutation(120)]
-    lengths = np.random.default_rng(6).integers(3, 20, size=120)
-    batches = plan_group_batches(groups, lengths, 300, seed=1, epoch=2)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(120))
-    assert len(batches) > 3
-    examples = Examples.build([[1] * length for length in lengths], groups=groups.tolist())
-    for rows in batches:
-        parts = [rows] if len(rows) < 8 else split_batch(examples, rows, 3)
-        assert sorted(np.concatenate(parts).tolist()) == sorted(rows.tolist())
-        seen = [set(groups[part].tolist()) for part in parts]
-        assert sum(map(len, seen)) == len(set().union(*seen))
-        for part in parts:
-            assert all((groups == group).sum() == (groups[part] == group).sum() for group in groups[part])
-    assert not np.array_equal(batches[0], plan_group_batches(groups, lengths, 300, seed=1, epoch=3)[0])
+@given(st.integers(0, 50), st.integers(1, 5), st.integers(20, 400))
+@settings(max_examples=30, deadline=None)
+def test_every_row_finds_its_companions_once_in_its_batch_and_in_its_share(seed, parts, budget):
+    generator = np.random.default_rng(seed)
+    leaders, shared = 30, 8
+    needs = [generator.choice(shared, size=generator.integers(0, 4), replace=False) + leaders for _ in range(leaders)]
+    lengths = generator.integers(3, 20, size=leaders + shared)
+    examples = Examples.build([[1] * length for length in lengths], companions=[*needs, *([] for _ in range(shared))])
+    batches = plan_batches_with_companions(examples, budget, seed=seed, epoch=2)
+    dealt = np.concatenate(batches)
+    assert sorted(dealt[dealt < leaders].tolist()) == list(range(leaders))
+    for batch in batches:
+        assert len(set(batch.tolist())) == len(batch)
+        lead = batch[batch < leaders].tolist()
+        assert set(batch[batch >= leaders].tolist()) == {row for leader in lead for row in needs[leader].tolist()}
+        assert len(lead) == 1 or lengths[batch].sum() <= budget
+        shares = split_batch(examples, batch, parts)
+        assert len(shares) == parts
+        assert sorted(row for share in shares for row in share if row < leaders) == sorted(lead)
+        for share in shares:
+            own = share[share < leaders].tolist()
+            assert set(share[share >= leaders].tolist()) == {row for leader in own for row in needs[leader].tolist()}
+
+
+def test_the_order_changes_with_the_epoch_and_not_with_anything_else():
+    examples = Examples.build([[1]] * 40, companions=[[39], *[[] for _ in range(39)]])
+    first, again, other = (plan_batches_with_companions(examples, 8, seed=1, epoch=epoch) for epoch in (0, 0, 1))
+    assert [rows.tolist() for rows in first] == [rows.tolist() for rows in again]
+    assert [rows.tolist() for rows in first] != [rows.tolist() for rows in other]
 
 
 # Rankings
