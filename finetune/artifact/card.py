@@ -25,6 +25,7 @@ HUB_METRICS = {
     "token_accuracy": "accuracy",
     "bleu": "sacrebleu",
     "bleu_zh": "sacrebleu",
+    "answer_f1": "f1",
 }
 # Task type -> the Hub's task, the end of the name of its classes, and what the model is.
 SHAPES = {
@@ -32,6 +33,11 @@ SHAPES = {
     "causal_lm": ("text-generation", "ForCausalLM", "A language model."),
     "masked_lm": ("fill-mask", "ForMaskedLM", "A masked language model."),
     "seq2seq": ("text-generation", "ForSeq2SeqLM", "A model that writes a text for a text."),
+    "question_answering": (
+        "question-answering",
+        "ForQuestionAnswering",
+        "A model that finds the answer to a question in a passage, or says that there is none.",
+    ),
 }
 SEVERAL = ("ForMultiTask", "A text classifier with several heads.")
 TRANSLATION = ("translation", "ForSeq2SeqLM", "A translation model.")

@@ -23,7 +23,8 @@ from finetune.models.generation import generate_texts, stream_text
 from finetune.models.multi_task import OneHead
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import GenerateSection
-from finetune.tasks import MultiTask, Task, TextClassification
+from finetune.tasks import MultiTask, QuestionAnswering, Task, TextClassification
+from finetune.tasks.question_answering import Answer
 
 WRITING = ("causal_lm", "seq2seq")
 """Task types whose models write text."""
@@ -65,6 +66,7 @@ class Predictor:
         temperature: fitted on validation; 1 where not calibrated.
         max_length: tokens after which a text is cut.
         writing: how text is written, where the task writes text.
+        fitted: what else was fitted on validation.
     """
 
     model: nn.Module
@@ -73,6 +75,7 @@ class Predictor:
     temperature: float
     max_length: int
     writing: GenerateSection = field(default_factory=GenerateSection)
+    fitted: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
@@ -161,6 +164,32 @@ class Predictor:
             seed=seed,
         )
 
+    def answer(self, question: str, passage: str) -> Answer:
+        """Find the answer to a question in a passage of any length."""
+        return self.answer_all([(question, passage)])[0]
+
+    def answer_all(
+        self, pairs: Sequence[tuple[str, str]], *, advance: Callable[[int], None] = lambda _rows: None
+    ) -> list[Answer]:
+        """Find the answers of several pairs of a question and a passage, in order.
+
+        Args:
+            pairs: any number.
+            advance: called with the number of windows after each batch; a long passage has several.
+
+        Raises:
+            UsageError: the run answers no questions.
+        """
+        task = self.task
+        if not isinstance(task, QuestionAnswering):
+            raise UsageError(f"answer: must get a run of type question_answering, got {task.type}.")
+        rows = [
+            Row(id=str(i), split=None, number=i, values={"text": question, "passage": passage})
+            for i, (question, passage) in enumerate(pairs, start=1)
+        ]
+        spans = task.find_spans(self.model, self.tokenizer, rows, self.max_length, advance=advance)
+        return [span.decide(self.fitted.get("threshold", 0.0)) for span in spans]
+
     def _prepare_prompts(self, texts: Sequence[str]) -> list[str]:
         """Cleaned texts; one that goes on with nothing begins where one does in training: behind what separates two."""
         _check_writes(self.task)
@@ -176,10 +205,7 @@ class Predictor:
         """The task; UsageError unless it gives labels."""
         if isinstance(self.task, TextClassification):
             return self.task
-        raise UsageError(
-            f"predict: must get a run that gives labels, got {self.task.type}. "
-            + ("Use finetune generate." if self.task.type in WRITING else USE_AS_BASE)
-        )
+        raise UsageError(f"predict: must get a run that gives labels, got {self.task.type}. " + _name_use(self.task))
 
 
 @dataclass(frozen=True)
@@ -256,8 +282,15 @@ def _check_writes(task: Task | MultiTask) -> None:
         gives_labels = isinstance(task, TextClassification | MultiTask)
         raise UsageError(
             f"generate: must get a run that writes text ({', '.join(WRITING)}), got {task.type}. "
-            + ("Use finetune predict." if gives_labels else USE_AS_BASE)
+            + ("Use finetune predict." if gives_labels else _name_use(task))
         )
+
+
+def _name_use(task: Task | MultiTask) -> str:
+    """How to use a run that gives no labels."""
+    if task.type == QuestionAnswering.type:
+        return "In Python: finetune.load(RUN).answer(question, passage)."
+    return "Use finetune generate." if task.type in WRITING else USE_AS_BASE
 
 
 def list_predictors(loaded: Predictor | MultiPredictor, names: Sequence[str] = ()) -> dict[str, Predictor]:
@@ -310,7 +343,13 @@ def build_predictor(saved: Saved, model: nn.Module, name: str | None = None) -> 
         temperature=settings["temperatures"][name] if several else settings["temperature"],
         max_length=settings["max_length"],
         writing=GenerateSection(**settings.get("generate", {})),
+        fitted=_find_fitted(settings.get("fitted", {}), name),
     )
+
+
+def _find_fitted(fitted: Mapping[str, Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
+    """What was fitted for one task; a run with one task keeps no name. Nothing, where a run was not judged yet."""
+    return fitted.get(name, {}) if name else next(iter(fitted.values()), {})
 
 
 def choose_device() -> str:

@@ -40,6 +40,7 @@ class Examples:
         labels: class of each row, (N,) int64; -100 where there is none.
         target_ids: for tasks that say tokens, what is to be said, laid end to end like `input_ids`; else None.
         target_starts: as `starts`, for `target_ids`.
+        token_type_ids: of rows of two texts, which of them each token belongs to, laid out as `input_ids`; else None.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -47,6 +48,7 @@ class Examples:
     labels: Indices
     target_ids: npt.NDArray[np.int32] | None = None
     target_starts: Indices | None = None
+    token_type_ids: npt.NDArray[np.int32] | None = None
 
     @classmethod
     def build(
@@ -55,11 +57,13 @@ class Examples:
         labels: Sequence[int] | None = None,
         *,
         targets: Sequence[Tokens] | None = None,
+        types: Sequence[Tokens] | None = None,
     ) -> Examples:
         """Lay token lists end to end."""
         known = np.full(len(encoded), IGNORED) if labels is None else np.asarray(labels)
-        parts = _lay_end_to_end(encoded)
-        return cls(*parts, known.astype(np.int64), *(() if targets is None else _lay_end_to_end(targets)))
+        sides = (None, None) if targets is None else _lay_end_to_end(targets)
+        of_tokens = None if types is None else _lay_end_to_end(types)[0]
+        return cls(*_lay_end_to_end(encoded), known.astype(np.int64), *sides, token_type_ids=of_tokens)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Examples]) -> Examples:
@@ -88,8 +92,10 @@ class Examples:
 
     def take(self, rows: Indices) -> Examples:
         """Some of the rows, in that order; without targets."""
-        tokens = _take(self.input_ids, self.starts[rows], self.lengths[rows])
-        return Examples(tokens, np.concatenate([[0], np.cumsum(self.lengths[rows])]), self.labels[rows])
+        starts, lengths = self.starts[rows], self.lengths[rows]
+        types = None if self.token_type_ids is None else _take(self.token_type_ids, starts, lengths)
+        tokens = _take(self.input_ids, starts, lengths)
+        return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), self.labels[rows], token_type_ids=types)
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""
@@ -183,7 +189,8 @@ def collate(examples: Examples, rows: Indices, pad_token_id: int | None) -> Batc
     Returns:
         `input_ids` (B, T) with `attention_mask` (B, T), 1 = real. Packed: `input_ids` (1, total) with `position_ids`
         (1, total), which start again at each row, as Hugging Face's DataCollatorWithFlattening has it. `labels`: (B,),
-        or the targets where rows have them, (B, T) padded with -100, packed (1, total).
+        or the targets where rows have them, (B, T) padded with -100, packed (1, total). `token_type_ids`, laid out like
+        `input_ids`, where rows have them.
     """
     lengths = examples.lengths[rows]
     tokens = _take(examples.input_ids, examples.starts[rows], lengths)
@@ -199,6 +206,9 @@ def collate(examples: Examples, rows: Indices, pad_token_id: int | None) -> Batc
     else:
         mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
         arrays = {"input_ids": _pad(tokens, lengths, pad_token_id), "attention_mask": mask, "labels": labels}
+    if examples.token_type_ids is not None:
+        types = _take(examples.token_type_ids, examples.starts[rows], lengths)
+        arrays["token_type_ids"] = types[None] if pad_token_id is None else _pad(types, lengths, 0)
     return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 

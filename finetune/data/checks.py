@@ -46,6 +46,7 @@ def check_rows(
     *,
     leaks: Literal["fail", "warn", "drop"],
     texts: Sequence[str] = ("text",),
+    same: Sequence[str] = ("text",),
 ) -> tuple[Splits, list[Finding]]:
     """Look for rows that cannot be trained on and for texts that are in two splits.
 
@@ -57,12 +58,17 @@ def check_rows(
         leaks: `fail`: a text in two splits is an error, a near duplicate a warning. `warn`: both are warnings, and the
             rows stay. `drop`: both are removed from the split that comes first of train, validation, test, and the
             number of rows removed is a warning.
-        texts: the roles that no row may leave empty; leaks are looked for in `text` alone.
+        texts: the roles that no row may leave empty.
+        same: the roles that together make two rows the same text, for leaks and repetitions.
 
     Returns:
         The splits without the dropped rows, and the findings, errors first. Nothing is raised: see `raise_on_errors`.
     """
-    entries = [_Entry(name, row, normalize_for_duplicates(_text(row))) for name, rows in splits.items() for row in rows]
+    entries = [
+        _Entry(name, row, normalize_for_duplicates(" ".join(_text(row, role) for role in same)))
+        for name, rows in splits.items()
+        for row in rows
+    ]
     findings = [finding for role in texts for finding in _check_texts(splits, role)]
     if labels is not None:
         findings += _check_labels(splits, labels)

@@ -185,8 +185,14 @@ KINDS: dict[str, TaskKind] = {
         ("bleu", "bleu_zh", "chrf", "loss", "perplexity", "token_accuracy"),
         ("copy", "nearest"),
     ),
+    "spans": TaskKind(
+        "tasks that find answers in passages",
+        ("answer_f1", "exact_match", "has_answer_f1", "no_answer_accuracy"),
+        ("no_answer", "bm25_sentence"),
+    ),
 }
-"""By what the metrics look at: class scores, next tokens, hidden tokens, or written texts and their references."""
+"""By what the metrics look at: class scores, next tokens, hidden tokens, written texts and their references, or answers
+in passages."""
 
 
 def compute_metric(name: str, references: npt.ArrayLike, scores: npt.ArrayLike) -> float:

@@ -26,6 +26,9 @@ NAMES = {
     "bleu": "BLEU",
     "bleu_zh": "BLEU (Chinese)",
     "chrf": "chrF",
+    "answer_f1": "answer F1",
+    "has_answer_f1": "answer F1 where there is one",
+    "no_answer_accuracy": "accuracy where there is none",
     "majority": "Always the most frequent class",
     "tfidf_logreg": "TF-IDF + logistic regression",
     "frozen_logreg": "Frozen base + logistic regression",
@@ -33,6 +36,8 @@ NAMES = {
     "ngram": "n-gram model",
     "copy": "The input, copied",
     "nearest": "The target of the nearest input in train",
+    "no_answer": "No answer, always",
+    "bm25_sentence": "The sentence nearest to the question (BM25)",
     "beats_baselines": "beats the baselines",
 }
 MEANINGS = {
@@ -51,6 +56,10 @@ MEANINGS = {
     "bleu": "words and phrases shared with the reference, from 0 to 100 (sacreBLEU, tok:13a)",
     "bleu_zh": "characters and phrases shared with the reference, from 0 to 100 (sacreBLEU, tok:zh)",
     "chrf": "runs of up to six characters shared with the reference, from 0 to 100 (sacreBLEU, chrF2)",
+    "answer_f1": "the words that answer and reference share (SQuAD); for a question without an answer, 1 for silence",
+    "exact_match": "the share of answers with the reference\N{RIGHT SINGLE QUOTATION MARK}s words, articles aside",
+    "has_answer_f1": "the same for questions that have an answer in their passage",
+    "no_answer_accuracy": "the share of questions without an answer that got none",
 }
 DECIMALS = {"bleu": 1, "bleu_zh": 1, "chrf": 1, "perplexity": 2}
 """Metric -> decimals, for those that do not live between 0 and 1; three for all others."""

@@ -24,6 +24,10 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 TextStep = Literal["html", "urls"]
 
 
+WITH_HEAD = ("text_classification", "question_answering")
+"""Task types whose models are a pretrained base and a head."""
+
+
 class ScratchSection(Section):
     """Tokenizer and size of a model that starts from random weights; TriadConfig's names (models/triad)."""
 
@@ -130,12 +134,14 @@ class SplitSection(Section):
 class TaskSection(Section):
     """One problem: its shape, its data and its labels."""
 
-    type: Literal["text_classification", "causal_lm", "masked_lm", "seq2seq"]
-    """The problem shape: one class per text; the next token; masked tokens; a text for a text."""
+    type: Literal["text_classification", "causal_lm", "masked_lm", "seq2seq", "question_answering"]
+    """The problem shape: one class per text; the next token; masked tokens; a text for a text; a question's answer, or
+    that there is none, in a passage."""
     data: str = Field(min_length=1)
     """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Role -> column of the data; roles are named by the task type (`text`, and `label` or `target`)."""
+    """Role -> column of the data; roles are named by the task type: `text`, and `label` or `target`; for
+    question_answering `passage` and `answer`, and `answer_start` where there is one."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     clean: list[TextStep] = Field(default_factory=list)
@@ -144,6 +150,11 @@ class TaskSection(Section):
     """What stands between two texts of a language model's stream; null: the tokenizer's end token."""
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens that `masked_lm` hides, arXiv:1810.04805."""
+    stride: int | None = Field(default=None, ge=0)
+    """Tokens that two windows share in which `question_answering` reads a passage longer than model.max_length; default
+    a third of that."""
+    max_answer_tokens: int = Field(default=30, ge=1)
+    """Most tokens of an answer that `question_answering` gives."""
     class_names: Literal["ignore", "rows"] = "ignore"
     """`rows`: the name of each class, underscores as spaces, is one more train row of it. Where rows are few, names say
     much."""
@@ -240,10 +251,13 @@ class EvaluateSection(Section):
 
     metrics: list[str] = Field(default_factory=lambda: ["macro_f1", "accuracy", "ece"], min_length=1)
     """Computed on validation and test; the first is the headline."""
-    baselines: list[Literal["majority", "tfidf_logreg", "frozen_logreg", "unigram", "ngram", "copy", "nearest"]] = (
-        Field(
-            default_factory=lambda: ["majority", "tfidf_logreg", "frozen_logreg"]  # type: ignore[arg-type]
-        )
+    baselines: list[
+        Literal[
+            *("majority", "tfidf_logreg", "frozen_logreg", "unigram", "ngram", "copy", "nearest"),
+            *("no_answer", "bm25_sentence"),
+        ]
+    ] = Field(
+        default_factory=lambda: ["majority", "tfidf_logreg", "frozen_logreg"]  # type: ignore[arg-type]
     )
     """What the model is compared with, each fitted on the same train split."""
     generate: GenerateSection = Field(default_factory=GenerateSection)
@@ -337,9 +351,9 @@ class Recipe(Section):
                 "class reads its features as they are."
             )
         if self.model.base == SCRATCH_BASE:
-            if "text_classification" in types:
+            if pretrained := types & set(WITH_HEAD):
                 problems.append(
-                    "model.base: must be a pretrained base for text_classification, got 'scratch'. Pretrain one first: "
+                    f"model.base: must be a pretrained base for {min(pretrained)}, got 'scratch'. Pretrain one first: "
                     "finetune run pretrain_mlm, then set model.base to that run."
                 )
             if self.adapter.method != "full":
@@ -367,8 +381,8 @@ class Recipe(Section):
                 "model.adapters: must be left out when adapter.method is full, got "
                 f"{len(self.model.adapters)}: nothing would take their place."
             )
-        if self.adapter.method == "head" and types != {"text_classification"}:
-            headless = min(types - {"text_classification"})
+        if self.adapter.method == "head" and (without := types - set(WITH_HEAD)):
+            headless = min(without)
             problems.append(
                 f"adapter.method: must change the base for {headless}, got 'head': the task has no head of its own."
             )
@@ -388,6 +402,10 @@ class Recipe(Section):
             problems += self._list_few_shot_problems(where, task)
             if task.type != "text_classification" and self.model.normalize_features:
                 problems.append(f"model.normalize_features: must be false for {task.type}, got true.")
+            if task.type == "question_answering":
+                problems += self._list_window_problems(where, task)
+            elif task.stride is not None:
+                problems.append(f"{where}.stride: must be left out for {task.type}, got {task.stride}.")
             if task.separator is not None and task.type != "causal_lm":
                 problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
         others = [task.type for task in self.tasks.values() if task.type != "text_classification"]
@@ -396,6 +414,20 @@ class Recipe(Section):
                 problems.append(f"train.class_weights: must be none for {others[0]}, got {self.train.class_weights!r}.")
             if self.evaluate.calibrate != "none":
                 problems.append(f"evaluate.calibrate: must be none for {others[0]}, got {self.evaluate.calibrate!r}.")
+        return problems
+
+    def _list_window_problems(self, where: str, task: TaskSection) -> list[str]:
+        problems = []
+        if task.clean:
+            problems.append(
+                f"{where}.clean: must be left out for question_answering, got {', '.join(task.clean)}: an answer is a "
+                "place in the passage as it stands."
+            )
+        if task.stride is not None and task.stride >= self.model.max_length // 2:
+            problems.append(
+                f"{where}.stride: must be below half of model.max_length, {self.model.max_length // 2}, got "
+                f"{task.stride}."
+            )
         return problems
 
     def _list_few_shot_problems(self, where: str, task: TaskSection) -> list[str]:

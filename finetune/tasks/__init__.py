@@ -8,6 +8,7 @@ from typing import Any
 from finetune.tasks.causal_lm import CausalLM
 from finetune.tasks.masked_lm import MaskedLM
 from finetune.tasks.multi_task import MultiTask
+from finetune.tasks.question_answering import QuestionAnswering
 from finetune.tasks.seq2seq import Seq2Seq
 from finetune.tasks.task import HeldOut, Judgement, Task, Trainable
 from finetune.tasks.text_classification import TextClassification
@@ -17,6 +18,7 @@ TASKS: dict[str, type[Task]] = {
     CausalLM.type: CausalLM,
     MaskedLM.type: MaskedLM,
     Seq2Seq.type: Seq2Seq,
+    QuestionAnswering.type: QuestionAnswering,
 }
 
 
@@ -34,6 +36,7 @@ __all__ = [
     "Judgement",
     "MaskedLM",
     "MultiTask",
+    "QuestionAnswering",
     "Seq2Seq",
     "Task",
     "TextClassification",

@@ -133,7 +133,9 @@ def _prepare_part(
     source = load_rows(section.data, section.columns, roles=shape.roles, relative_to=relative_to)
     task = shape.build(section, _get_card_labels(source), source.rows)
     splits = split_rows(task.prepare_rows(source.rows), section.split, seed=seed, columns=source.columns)
-    splits, findings = check_rows(splits, task.labels, leaks=section.split.leaks, texts=list_texts(task))
+    splits, findings = check_rows(
+        splits, task.labels, leaks=section.split.leaks, texts=list_texts(task), same=list_same(task)
+    )
     raise_on_errors(findings, source.origin)
     if section.split.shots is not None:  # after leaks were dropped, so that the count holds
         splits = keep_shots(splits, section.split.shots, seed=seed)
@@ -184,8 +186,13 @@ def _check_across(parts: Mapping[str, Part]) -> list[Finding]:
 
 
 def list_texts(task: Task) -> list[str]:
-    """The roles of a task that are texts."""
-    return [role for role in task.roles if role != "label"]
+    """The roles of a task that are texts which no row may lack."""
+    return [role for role in task.roles if role not in ("label", "answer")]
+
+
+def list_same(task: Task) -> list[str]:
+    """The roles of a task that together make two rows the same: one question may be asked about several passages."""
+    return [role for role in task.roles if role in ("text", "passage")]
 
 
 def _measure_lengths(task: Task, rows: Sequence[Row], examples: Examples, tokenizer: Any, max_length: int) -> Indices:
@@ -208,9 +215,9 @@ def load_held_out(
     rows = task.prepare_rows(source.rows)
     if any(row.split == "test" for row in rows):
         rows = [row for row in rows if row.split == "test"]
-    _, own = check_rows({"test": rows}, task.labels, leaks="fail", texts=list_texts(task))
+    _, own = check_rows({"test": rows}, task.labels, leaks="fail", texts=list_texts(task), same=list_same(task))
     raise_on_errors([finding for finding in own if finding.kind != "absent_class"], source.origin)
     # A new set may repeat training texts; that is for the reader to know, and no reason to refuse.
-    _, together = check_rows({"train": list(train), "test": rows}, task.labels, leaks="warn")
+    _, together = check_rows({"train": list(train), "test": rows}, task.labels, leaks="warn", same=list_same(task))
     shared = [finding for finding in together if finding.kind in ("leak", "near_leak")]
     return source, rows, shared
