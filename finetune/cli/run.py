@@ -103,6 +103,7 @@ def _show(run: Run, as_json: bool) -> None:
             "text_classification": f'predict finetune predict {name} "some text"',
             "multi_task": f'predict finetune predict {name} "some text"',
             "masked_lm": f"next    finetune run RECIPE --set model.base={name}",
+            "question_answering": f"answer  finetune.load({str(name)!r}).answer(question, passage)  in Python",
         }.get(run.task_type, f'write   finetune generate {name} --prompt "some text"')
     )
 

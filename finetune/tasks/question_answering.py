@@ -365,7 +365,8 @@ def choose_windows(outputs: Outputs, owners: Indices) -> tuple[Indices, npt.NDAr
 
 def _find_start(row: Row, column: str) -> int | str | None:
     """Where the row's answer starts, None for no answer, or what is wrong with it."""
-    passage, answer, given = row.values["passage"], row.values.get("answer") or "", row.values.get(column)
+    passage, answer = row.values.get("passage") or "", row.values.get("answer") or ""
+    given = row.values.get(column)
     if not answer:
         return None
     if given in (None, ""):
