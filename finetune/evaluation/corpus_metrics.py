@@ -149,7 +149,7 @@ CORPUS_METRICS: dict[str, CorpusMetric] = {
             "texts",
             ANSWER_WIDTH,
             True,
-            "mean F1 of the words of answer and reference, as for SQuAD (arXiv:1806.03822); without one 1 or 0",
+            "mean F1 of words as for SQuAD (arXiv:1806.03822); where there is no answer, 1 if none is given, else 0",
             answer_f1,
         ),
         CorpusMetric(
@@ -157,7 +157,7 @@ CORPUS_METRICS: dict[str, CorpusMetric] = {
             "texts",
             ANSWER_WIDTH,
             True,
-            "rows with the reference's words / rows",
+            "rows with the words of their reference / rows",
             exact_match,
         ),
         CorpusMetric("has_answer_f1", "texts", ANSWER_WIDTH, True, "mean F1 of rows with an answer", has_answer_f1),

@@ -174,8 +174,8 @@ def test_a_list_of_choices_suggests_the_nearest() -> None:
         Recipe.model_validate({"recipe": 1, "name": "x", "tasks": {}, "evaluate": {"baselines": ["tfidf"]}})
     sentences = dict(explain(caught.value.errors(), Recipe))
     assert sentences["evaluate", "baselines", 0] == (
-        "must be one of majority, tfidf_logreg, frozen_logreg, unigram, ngram, copy, nearest, got 'tfidf'. "
-        "Did you mean 'tfidf_logreg'?"
+        "must be one of majority, tfidf_logreg, frozen_logreg, unigram, ngram, copy, nearest, no_answer, "
+        "bm25_sentence, got 'tfidf'. Did you mean 'tfidf_logreg'?"
     )
 
 
