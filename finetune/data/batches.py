@@ -61,9 +61,9 @@ class Examples:
     ) -> Examples:
         """Lay token lists end to end."""
         known = np.full(len(encoded), IGNORED) if labels is None else np.asarray(labels)
-        sides = (None, None) if targets is None else _lay_end_to_end(targets)
+        target_ids, target_starts = (None, None) if targets is None else _lay_end_to_end(targets)
         of_tokens = None if types is None else _lay_end_to_end(types)[0]
-        return cls(*_lay_end_to_end(encoded), known.astype(np.int64), *sides, token_type_ids=of_tokens)
+        return cls(*_lay_end_to_end(encoded), known.astype(np.int64), target_ids, target_starts, of_tokens)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Examples]) -> Examples:

@@ -75,21 +75,23 @@ def no_answer_accuracy(sums: Floats) -> Floats:
     return _ratio(f1 - f1_of_answers, rows - has)
 
 
-def tune_threshold(margins: Floats, f1_given: Floats, f1_withheld: Floats) -> float:
+def tune_threshold(margins: Floats, answers: Sequence[str], references: Sequence[str]) -> float:
     """The margin from which giving an answer makes the mean F1 largest; of equals the nearest to 0.
 
     Args:
-        margins: how sure a system is that there is an answer, (N,), finite.
-        f1_given: of its answers, (N,).
-        f1_withheld: of no answer, (N,).
+        margins: how sure a system is that there is an answer, (N,), finite, N at least 1.
+        answers: its answers, N texts, whether it is sure or not.
+        references: N texts; "" where there is no answer.
     """
+    given = np.array([compute_answer_f1(one, other) for one, other in zip(answers, references, strict=True)])
+    withheld = np.array([compute_answer_f1("", other) for other in references])
     order = np.argsort(-margins, kind="stable")
-    sorted_margins = margins[order]
+    surest = margins[order]
     # With the k surest answers given, k from 0 to N.
-    gains = np.concatenate([[0.0], np.cumsum((f1_given - f1_withheld)[order])])
-    edges = np.concatenate([sorted_margins[:1] + 1, sorted_margins, sorted_margins[-1:] - 1])
-    thresholds = (edges[:-1] + edges[1:]) / 2
-    parts = np.concatenate([[True], sorted_margins[:-1] > sorted_margins[1:], [True]])  # equal margins stay together
+    gains = np.concatenate([[0.0], np.cumsum((given - withheld)[order])])
+    between = (surest[:-1] + surest[1:]) / 2
+    thresholds = np.concatenate([[max(0.0, surest[0])], between, [min(0.0, surest[-1] - 1)]])
+    parts = np.concatenate([[True], surest[:-1] > surest[1:], [True]])  # equal margins stay together
     best = np.flatnonzero(parts & (gains >= gains[parts].max() - 1e-9))
     return float(thresholds[best[np.abs(thresholds[best]).argmin()]])
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.data.batches import Batch, list_inputs
+from finetune.data.batches import IGNORED, Batch, list_inputs
 from finetune.errors import RecipeError
 from finetune.models.base import BaseModel, load_config
 from finetune.models.classifier import ModelClass, build_shape, load_weights, set_dropout
@@ -83,6 +83,31 @@ def _lay_out(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     rows = (positions == 0).cumsum(0) - 1
     padded = logits.new_full((int(rows[-1]) + 1, int(positions.max()) + 1), -torch.inf)
     return padded.index_put((rows, positions), logits[0])
+
+
+def compute_span_losses(
+    starts: torch.Tensor, ends: torch.Tensor, targets: torch.Tensor, label_smoothing: float
+) -> torch.Tensor:
+    """Mean cross-entropy of the first and the last token of each row's answer.
+
+    Args:
+        starts, ends: logits, (B, T), -inf behind a row's end.
+        targets: first and last token, (B, 2); -100 for a row that says nothing.
+        label_smoothing: share of the target spread over all tokens of the row.
+
+    Returns:
+        (B,); 0 for a row that says nothing.
+    """
+    parts = []
+    for logits, places in ((starts, targets[:, 0]), (ends, targets[:, 1])):
+        logs = logits.log_softmax(dim=1)
+        losses = nn.functional.nll_loss(logs, places, reduction="none", ignore_index=IGNORED)
+        if label_smoothing:
+            real = logits > -torch.inf
+            spread = -logs.masked_fill(~real, 0.0).sum(dim=1) / real.sum(dim=1)
+            losses = (1 - label_smoothing) * losses + label_smoothing * spread * (places != IGNORED)
+        parts.append(losses)
+    return (parts[0] + parts[1]) / 2
 
 
 def find_best_spans(

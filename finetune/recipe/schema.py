@@ -22,6 +22,17 @@ REPO_PATTERN = r"^[\w.-]+/[\w.-]+$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 TextStep = Literal["html", "urls"]
+Baseline = Literal[
+    "majority",
+    "tfidf_logreg",
+    "frozen_logreg",
+    "unigram",
+    "ngram",
+    "copy",
+    "nearest",
+    "no_answer",
+    "bm25_sentence",
+]
 
 
 WITH_HEAD = ("text_classification", "question_answering")
@@ -251,13 +262,8 @@ class EvaluateSection(Section):
 
     metrics: list[str] = Field(default_factory=lambda: ["macro_f1", "accuracy", "ece"], min_length=1)
     """Computed on validation and test; the first is the headline."""
-    baselines: list[
-        Literal[
-            *("majority", "tfidf_logreg", "frozen_logreg", "unigram", "ngram", "copy", "nearest"),
-            *("no_answer", "bm25_sentence"),
-        ]
-    ] = Field(
-        default_factory=lambda: ["majority", "tfidf_logreg", "frozen_logreg"]  # type: ignore[arg-type]
+    baselines: list[Baseline] = Field(
+        default_factory=lambda: list[Baseline](["majority", "tfidf_logreg", "frozen_logreg"])
     )
     """What the model is compared with, each fitted on the same train split."""
     generate: GenerateSection = Field(default_factory=GenerateSection)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,11 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from finetune.data.answers import find_answers
 from finetune.data.batches import IGNORED, Batch, Examples, Indices
 from finetune.data.rows import Row
 from finetune.data.windows import Windows, encode_windows
 from finetune.errors import DataError, DivergedError, ModelError
-from finetune.evaluation.answer_baselines import find_sentences
+from finetune.evaluation.answer_baselines import Questions, compute_answer_baselines
 from finetune.evaluation.answer_metrics import build_answer_statistics, compute_answer_f1, tune_threshold
 from finetune.evaluation.corpus_metrics import compute_corpus_metric
 from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, score_corpus
@@ -27,6 +28,7 @@ from finetune.models.question_answering import (
     build_answerer,
     build_answerer_shape,
     compute_span_logits,
+    compute_span_losses,
     find_best_spans,
     load_saved_answerer,
 )
@@ -41,7 +43,6 @@ OUTPUTS = 7
 NEVER = -1e4
 """The margin of a passage that no span lies in; finite, so that a threshold can be, and far below any other."""
 NOTHING = "(no answer)"
-MISTAKES = 5  # rows that a message names
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,7 @@ class QuestionAnswering:
         Raises:
             DataError: an answer that is not where it should be.
         """
-        found = [(row, _find_start(row, self.start_column)) for row in rows]
-        if wrong := [(row, start) for row, start in found if isinstance(start, str)]:
-            more = f" and {len(wrong) - MISTAKES:,} more" if len(wrong) > MISTAKES else ""
-            listed = "; ".join(f"{row.id} {reason}" for row, reason in wrong[:MISTAKES])
-            raise DataError(
-                f"question_answering: every answer must stand in its passage, got {listed}{more}. Correct the rows; an "
-                "empty answer says that there is none."
-            )
-        return [replace(row, values={**row.values, "answer_start": start}) for row, start in found]
+        return find_answers(rows, self.start_column)
 
     def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
         """The base's."""
@@ -197,7 +190,7 @@ class QuestionAnswering:
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Mean cross-entropy of the first and the last token of each window's answer, (B,)."""
         starts, ends = compute_span_logits(model, batch)
-        return _compute_losses(starts, ends, _get_targets(batch), label_smoothing)
+        return compute_span_losses(starts, ends, _get_targets(batch)[:, :2], label_smoothing)
 
     def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
         """1 for every window."""
@@ -218,7 +211,7 @@ class QuestionAnswering:
             starts, ends = compute_span_logits(model, batch)
             targets = _get_targets(batch)
             best, first, last = find_best_spans(starts, ends, targets[:, 2:], self.max_answer_tokens)
-            losses = _compute_losses(starts, ends, targets, 0.0)
+            losses = compute_span_losses(starts, ends, targets[:, :2], 0.0)
             return torch.stack([losses, starts[:, 0] + ends[:, 0], best, first, last, *targets[:, :2].T], dim=1)
 
         found = compute_by_row(model, examples, pad_token_id, compute, share=share, advance=advance)
@@ -288,6 +281,9 @@ class QuestionAnswering:
     def judge(self, held_out: HeldOut) -> Judgement:
         """Tune the threshold on validation, and score validation and test."""
         rows = held_out.rows
+        questions = {
+            name: Questions(*([row.values[role] for row in part] for role in self.roles)) for name, part in rows.items()
+        }
         spans = {
             name: self.find_spans(held_out.model, held_out.tokenizer, rows[name], held_out.max_length)
             for name in held_out.judged
@@ -295,16 +291,18 @@ class QuestionAnswering:
         if held_out.settings is not None:
             threshold = float(held_out.settings.get("threshold", 0.0))
         else:
-            threshold = _tune([(span.text, span.margin) for span in spans["validation"]], rows["validation"])
+            margins = np.array([span.margin for span in spans["validation"]])
+            texts = [span.text for span in spans["validation"]]
+            threshold = tune_threshold(margins, texts, questions["validation"].answers)
         answers = {name: [span.decide(threshold) for span in found] for name, found in spans.items()}
-        baselines = _compute_baselines(held_out)
+        baselines = compute_answer_baselines(held_out.section.baselines, questions["validation"], questions["test"])
         scored = {
             name: score_corpus(
                 CorpusSplit(
                     name=name,
-                    model=SystemOutput(texts=[answer.text for answer in found], settings={"threshold": threshold}),
-                    references=[row.values["answer"] for row in rows[name]],
-                    inputs=[row.values["passage"] for row in rows[name]],
+                    model=SystemOutput(texts=[answer.text for answer in said]),
+                    references=questions[name].answers,
+                    inputs=questions[name].passages,
                     values=[row.values for row in rows[name]],
                     baselines=baselines[name],
                     opened=held_out.opened if name == "test" else None,
@@ -312,15 +310,15 @@ class QuestionAnswering:
                 held_out.section,
                 held_out.seed,
             )
-            for name, found in answers.items()
+            for name, said in answers.items()
         }
         tested = answers["test"]
         return Judgement(
             scored=scored,
             predictions={
                 "id": [row.id for row in rows["test"]],
-                "text": [row.values["text"] for row in rows["test"]],
-                "reference": [row.values["answer"] for row in rows["test"]],
+                "text": questions["test"].texts,
+                "reference": questions["test"].answers,
                 "prediction": [answer.text for answer in tested],
                 "start": [answer.start for answer in tested],
                 "end": [answer.end for answer in tested],
@@ -363,29 +361,6 @@ def choose_windows(outputs: Outputs, owners: Indices) -> tuple[Indices, npt.NDAr
     return chosen, np.maximum(outputs[chosen, 2].astype(np.float64) - nothing, NEVER)
 
 
-def _find_start(row: Row, column: str) -> int | str | None:
-    """Where the row's answer starts, None for no answer, or what is wrong with it."""
-    passage, answer = row.values.get("passage") or "", row.values.get("answer") or ""
-    given = row.values.get(column)
-    if not answer:
-        return None
-    if given in (None, ""):
-        start = passage.find(answer)
-        return start if start >= 0 else f"has {_shorten(answer)}, which is not there"
-    try:
-        start = int(float(given))
-    except (TypeError, ValueError):
-        return f"has {column} {given!r}, which is no number"
-    if start < 0 or not passage.startswith(answer, start):
-        there = passage[start : start + len(answer)] if start >= 0 else ""
-        return f"has {_shorten(answer)} with {column} {start}, where {_shorten(there)} stands"
-    return start
-
-
-def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:40]}...")
-
-
 def _build_examples(rows: Sequence[Row], windows: Windows) -> Examples:
     spans: list[tuple[int, int]] = []
     for number, row in enumerate(rows):
@@ -403,56 +378,6 @@ def _build_examples(rows: Sequence[Row], windows: Windows) -> Examples:
 def _get_targets(batch: Batch) -> torch.Tensor:
     """What `TARGETS` says of each window, (B, 4); packed they come as one row."""
     return batch["labels"].view(-1, TARGETS)
-
-
-def _compute_losses(
-    starts: torch.Tensor, ends: torch.Tensor, targets: torch.Tensor, label_smoothing: float
-) -> torch.Tensor:
-    """Logits (B, T) and targets (B, 4) -> (B,); 0 where the target is -100."""
-    parts = []
-    for logits, places in ((starts, targets[:, 0]), (ends, targets[:, 1])):
-        logs = logits.log_softmax(dim=1)
-        losses = nn.functional.nll_loss(logs, places, reduction="none", ignore_index=IGNORED)
-        if label_smoothing:
-            real = logits > -torch.inf
-            spread = -logs.masked_fill(~real, 0.0).sum(dim=1) / real.sum(dim=1)
-            losses = (1 - label_smoothing) * losses + label_smoothing * spread * (places != IGNORED)
-        parts.append(losses)
-    return (parts[0] + parts[1]) / 2
-
-
-def _tune(found: Sequence[tuple[str, float]], rows: Sequence[Row]) -> float:
-    """The threshold of texts with margins that suits rows best."""
-    references = [row.values["answer"] for row in rows]
-    return tune_threshold(
-        np.array([margin for _, margin in found]),
-        np.array([compute_answer_f1(text, other) for (text, _), other in zip(found, references, strict=True)]),
-        np.array([compute_answer_f1("", other) for other in references]),
-    )
-
-
-def _compute_baselines(held_out: HeldOut) -> dict[str, dict[str, SystemOutput]]:
-    """Split -> baseline -> what it says; the sentence is tuned like the model."""
-    found: dict[str, dict[str, SystemOutput]] = {name: {} for name in held_out.judged}
-    names = held_out.section.baselines
-    if "bm25_sentence" in names:
-        sentences = {
-            name: find_sentences([row.values["text"] for row in rows], [row.values["passage"] for row in rows])
-            for name, rows in held_out.rows.items()
-            if name != "train"
-        }
-        texts, scores = sentences["validation"]
-        threshold = _tune(list(zip(texts, scores.tolist(), strict=True)), held_out.rows["validation"])
-        for name, said in found.items():
-            texts, scores = sentences[name]
-            said["bm25_sentence"] = SystemOutput(
-                texts=[text if score > threshold else "" for text, score in zip(texts, scores, strict=True)],
-                settings={"threshold": threshold},
-            )
-    if "no_answer" in names:
-        for name, said in found.items():
-            said["no_answer"] = SystemOutput(texts=[""] * len(held_out.rows[name]))
-    return {name: {baseline: said[baseline] for baseline in names} for name, said in found.items()}
 
 
 def _show_samples(rows: Sequence[Row], answers: Sequence[Answer], count: int) -> list[dict[str, Any]]:

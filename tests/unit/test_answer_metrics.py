@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.evaluation.answer_baselines import find_sentences, split_sentences
+from finetune.evaluation.answer_baselines import (
+    Questions,
+    compute_answer_baselines,
+    find_sentences,
+    split_sentences,
+)
 from finetune.evaluation.answer_metrics import compute_answer_statistics, tune_threshold
 from finetune.evaluation.corpus_metrics import CORPUS_METRICS, compute_corpus_metric, compute_text_statistics
 from finetune.evaluation.metrics import KINDS
@@ -75,19 +80,28 @@ def test_every_metric_of_answers_is_explained() -> None:
     assert set(KINDS["spans"].metrics) <= set(MEANINGS)
 
 
-@given(st.lists(st.tuples(st.integers(-3, 3), st.sampled_from([0.0, 0.5, 1.0]), st.booleans()), min_size=1, max_size=8))
-def test_no_threshold_is_better_than_the_tuned_one(rows: list[tuple[int, float, bool]]) -> None:
-    margins, given_f1, withheld_f1 = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+WORTH = {"x": 1.0, "x y z": 0.5, "y": 0.0}
+"""An answer where "x" is right -> its F1."""
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-3, 3), st.sampled_from(list(WORTH)), st.sampled_from(["x", ""])), min_size=1, max_size=8
+    )
+)
+def test_no_threshold_is_better_than_the_tuned_one(rows: list[tuple[int, str, str]]) -> None:
+    margins, answers, references = (list(column) for column in zip(*rows, strict=True))
 
     def score(threshold: float) -> float:
-        return float(np.where(margins > threshold, given_f1, withheld_f1).sum())
+        said = [answer if margin > threshold else "" for margin, answer in zip(margins, answers, strict=True)]
+        return sum(WORTH.get(text, 0.0) if right else not text for text, right in zip(said, references, strict=True))
 
-    tuned = tune_threshold(margins, given_f1, withheld_f1)
-    tried = np.arange(-4, 4.5, 0.5)
-    assert score(tuned) == pytest.approx(max(map(score, tried)))
-    # Of equals the nearest to 0: no threshold that is nearer does as well, but for those between the same margins.
-    nearer = [other for other in tried if abs(other) < abs(tuned) and ((margins > other) != (margins > tuned)).any()]
-    assert all(score(other) < score(tuned) + 1e-9 for other in nearer if abs(other) < abs(tuned) - 0.5)
+    tuned = tune_threshold(np.array(margins, dtype=float), answers, references)
+    best = max(score(threshold) for threshold in np.arange(-4, 4.5, 0.5))
+    assert score(tuned) == pytest.approx(best)
+    # Of equals the nearest to 0; between two margins and below the last there is half a margin's step to spare.
+    nearer = [threshold for threshold in np.arange(-4, 4.5, 0.5) if abs(threshold) < abs(tuned) - 1]
+    assert all(score(threshold) < best for threshold in nearer)
 
 
 # Baselines
@@ -109,3 +123,14 @@ def test_the_sentence_that_shares_words_is_found() -> None:
     found, scores = find_sentences(["What is the fee?", "When do you open?", "xyz"], [passage] * 3)
     assert found == ["The fee is 3 euros.", "We open at noon.", "Returns are free for members."]
     assert scores[:2].min() > 0 == scores[2]
+
+
+def test_sentences_far_from_their_question_are_withheld_as_validation_says() -> None:
+    passage = "Returns are free for members. The fee is 3 euros."
+    questions = Questions(["The fee?", "Members?", "Who pays?"], [passage] * 3, ["The fee is 3 euros", "members", ""])
+    found = compute_answer_baselines(["bm25_sentence", "no_answer"], questions, questions)
+    assert list(found["test"]) == ["bm25_sentence", "no_answer"]
+    assert found["validation"]["no_answer"].texts == ["", "", ""]
+    sentence = found["test"]["bm25_sentence"]
+    assert sentence.texts == ["The fee is 3 euros.", "Returns are free for members.", ""]
+    assert sentence.settings["threshold"] > 0
