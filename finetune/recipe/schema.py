@@ -86,7 +86,7 @@ class ModelSection(Section):
     """Keep the base's linear layers in 8 or 4 bits while a LoRA adapter is trained on it (the extra `quantize`):
     `int8` with a scale for each output, `nf4` as in arXiv:2305.14314. The adapter then loads on the whole base."""
     max_length: int = Field(default=128, ge=8, le=8192)
-    """Tokens after which a text is cut."""
+    """Tokens after which a text is cut. For question_answering 384, and what is longer is read in several windows."""
     pooling: Literal["auto", "first", "mean"] = "auto"
     """What the head reads: the first token, or the mean over tokens (`triad` only). `auto`: the mean where the base
     says so in `1_Pooling/config.json`, as sentence encoders do; else what the base's own class reads."""
