@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseMode
         Task name -> the content of its test.json.
     """
     predictors = list_predictors(load(folder.model), list(prepared.parts))
-    scored, temperatures, outside = {}, {}, {}
+    scored, temperatures, settings = {}, {}, {}
     for name, place in folder.evaluations().items():
         path = place / "test.json"
         opened = load_json(path)["opened"] + 1 if path.exists() else 1
@@ -52,13 +52,13 @@ def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseMode
         judgement = _judge(predictors[name], prepared.parts[name], section, base, recipe.train.seed, opened=opened)
         scored[name] = judgement.scored
         temperatures[name] = judgement.settings.get("temperature", 1.0)
-        outside[name] = judgement.settings.get("outside")
+        settings[name] = dict(judgement.settings)
         place.mkdir(exist_ok=True)
         for split, content in judgement.scored.items():
             save_json(place / f"{split}.json", content)
         _save_predictions(place / "predictions.parquet", judgement.predictions)
         _write_report(folder, recipe, prepared, name, judgement)
-    fitted = {"temperature": next(iter(temperatures.values())), "temperatures": temperatures, "outside": outside}
+    fitted = {"temperature": next(iter(temperatures.values())), "temperatures": temperatures, "fitted": settings}
     save_json(folder.model / SETTINGS, load_json(folder.model / SETTINGS) | fitted)
     tests = {name: splits["test"] for name, splits in scored.items()}
     cards = {name: part.source.card for name, part in prepared.parts.items()}
@@ -89,8 +89,7 @@ def assess_held_out(
     slices = [column for column in section.slices if _has_column(rows, column)]
     section = section.model_copy(update={"slices": slices})
     predictor = list_predictors(load(folder.model), [name])[name]
-    outside = asdict(predictor.outside) if predictor.outside else None
-    settings = {"temperature": predictor.temperature, "outside": outside}
+    settings = {"temperature": predictor.temperature, **predictor.fitted}
     judgement = _judge(predictor, other, section, base, recipe.train.seed, opened=None, settings=settings)
     # A file called test.csv must not take the place of the run's own scores.
     split = f"other-{source.name}" if source.name in part.splits else source.name

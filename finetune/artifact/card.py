@@ -25,6 +25,7 @@ HUB_METRICS = {
     "token_accuracy": "accuracy",
     "bleu": "sacrebleu",
     "bleu_zh": "sacrebleu",
+    "answer_f1": "f1",
 }
 # Task type -> the Hub's task, the end of the name of its classes, and what the model is.
 SHAPES = {
@@ -34,6 +35,11 @@ SHAPES = {
     "seq2seq": ("text-generation", "ForSeq2SeqLM", "A model that writes a text for a text."),
     "retrieval": ("sentence-similarity", "ForSentenceEmbedding", "A sentence encoder that finds entries."),
     "reranking": ("text-ranking", "ForSequenceClassification", "A model that ranks entries for a question."),
+    "question_answering": (
+        "question-answering",
+        "ForQuestionAnswering",
+        "A model that finds the answer to a question in a passage, or says that there is none.",
+    ),
 }
 SEVERAL = ("ForMultiTask", "A model with several heads.")
 TRANSLATION = ("translation", "ForSeq2SeqLM", "A translation model.")

@@ -24,8 +24,9 @@ from finetune.models.generation import generate_texts, stream_text
 from finetune.models.multi_task import OneHead
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import GenerateSection
-from finetune.tasks import MultiTask, Reranking, Retrieval, Task, TextClassification
+from finetune.tasks import MultiTask, QuestionAnswering, Reranking, Retrieval, Task, TextClassification
 from finetune.tasks.encoding import Side, encode_texts, join_context
+from finetune.tasks.question_answering import Answer
 from finetune.tasks.reranking import encode_pairs
 
 WRITING = ("causal_lm", "seq2seq")
@@ -38,6 +39,7 @@ USES = {
     "seq2seq": "Use finetune generate.",
     "retrieval": "Use its `embed` from Python.",
     "reranking": "Use its `score_pairs` from Python.",
+    "question_answering": "In Python: finetune.load(RUN).answer(question, passage).",
 }
 """Task type -> what its runs are for; all others are bases."""
 Shape = TypeVar("Shape", TextClassification, Retrieval, Reranking)
@@ -84,7 +86,7 @@ class Predictor:
         temperature: fitted on validation; 1 where not calibrated.
         max_length: tokens after which a text is cut.
         writing: how text is written, where the task writes text.
-        outside: what tells texts of no class, where the run was trained with `out_of_scope`.
+        fitted: what else was fitted on validation.
     """
 
     model: nn.Module
@@ -93,7 +95,13 @@ class Predictor:
     temperature: float
     max_length: int
     writing: GenerateSection = field(default_factory=GenerateSection)
-    outside: OutsideRule | None = None
+    fitted: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def outside(self) -> OutsideRule | None:
+        """What tells texts of no class, where the run was trained with `out_of_scope`."""
+        rule = self.fitted.get("outside")
+        return OutsideRule(**rule) if rule else None
 
     @property
     def labels(self) -> list[str]:
@@ -113,7 +121,8 @@ class Predictor:
     def build_predictions(self, logits: npt.NDArray[np.floating[Any]]) -> list[Prediction]:
         """The answers that logits, (N, K), mean."""
         scores = self.calibrate(logits)
-        outside = self.outside.compute_probabilities(logits) if self.outside else None
+        rule = self.outside
+        outside = rule.compute_probabilities(logits) if rule else None
         found = [None] * len(scores) if outside is None else outside.tolist()
         return [build_prediction(self.labels, row, out) for row, out in zip(scores, found, strict=True)]
 
@@ -223,6 +232,32 @@ class Predictor:
             max_length=self.max_length,
             seed=seed,
         )
+
+    def answer(self, question: str, passage: str) -> Answer:
+        """Find the answer to a question in a passage of any length."""
+        return self.answer_all([(question, passage)])[0]
+
+    def answer_all(
+        self, pairs: Sequence[tuple[str, str]], *, advance: Callable[[int], None] = lambda _rows: None
+    ) -> list[Answer]:
+        """Find the answers of several pairs of a question and a passage, in order.
+
+        Args:
+            pairs: any number.
+            advance: called with the number of windows after each batch; a long passage has several.
+
+        Raises:
+            UsageError: the run answers no questions.
+        """
+        task = self.task
+        if not isinstance(task, QuestionAnswering):
+            raise UsageError(f"answer: must get a run of type question_answering, got {task.type}.")
+        rows = [
+            Row(id=str(i), split=None, number=i, values={"text": question, "passage": passage})
+            for i, (question, passage) in enumerate(pairs, start=1)
+        ]
+        spans = task.find_spans(self.model, self.tokenizer, rows, self.max_length, advance=advance)
+        return [span.decide(self.fitted.get("threshold", 0.0)) for span in spans]
 
     def _prepare_prompts(self, texts: Sequence[str]) -> list[str]:
         """Cleaned texts; one that goes on with nothing begins where one does in training: behind what separates two."""
@@ -381,17 +416,20 @@ def build_predictor(saved: Saved, model: nn.Module, name: str | None = None) -> 
     from transformers import AutoTokenizer
 
     several, settings = isinstance(saved.task, MultiTask), saved.settings
-    rules = settings.get("outside", {})  # task name -> rule; none before the run was judged
-    outside = rules.get(name) if several else next(iter(rules.values()), None)
     return Predictor(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(saved.folder, trust_remote_code=False),
         task=saved.task.tasks[name or ""] if isinstance(saved.task, MultiTask) else saved.task,
         temperature=settings["temperatures"][name] if several else settings["temperature"],
-        outside=OutsideRule(**outside) if outside else None,
         max_length=settings["max_length"],
         writing=GenerateSection(**settings.get("generate", {})),
+        fitted=_find_fitted(settings.get("fitted", {}), name),
     )
+
+
+def _find_fitted(fitted: Mapping[str, Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
+    """What was fitted for one task; a run with one task keeps no name. Nothing, where a run was not judged yet."""
+    return fitted.get(name, {}) if name else next(iter(fitted.values()), {})
 
 
 def choose_device() -> str:

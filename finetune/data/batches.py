@@ -43,6 +43,7 @@ class Examples:
         companions: for tasks that compare rows, those that a row must find in its batch, laid end to end; they are
             dealt with the rows that need them, and not by themselves.
         companion_starts: as `starts`, for `companions`.
+        token_type_ids: of rows of two texts, which of them each token belongs to, laid out as `input_ids`; else None.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -52,6 +53,7 @@ class Examples:
     target_starts: Indices | None = None
     companions: Indices | None = None
     companion_starts: Indices | None = None
+    token_type_ids: npt.NDArray[np.int32] | None = None
 
     @classmethod
     def build(
@@ -61,15 +63,18 @@ class Examples:
         *,
         targets: Sequence[Tokens] | None = None,
         companions: Sequence[Sequence[int]] | None = None,
+        types: Sequence[Tokens] | None = None,
     ) -> Examples:
         """Lay token lists end to end."""
         known = np.full(len(encoded), IGNORED) if labels is None else np.asarray(labels)
         target_ids, target_starts = (None, None) if targets is None else _lay_end_to_end(targets)
         built = cls(*_lay_end_to_end(encoded), known.astype(np.int64), target_ids, target_starts)
-        if companions is None:
-            return built
-        rows, starts = _lay_end_to_end(companions)
-        return replace(built, companions=rows.astype(np.int64), companion_starts=starts)
+        if types is not None:
+            built = replace(built, token_type_ids=_lay_end_to_end(types)[0])
+        if companions is not None:
+            rows, starts = _lay_end_to_end(companions)
+            built = replace(built, companions=rows.astype(np.int64), companion_starts=starts)
+        return built
 
     @classmethod
     def concatenate(cls, parts: Sequence[Examples]) -> Examples:
@@ -98,8 +103,10 @@ class Examples:
 
     def take(self, rows: Indices) -> Examples:
         """Some of the rows, in that order; without targets and companions."""
-        tokens = _take(self.input_ids, self.starts[rows], self.lengths[rows])
-        return Examples(tokens, np.concatenate([[0], np.cumsum(self.lengths[rows])]), self.labels[rows])
+        starts, lengths = self.starts[rows], self.lengths[rows]
+        types = None if self.token_type_ids is None else _take(self.token_type_ids, starts, lengths)
+        tokens = _take(self.input_ids, starts, lengths)
+        return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), self.labels[rows], token_type_ids=types)
 
     def get_companions(self, row: int) -> Indices:
         """The rows that one row must find in its batch."""
@@ -247,7 +254,8 @@ def collate(examples: Examples, rows: Indices, pad_token_id: int | None) -> Batc
     Returns:
         `input_ids` (B, T) with `attention_mask` (B, T), 1 = real. Packed: `input_ids` (1, total) with `position_ids`
         (1, total), which start again at each row, as Hugging Face's DataCollatorWithFlattening has it. `labels`: (B,),
-        or the targets where rows have them, (B, T) padded with -100, packed (1, total).
+        or the targets where rows have them, (B, T) padded with -100, packed (1, total). `token_type_ids`, laid out like
+        `input_ids`, where rows have them.
     """
     lengths = examples.lengths[rows]
     tokens = _take(examples.input_ids, examples.starts[rows], lengths)
@@ -263,6 +271,9 @@ def collate(examples: Examples, rows: Indices, pad_token_id: int | None) -> Batc
     else:
         mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
         arrays = {"input_ids": _pad(tokens, lengths, pad_token_id), "attention_mask": mask, "labels": labels}
+    if examples.token_type_ids is not None:
+        types = _take(examples.token_type_ids, examples.starts[rows], lengths)
+        arrays["token_type_ids"] = types[None] if pad_token_id is None else _pad(types, lengths, 0)
     return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 

@@ -46,7 +46,7 @@ def check_rows(
     *,
     leaks: Literal["fail", "warn", "drop"],
     texts: Sequence[str] = ("text",),
-    context: str | None = None,
+    same: Sequence[str] = ("text",),
     out_of_scope: str | None = None,
 ) -> tuple[Splits, list[Finding]]:
     """Look for rows that cannot be trained on and for texts that are in two splits.
@@ -59,15 +59,15 @@ def check_rows(
         leaks: `fail`: a text in two splits is an error, a near duplicate a warning. `warn`: both are warnings, and the
             rows stay. `drop`: both are removed from the split that comes first of train, validation, test, and the
             number of rows removed is a warning.
-        texts: the roles that no row may leave empty; leaks are looked for in `text` alone.
-        context: a role that belongs to the text: two texts are the same where this is too.
+        texts: the roles that no row may leave empty.
+        same: the roles that together make two rows the same text, for leaks and repetitions.
         out_of_scope: the label of rows that belong to none of `labels`.
 
     Returns:
         The splits without the dropped rows, and the findings, errors first. Nothing is raised: see `raise_on_errors`.
     """
     entries = [
-        _Entry(name, row, " ".join(normalize_for_duplicates(_text(row, role)) for role in (context, "text") if role))
+        _Entry(name, row, normalize_for_duplicates(" ".join(_text(row, role) for role in same)))
         for name, rows in splits.items()
         for row in rows
     ]

@@ -13,6 +13,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from finetune.evaluation.answer_metrics import (
+    ANSWER_WIDTH,
+    answer_f1,
+    compute_answer_statistics,
+    exact_match,
+    has_answer_f1,
+    no_answer_accuracy,
+)
+
 Floats = npt.NDArray[np.float64]
 
 BLEU_ORDER = 4
@@ -169,6 +178,31 @@ CORPUS_METRICS: dict[str, CorpusMetric] = {
             "(Jarvelin & Kekalainen 2002)",
             _mean,
         ),
+        CorpusMetric(
+            "answer_f1",
+            "texts",
+            ANSWER_WIDTH,
+            True,
+            "mean F1 of words as for SQuAD (arXiv:1806.03822); where there is no answer, 1 if none is given, else 0",
+            answer_f1,
+        ),
+        CorpusMetric(
+            "exact_match",
+            "texts",
+            ANSWER_WIDTH,
+            True,
+            "rows with the words of their reference / rows",
+            exact_match,
+        ),
+        CorpusMetric("has_answer_f1", "texts", ANSWER_WIDTH, True, "mean F1 of rows with an answer", has_answer_f1),
+        CorpusMetric(
+            "no_answer_accuracy",
+            "texts",
+            ANSWER_WIDTH,
+            True,
+            "rows without an answer that got none / rows without an answer",
+            no_answer_accuracy,
+        ),
     )
 }
 
@@ -187,7 +221,7 @@ def compute_corpus_metric(name: str, statistics: Floats) -> float | None:
 
 
 def compute_text_statistics(name: str, hypotheses: Sequence[str], references: Sequence[str]) -> Floats:
-    """What `bleu`, `bleu_zh` or `chrf` needs of each row, (N, S).
+    """What a metric of texts, such as `bleu` or `answer_f1`, needs of each row, (N, S).
 
     Args:
         name: The metric.
@@ -199,6 +233,8 @@ def compute_text_statistics(name: str, hypotheses: Sequence[str], references: Se
     """
     if len(hypotheses) != len(references):
         raise ValueError(f"hypotheses must be as many as references, {len(references)}, got {len(hypotheses)}")
+    if CORPUS_METRICS[name].width == ANSWER_WIDTH:
+        return compute_answer_statistics(hypotheses, references)
     # sacreBLEU's own significance tests take the statistics of rows from the same function.
     rows = _build_sacrebleu(name)._extract_corpus_statistics(hypotheses, [references])
     return np.array(rows, dtype=np.float64).reshape(len(references), CORPUS_METRICS[name].width)

@@ -200,9 +200,14 @@ KINDS: dict[str, TaskKind] = {
         ("mrr", "recall_at_1", "recall_at_5", "ndcg_at_10"),
         ("bm25", "frozen", "fused"),
     ),
+    "spans": TaskKind(
+        "tasks that find answers in passages",
+        ("answer_f1", "exact_match", "has_answer_f1", "no_answer_accuracy"),
+        ("no_answer", "bm25_sentence"),
+    ),
 }
-"""By what the metrics look at: class scores, next tokens, hidden tokens, written texts and their references, or the
-places of what was looked for."""
+"""By what the metrics look at: class scores, next tokens, hidden tokens, written texts and their references, the places
+of what was looked for, or answers in passages."""
 
 
 def compute_metric(name: str, references: npt.ArrayLike, scores: npt.ArrayLike) -> float:

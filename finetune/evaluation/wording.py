@@ -32,6 +32,9 @@ NAMES = {
     "ndcg_at_10": "NDCG@10",
     "outside_auroc": "AUROC, out of scope",
     "outside_recall_at_95": "out of scope found",
+    "answer_f1": "answer F1",
+    "has_answer_f1": "answer F1 where there is one",
+    "no_answer_accuracy": "accuracy where there is none",
     "majority": "Always the most frequent class",
     "tfidf_logreg": "TF-IDF + logistic regression",
     "frozen_logreg": "Frozen base + logistic regression",
@@ -42,6 +45,8 @@ NAMES = {
     "bm25": "Shared words (BM25)",
     "frozen": "Frozen base",
     "fused": "BM25 + frozen base, fused by rank",
+    "no_answer": "No answer, always",
+    "bm25_sentence": "The sentence nearest to the question (BM25)",
     "beats_baselines": "beats the baselines",
 }
 MEANINGS = {
@@ -66,6 +71,10 @@ MEANINGS = {
     "recall_at_1": "the share of questions with a right entry on top",
     "recall_at_5": "the share of right entries that are among the first five",
     "ndcg_at_10": "how high the right entries stand among the first ten, from 0 to 1",
+    "answer_f1": "the words that answer and reference share (SQuAD); for a question without an answer, 1 for silence",
+    "exact_match": "the share of answers with the reference\N{RIGHT SINGLE QUOTATION MARK}s words, articles aside",
+    "has_answer_f1": "the same for questions that have an answer in their passage",
+    "no_answer_accuracy": "the share of questions without an answer that got none",
 }
 OUTSIDE_SCORES = {"energy": "the energy of the logits", "max_probability": "1 - the largest probability"}
 """What a score of being outside is."""

@@ -51,6 +51,16 @@ TYPE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "generate": {"beams": 5},
         },
     },
+    "question_answering": {
+        # BERT's for SQuAD: long enough that most passages are read in one window (arXiv:1810.04805).
+        "model": {"max_length": 384},
+        "train": {"early_stop": {"metric": "answer_f1"}},
+        "evaluate": {
+            "metrics": ["answer_f1", "exact_match", "has_answer_f1", "no_answer_accuracy"],
+            "baselines": ["no_answer", "bm25_sentence"],
+            "calibrate": "none",
+        },
+    },
 }
 # Methods of few weights need larger steps. Each is the best on validation of two or three rates, tried for 60 steps on
 # the sample headlines with MiniLM and one seed: a place to begin, not the end of a search.

@@ -17,6 +17,8 @@ from finetune.recipe.section import Section as Section
 SCHEMA_VERSION = 1
 SEARCHING = ("retrieval", "reranking")
 """Task types that look for entries of a knowledge file."""
+WITH_HEAD = ("text_classification", "question_answering")
+"""Task types whose models are a pretrained base and a head."""
 ASSISTANT_TYPES = ("text_classification", *SEARCHING)
 """The tasks of a customer-service assistant, one of each."""
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -37,6 +39,8 @@ Baseline = Literal[
     "bm25",
     "frozen",
     "fused",
+    "no_answer",
+    "bm25_sentence",
 ]
 OutsideScore = Literal["energy", "max_probability"]
 
@@ -88,7 +92,7 @@ class ModelSection(Section):
     """Keep the base's linear layers in 8 or 4 bits while a LoRA adapter is trained on it (the extra `quantize`):
     `int8` with a scale for each output, `nf4` as in arXiv:2305.14314. The adapter then loads on the whole base."""
     max_length: int = Field(default=128, ge=8, le=8192)
-    """Tokens after which a text is cut."""
+    """Tokens after which a text is cut. For question_answering 384, and what is longer is read in several windows."""
     pooling: Literal["auto", "first", "mean"] = "auto"
     """What the head reads: the first token, or the mean over tokens (`triad` only). `auto`: the mean where the base
     says so in `1_Pooling/config.json`, as sentence encoders do; else what the base's own class reads."""
@@ -147,14 +151,18 @@ class SplitSection(Section):
 class TaskSection(Section):
     """One problem: its shape, its data and its labels."""
 
-    type: Literal["text_classification", "causal_lm", "masked_lm", "seq2seq", "retrieval", "reranking"]
+    type: Literal[
+        "text_classification", "causal_lm", "masked_lm", "seq2seq", "retrieval", "reranking", "question_answering"
+    ]
     """The problem shape: one class per text; the next token; masked tokens; a text for a text; the entries that answer
-    a question, found among all; the same, looked at again one by one."""
+    a question, found among all; the same, looked at again one by one; a question's answer, or that there is none, in a
+    passage."""
     data: str = Field(min_length=1)
     """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Role -> column of the data; roles are named by the task type (`text`, and `label`, `target` or `entry`).
-    `context`: what was said before a text, read where it is named."""
+    """Role -> column of the data; roles are named by the task type: `text`, and `label`, `target` or `entry`; for
+    question_answering `passage` and `answer`, and `answer_start` where there is one. `context`: what was said before a
+    text, read where it is named."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     out_of_scope: str | None = Field(default=None, min_length=1)
@@ -174,6 +182,11 @@ class TaskSection(Section):
     and do not answer it."""
     candidates: int = Field(default=20, ge=2, le=1000)
     """Entries that `reranking` looks at again when it is judged."""
+    stride: int | None = Field(default=None, ge=0)
+    """Tokens that two windows share in which `question_answering` reads a passage longer than model.max_length; default
+    a third of that."""
+    max_answer_tokens: int = Field(default=30, ge=1)
+    """Most tokens of an answer that `question_answering` gives."""
     class_names: Literal["ignore", "rows"] = "ignore"
     """`rows`: the name of each class, underscores as spaces, is one more train row of it. Where rows are few, names say
     much."""
@@ -385,9 +398,9 @@ class Recipe(Section):
                 "class reads its features as they are."
             )
         if self.model.base == SCRATCH_BASE:
-            if understanding := sorted(types & {"text_classification", *SEARCHING}, reverse=True):
+            if pretrained := types & {*WITH_HEAD, *SEARCHING}:
                 problems.append(
-                    f"model.base: must be a pretrained base for {understanding[0]}, got 'scratch'. Pretrain one first: "
+                    f"model.base: must be a pretrained base for {max(pretrained)}, got 'scratch'. Pretrain one first: "
                     "finetune run pretrain_mlm, then set model.base to that run."
                 )
             if self.adapter.method != "full":
@@ -415,8 +428,8 @@ class Recipe(Section):
                 "model.adapters: must be left out when adapter.method is full, got "
                 f"{len(self.model.adapters)}: nothing would take their place."
             )
-        if self.adapter.method == "head" and types != {"text_classification"}:
-            headless = min(types - {"text_classification"})
+        if self.adapter.method == "head" and (without := types - set(WITH_HEAD)):
+            headless = min(without)
             problems.append(
                 f"adapter.method: must change the base for {headless}, got 'head': the task has no head of its own."
             )
@@ -438,6 +451,10 @@ class Recipe(Section):
             problems += self._list_few_shot_problems(where, task)
             if task.type != "text_classification" and self.model.normalize_features:
                 problems.append(f"model.normalize_features: must be false for {task.type}, got true.")
+            if task.type == "question_answering":
+                problems += self._list_window_problems(where, task)
+            elif task.stride is not None:
+                problems.append(f"{where}.stride: must be left out for {task.type}, got {task.stride}.")
             if task.separator is not None and task.type != "causal_lm":
                 problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
             problems += self._list_search_problems(where, task)
@@ -466,6 +483,20 @@ class Recipe(Section):
             )
         if task.type == "reranking" and task.negatives == 0:
             problems.append(f"{where}.negatives: must be at least 1 for reranking, got 0: nothing could be compared.")
+        return problems
+
+    def _list_window_problems(self, where: str, task: TaskSection) -> list[str]:
+        problems = []
+        if task.clean:
+            problems.append(
+                f"{where}.clean: must be left out for question_answering, got {', '.join(task.clean)}: an answer is a "
+                "place in the passage as it stands."
+            )
+        if task.stride is not None and task.stride >= self.model.max_length // 2:
+            problems.append(
+                f"{where}.stride: must be below half of model.max_length, {self.model.max_length // 2}, got "
+                f"{task.stride}."
+            )
         return problems
 
     def _list_few_shot_problems(self, where: str, task: TaskSection) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from finetune.tasks.causal_lm import CausalLM
 from finetune.tasks.masked_lm import MaskedLM
 from finetune.tasks.multi_task import MultiTask
+from finetune.tasks.question_answering import QuestionAnswering
 from finetune.tasks.reranking import Reranking
 from finetune.tasks.retrieval import Retrieval
 from finetune.tasks.seq2seq import Seq2Seq
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
     Seq2Seq.type: Seq2Seq,
     Retrieval.type: Retrieval,
     Reranking.type: Reranking,
+    QuestionAnswering.type: QuestionAnswering,
 }
 
 
@@ -38,6 +40,7 @@ __all__ = [
     "Judgement",
     "MaskedLM",
     "MultiTask",
+    "QuestionAnswering",
     "Reranking",
     "Retrieval",
     "Seq2Seq",

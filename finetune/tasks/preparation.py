@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
@@ -156,7 +156,7 @@ def _prepare_part(
         section.data, section.columns, roles=shape.roles, optional=shape.optional_roles, relative_to=relative_to
     )
     entries = _load_entries(section, source, relative_to) if ENTRY in shape.roles else []
-    known = section.model_copy(update={"columns": source.columns})
+    known = section.model_copy(update={"columns": {**section.columns, **source.columns}})
     task = shape.build(known, _get_card_labels(source), source.rows, entries)
     rows = task.prepare_rows(source.rows)
     splits = split_rows(rows, section.split, seed=seed, columns=source.columns)
@@ -166,7 +166,7 @@ def _prepare_part(
         task.labels,
         leaks=section.split.leaks,
         texts=list_texts(task),
-        context=CONTEXT if CONTEXT in source.columns else None,
+        same=list_same(source.columns),
         out_of_scope=section.out_of_scope,
     )
     findings = [*apart, *findings]
@@ -239,8 +239,13 @@ def _check_across(parts: Mapping[str, Part]) -> list[Finding]:
 
 
 def list_texts(task: Task) -> list[str]:
-    """The roles of a task that are texts."""
-    return [role for role in task.roles if role not in ("label", ENTRY)]
+    """The roles of a task that are texts which no row may lack."""
+    return [role for role in task.roles if role not in ("label", "answer", ENTRY)]
+
+
+def list_same(roles: Collection[str]) -> list[str]:
+    """Those of the roles that together make two rows the same: one question may be asked about several passages."""
+    return [role for role in (CONTEXT, "text", "passage") if role in roles]
 
 
 def _measure_lengths(task: Task, rows: Sequence[Row], examples: Examples, tokenizer: Any, max_length: int) -> Indices:
@@ -266,9 +271,13 @@ def load_held_out(
     if any(row.split == "test" for row in rows):
         rows = [row for row in rows if row.split == "test"]
     outside = task.out_of_scope if isinstance(task, TextClassification) else None
-    _, own = check_rows({"test": rows}, task.labels, leaks="fail", texts=list_texts(task), out_of_scope=outside)
+    same = list_same(source.columns)
+    _, own = check_rows(
+        {"test": rows}, task.labels, leaks="fail", texts=list_texts(task), same=same, out_of_scope=outside
+    )
     raise_on_errors([finding for finding in own if finding.kind != "absent_class"], source.origin)
     # A new set may repeat training texts; that is for the reader to know, and no reason to refuse.
-    _, together = check_rows({"train": list(train), "test": rows}, task.labels, leaks="warn", out_of_scope=outside)
+    splits = {"train": list(train), "test": rows}
+    _, together = check_rows(splits, task.labels, leaks="warn", same=same, out_of_scope=outside)
     shared = [finding for finding in together if finding.kind in ("leak", "near_leak")]
     return source, rows, shared

@@ -19,8 +19,9 @@ from finetune.artifact.save import save_model
 from finetune.models.base import SCRATCH, BaseModel
 from finetune.models.classifier import build_classifier
 from finetune.models.language import build_language_model
+from finetune.models.question_answering import build_answerer
 from finetune.models.tokenizer import train_tokenizer
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import WITH_HEAD, Recipe
 
 TEXTS = ["some text and some more", "another text", "more text than some"]
 STATUS = {
@@ -51,6 +52,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "masked_lm": {},
     "causal_lm": {"evaluate": SAMPLING},
     "seq2seq": {"evaluate": BEAMS},
+    "question_answering": {"adapter": {"method": "full"}},
 }
 CLEAN = """
 import contextlib, io, json, os, sys
@@ -76,7 +78,7 @@ print(json.dumps(found))
 def save_run(kind: str, folder: Path, tiny_base: Path) -> str:
     """A run's `model/` with random weights, and the Python of its card."""
     folder.mkdir()
-    scratch = kind != "text_classification"
+    scratch = kind not in WITH_HEAD
     model_section = {"base": "scratch", "scratch": SIZE} if scratch else {"base": str(tiny_base)}
     recipe = Recipe.model_validate(
         {
@@ -95,7 +97,10 @@ def save_run(kind: str, folder: Path, tiny_base: Path) -> str:
     else:
         tokenizer = BertTokenizerFast.from_pretrained(tiny_base)
         base = BaseModel(str(tiny_base), tiny_base, "local folder")
-        model = build_classifier(base, TEST["labels"], recipe.model, seed=1)
+        if kind == "text_classification":
+            model = build_classifier(base, TEST["labels"], recipe.model, seed=1)
+        else:
+            model = build_answerer(base, recipe.model, seed=1)
     save_model(model, tokenizer, folder / "model", {})
     (name,) = recipe.tasks
     card = build_model_card(recipe, {name: None}, {name: TEST}, STATUS, LOCK)
@@ -133,6 +138,7 @@ def found(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ("masked_lm", "TriadForMaskedLM"),
         ("causal_lm", "TriadForCausalLM"),
         ("seq2seq", "TriadForSeq2SeqLM"),
+        ("question_answering", "TriadForQuestionAnswering"),
     ],
 )
 def test_the_code_loads_the_class_ready_to_answer(found: dict[str, Any], kind: str, model: str) -> None:

@@ -145,6 +145,49 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"model": {"normalize_features": True}},
         "model.normalize_features: must be false for causal_lm, got true.",
     ),
+    "an answerer from scratch": (
+        "question_answering",
+        {},
+        "model.base: must be a pretrained base for question_answering, got 'scratch'. Pretrain one first: "
+        "finetune run pretrain_mlm, then set model.base to that run.",
+    ),
+    "classes of answers": (
+        "question_answering",
+        {"tasks": {"tone": {"labels": ["a", "b"]}}},
+        "tasks.tone.labels: must be left out for question_answering, got 2 labels.",
+    ),
+    "so many questions of each class": (
+        "question_answering",
+        {"tasks": {"tone": {"split": {"shots": 8}}}},
+        "tasks.tone.split.shots: must be left out for question_answering, which has no classes, got 8.",
+    ),
+    "cleaned passages": (
+        "question_answering",
+        {"tasks": {"tone": {"clean": ["html", "urls"]}}},
+        "tasks.tone.clean: must be left out for question_answering, got html, urls: an answer is a place in the "
+        "passage as it stands.",
+    ),
+    "windows that hardly move on": (
+        "question_answering",
+        {"tasks": {"tone": {"stride": 16}}, "model": {"max_length": 32}},
+        "tasks.tone.stride: must be below half of model.max_length, 16, got 16.",
+    ),
+    "windows of a translation": (
+        "seq2seq",
+        {"tasks": {"tone": {"stride": 4}}},
+        "tasks.tone.stride: must be left out for seq2seq, got 4.",
+    ),
+    "a temperature for answers": (
+        "question_answering",
+        {"evaluate": {"calibrate": "temperature"}},
+        "evaluate.calibrate: must be none for question_answering, got 'temperature'.",
+    ),
+    "an answerer's baseline for a translation": (
+        "seq2seq",
+        {"evaluate": {"baselines": ["bm25_sentence"]}},
+        "evaluate.baselines: must name baselines out of copy, nearest, got 'bm25_sentence'. It is for tasks that find "
+        "answers in passages.",
+    ),
     "a separator between sentences of a translation": (
         "seq2seq",
         {"tasks": {"tone": {"separator": "\n"}}},

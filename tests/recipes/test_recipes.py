@@ -10,9 +10,11 @@ import pytest
 from finetune.data.catalog import card_names, list_cards, load_card
 from finetune.data.cleaning import normalize_for_duplicates
 from finetune.data.sources import load_rows
-from finetune.recipe import list_recipes, load_recipe, shipped_folder
+from finetune.data.splits import split_rows
+from finetune.recipe import find_recipe, list_recipes, load_recipe, shipped_folder
 from finetune.recipe.comparison import list_comparisons, load_comparison
-from finetune.runner import check
+from finetune.runner import check, run
+from finetune.tasks import QuestionAnswering
 
 RECIPES = list_recipes()
 COMPARISONS = list_comparisons()
@@ -121,6 +123,35 @@ def test_headlines_hold_enough_of_each_class():
     assert sum(labels.values()) >= 700
     assert set(labels) == set(card.labels)
     assert min(labels.values()) > 0.2 * sum(labels.values())
+
+
+def test_answers_stand_in_their_passages():
+    rows = load_rows("shop_policies", {}, roles=QuestionAnswering.roles).rows
+    for row in rows:
+        values = row.values
+        start = values["answer_start"]
+        assert (start == "") == (not values["answer"])
+        assert not values["answer"] or values["passage"].startswith(values["answer"], int(start))
+    assert 0.2 < sum(not row.values["answer"] for row in rows) / len(rows) < 0.3
+    assert len({row.values["passage"] for row in rows}) == len({row.values["passage_id"] for row in rows}) >= 30
+
+
+def test_no_passage_of_the_question_answering_recipe_is_in_two_splits():
+    task = load_recipe(find_recipe("question_answering")).tasks["policies"]
+    rows = load_rows(task.data, task.columns, roles=QuestionAnswering.roles).rows
+    splits = split_rows(rows, task.split, seed=13)
+    passages = [{row.values["passage"] for row in part} for part in splits.values()]
+    assert sum(map(len, passages)) == len(set().union(*passages))
+
+
+def test_the_question_answering_recipe_runs_on_a_small_base(tiny_base, tmp_path):
+    """Its passages then take several windows each."""
+    steps = ["train.max_steps=2", "train.precision=float32", "evaluate.resamples=100"]
+    base = [f"model.base={tiny_base}", "model.max_length=64"]
+    test = run("question_answering", [*base, *steps], runs=tmp_path, quiet=True).test
+    assert test["rows"] == 80
+    assert test["baselines"]["bm25_sentence"]["metrics"]["answer_f1"]["value"] > 0.25
+    assert set(test["slices"]) == {"length", "topic"}
 
 
 def test_every_sample_set_is_marked_as_illustrative():

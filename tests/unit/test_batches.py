@@ -38,6 +38,16 @@ def test_packed_rows_lie_end_to_end_and_their_positions_start_again():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
+def test_token_types_are_laid_out_like_tokens(tmp_path):
+    examples = Examples.build([[5, 6], [7], [8, 9, 10]], [0, 1, 2], types=[[0, 1], [0], [0, 1, 1]])
+    examples.save(tmp_path / "rows.safetensors")
+    for one in (examples, Examples.load(tmp_path / "rows.safetensors")):
+        assert collate(one, np.array([2, 0]), 0)["token_type_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
+        assert collate(one, np.array([2, 0]), None)["token_type_ids"].tolist() == [[0, 1, 1, 0, 1]]
+        assert collate(one.take(np.array([0])), np.array([0]), 0)["token_type_ids"].tolist() == [[0, 1]]
+    assert "token_type_ids" not in collate(EXAMPLES, np.array([0]), 0)
+
+
 def test_prediction_begins_with_the_longest_row():
     batches = plan_prediction(np.array([2, 9, 1, 4, 4]), tokens_per_batch=9)
     assert [rows.tolist() for rows in batches] == [[1], [3, 4], [0, 2]]

@@ -135,6 +135,16 @@ def test_exact_leak_fails_the_run():
     assert len(splits["train"]) == 3
 
 
+def test_rows_may_be_the_same_by_two_texts_together():
+    splits = {
+        "train": [Row("t:1", None, 1, {"text": "How long?", "passage": "Two days."})],
+        "validation": [Row("v:1", None, 1, {"text": "How long?", "passage": "A week."})],
+        "test": [Row("e:1", None, 1, {"text": "How long?", "passage": "two days"})],
+    }
+    _, findings = check_rows(splits, None, leaks="fail", same=("text", "passage"))
+    assert [(finding.kind, finding.split, finding.rows) for finding in findings] == [("leak", "train", ("t:1",))]
+
+
 def test_exact_leaks_may_stay_with_a_warning():
     splits, findings = check("warn", train=[("Epsilon raises outlook! https://t.co/x", "pos")])
     finding = only(findings)

@@ -29,6 +29,7 @@ SCORES = {
     "causal_lm": {"loss": 1.5948, "perplexity": 4.9277, "token_accuracy": 0.5312},
     "masked_lm": {"loss": 2.1482, "perplexity": 8.5694},
     "seq2seq": {"bleu": 33.4171, "chrf": 58.3812, "loss": 1.4692},
+    "question_answering": {"answer_f1": 0.7, "exact_match": 0.6},
 }
 PAIRS = Card(
     name="pairs",
@@ -178,6 +179,8 @@ def test_the_code_writes_as_the_judged_model_did(generate: dict[str, Any], words
         ("masked_lm", "full", "ForMaskedLM"),
         ("seq2seq", "lora", "ForSeq2SeqLM"),
         ("seq2seq", "full", "ForSeq2SeqLM"),
+        ("question_answering", "lora", "ForQuestionAnswering"),
+        ("question_answering", "full", "ForQuestionAnswering"),
     ],
 )
 def test_the_code_is_python_for_every_kind_of_model(kind: str, method: str, head: str, architecture: str) -> None:
@@ -199,6 +202,7 @@ def test_the_code_is_python_for_every_kind_of_model(kind: str, method: str, head
         ("causal_lm", 'finetune.load("model").generate(["some text"])'),
         ("seq2seq", 'finetune.load("model").generate(["some text"])'),
         ("masked_lm", "model: {base: model}"),
+        ("question_answering", 'finetune.load("model").answer("some question", "some passage")'),
     ],
 )
 def test_use_with_the_toolkit(kind: str, words: str) -> None:
@@ -215,6 +219,8 @@ def test_use_with_the_toolkit(kind: str, words: str) -> None:
         ("causal_lm", "- It writes what is likely, not what is true, and may repeat passages of its training text."),
         ("masked_lm", "- It sees at most 128 tokens at once."),
         ("masked_lm", "- It is a base for fine-tuning: by itself it guesses single tokens."),
+        ("question_answering", "- Passages longer than 384 tokens are read in windows: it sees one at a time."),
+        ("question_answering", "- An answer stands in the passage word for word;"),
     ],
 )
 def test_limits(kind: str, words: str) -> None:
