@@ -13,6 +13,7 @@ from finetune.applications.support import load as loading
 from finetune.applications.support.assistant import HAND_OVER
 from finetune.applications.support.evaluate import build_questions
 from finetune.applications.support.load import load_assistant, save_assistant
+from finetune.applications.support.relevance import Relevance, save_relevance
 from finetune.applications.support.thresholds import Costs
 from finetune.artifact.run_folder import RunFolder, save_json
 from finetune.errors import UsageError
@@ -36,8 +37,9 @@ def run(tmp_path, reader, entries, intents_file, monkeypatch):
     questions = build_questions(QUESTIONS, reader.intents)
     support = loading.find_support_folder(RunFolder(folder))
     save_assistant(support, reader, entries, intents_file, questions, Costs())
-    # Five questions choose thresholds that no conversation should depend on.
+    # Five questions choose thresholds and weights that no conversation should depend on.
     save_json(support / "thresholds.json", {"thresholds": THRESHOLDS})
+    save_relevance(support / "relevance.json", Relevance())
     return folder
 
 

@@ -12,6 +12,7 @@ from finetune.applications.support.dialogue import Pending, Session
 from finetune.applications.support.index import Found, KnowledgeIndex
 from finetune.applications.support.quotes import Writer, compose_answer, quote_answer
 from finetune.applications.support.reader import Reader, Reading
+from finetune.applications.support.relevance import Relevance
 from finetune.applications.support.slots import MAX_FREE_CHARACTERS, describe_slot, find_pattern, find_values
 from finetune.applications.support.templates import Intent, Intents, fill_slots, fill_template
 from finetune.applications.support.thresholds import Signals, Thresholds, decide
@@ -89,6 +90,7 @@ class Assistant:
         index: what is known, read by the same model.
         intents: what each of the model's intents is called, and its template.
         thresholds: how sure it must be.
+        relevance: how sure an entry is, from what speaks for it; None for the reader's word alone.
         writer: writes answers from passages; without one, or where a passage does not support them, it is quoted.
     """
 
@@ -98,10 +100,11 @@ class Assistant:
         index: KnowledgeIndex,
         intents: Intents,
         thresholds: Thresholds,
+        relevance: Relevance | None = None,
         writer: Writer | None = None,
     ) -> None:
         self.reader, self.index, self.intents, self.thresholds = reader, index, intents, thresholds
-        self.writer = writer
+        self.relevance, self.writer = relevance, writer
 
     def reply(self, text: str, session: Session) -> Reply:
         """Answer a message and put both into the session."""
@@ -119,7 +122,7 @@ class Assistant:
     def observe(self, text: str, context: str) -> tuple[Reading, list[Found], Signals]:
         """What is read and found, and the numbers that decide."""
         reading = self.reader.read(text, context)
-        found = self.index.find(text, context, reading.features, self.reader)
+        found = self.index.find(text, context, reading.features, self.reader, self.relevance)
         return reading, found, self.build_signals(reading, found)
 
     def build_signals(self, reading: Reading, found: Sequence[Found]) -> Signals:

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune.applications.support.assistant import Assistant, Reply
 from finetune.applications.support.dialogue import Session
-from finetune.applications.support.index import Found
-from finetune.applications.support.reader import Reading
+from finetune.applications.support.index import Found, KnowledgeIndex
+from finetune.applications.support.reader import Reader, Reading
 from finetune.applications.support.thresholds import Numbers, Outcome, Signals
 from finetune.errors import DataError
 from finetune.evaluation.intervals import Estimate, Interval, compute_interval, draw_weights
@@ -79,6 +80,20 @@ def build_questions(rows: Sequence[Mapping[str, Any]], intents: Sequence[str]) -
             )
         )
     return questions
+
+
+def collect_evidence_of(
+    index: KnowledgeIndex, reader: Reader, questions: Sequence[Question]
+) -> tuple[list[Numbers], list[npt.NDArray[np.bool_]]]:
+    """What speaks for the candidates of each question, (n, 3), and whether each of them answers, (n,)."""
+    evidence, right = [], []
+    for question in questions:
+        context = Session.from_context(question.context).context
+        features = reader.read(question.text, context).features
+        first, found = index.examine(question.text, context, features, reader)
+        evidence.append(found)
+        right.append(np.array([index.entries[number].id in question.entries for number in first]))
+    return evidence, right
 
 
 def collect_outcomes(assistant: Assistant, questions: Sequence[Question]) -> list[Outcome]:

@@ -13,6 +13,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from finetune.applications.support.reader import Floats, Reader
+from finetune.applications.support.relevance import Relevance, collect_evidence
 from finetune.artifact.run_folder import load_json, save_json
 from finetune.data.knowledge import Entry, load_knowledge, save_knowledge
 from finetune.data.ranking import LexicalIndex, fuse_rankings
@@ -71,18 +72,31 @@ class KnowledgeIndex:
             kept |= dict(zip(new, np.asarray(reader.embed(new), dtype=np.float32), strict=True))
         return cls(entries, np.stack([kept[entry.passage] for entry in entries]), reader.fingerprint)
 
-    def find(self, text: str, context: str, features: Floats, reader: Reader) -> list[Found]:
+    def find(
+        self, text: str, context: str, features: Floats, reader: Reader, relevance: Relevance | None = None
+    ) -> list[Found]:
         """The entries that answer best, best first, at most `RERANKED`.
-
-        The rankings by words (BM25) and by meaning are fused by reciprocal ranks; the model then reads the first few.
-        Where there is a context, the customer's turn before this one is a third ranking: "and for the other card?"
-        shares no word with what it asks for.
 
         Args:
             text: the question.
             context: the dialogue before it.
             features: of the text, (D,).
             reader: reads the first few.
+            relevance: weighs what speaks for them; None for the reader's word alone.
+        """
+        first, evidence = self.examine(text, context, features, reader)
+        scores = (relevance or Relevance()).compute_probabilities(evidence)
+        best = np.argsort(-scores, kind="stable")
+        return [Found(self.entries[first[place]], float(scores[place])) for place in best]
+
+    def examine(
+        self, text: str, context: str, features: Floats, reader: Reader
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+        """The numbers of the first few entries, (n,), and what speaks for each, (n, 3); see `collect_evidence`.
+
+        The rankings by words (BM25) and by meaning are fused by reciprocal ranks; the model then reads the first few.
+        Where there is a context, the customer's turn before this one is a third ranking: "and for the other card?"
+        shares no word with what it asks for.
         """
         dense = self.features @ features  # (E,)
         asked = [text, *find_last_customer_turn(context)]
@@ -91,9 +105,8 @@ class KnowledgeIndex:
         tops = np.unique(np.concatenate([_find_largest(scores, FUSED) for scores in rankings]))
         fused = fuse_rankings([scores[tops] for scores in rankings])
         first = tops[np.argsort(-fused, kind="stable")[:RERANKED]]
-        scores = reader.rerank(text, context, [self.entries[index].passage for index in first])
-        best = np.argsort(-scores, kind="stable")
-        return [Found(self.entries[first[place]], float(scores[place])) for place in best]
+        reread = reader.rerank(text, context, [self.entries[index].passage for index in first])
+        return first, collect_evidence(dense, first, reread)
 
     def save(self, folder: Path) -> None:
         """Write knowledge, features and what they belong to; a crash in between leaves an index that is refused."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.applications.support.assistant import Assistant
-from finetune.applications.support.evaluate import Question, collect_outcomes
+from finetune.applications.support.evaluate import Question, collect_evidence_of, collect_outcomes
 from finetune.applications.support.index import KnowledgeIndex
 from finetune.applications.support.reader import Reader
+from finetune.applications.support.relevance import fit_relevance, load_relevance, save_relevance
 from finetune.applications.support.templates import load_intents
 from finetune.applications.support.thresholds import (
     NEVER,
@@ -24,7 +25,7 @@ from finetune.data.knowledge import Entry, load_knowledge
 from finetune.errors import FinetuneError, UsageError
 from finetune.recipe.files import write_file_atomically
 
-_INDEX, _INTENTS, _THRESHOLDS = "index", "intents.jsonl", "thresholds.json"
+_INDEX, _INTENTS, _THRESHOLDS, _RELEVANCE = "index", "intents.jsonl", "thresholds.json", "relevance.json"
 
 
 def load_assistant(run: str | Path, knowledge: Path | None = None) -> Assistant:
@@ -50,7 +51,8 @@ def load_assistant(run: str | Path, knowledge: Path | None = None) -> Assistant:
     else:
         index = KnowledgeIndex.build(load_knowledge(str(knowledge)), reader, _load_own_index(support, reader))
     intents = load_intents(support / _INTENTS, reader.intents)
-    return Assistant(reader, index, intents, load_thresholds(support / _THRESHOLDS))
+    relevance = load_relevance(support / _RELEVANCE)
+    return Assistant(reader, index, intents, load_thresholds(support / _THRESHOLDS), relevance)
 
 
 def save_assistant(
@@ -71,13 +73,16 @@ def save_assistant(
     """
     checked = load_intents(intents, reader.intents)
     index = KnowledgeIndex.build(entries, reader)
-    untuned = Assistant(reader, index, checked, Thresholds(outside=1.0, intent=NEVER, passage=NEVER, pair=NEVER))
+    relevance = fit_relevance(*collect_evidence_of(index, reader, questions))
+    never = Thresholds(outside=1.0, intent=NEVER, passage=NEVER, pair=NEVER)
+    untuned = Assistant(reader, index, checked, never, relevance)
     outcomes = collect_outcomes(untuned, questions)
     thresholds = choose_thresholds(outcomes, costs)
     index.save(folder / _INDEX)
     write_file_atomically(folder / _INTENTS, intents.read_bytes())
+    save_relevance(folder / _RELEVANCE, relevance)
     save_thresholds(folder / _THRESHOLDS, thresholds, costs, outcomes)
-    return Assistant(reader, index, checked, thresholds)
+    return Assistant(reader, index, checked, thresholds, relevance)
 
 
 def find_support_folder(run: RunFolder) -> Path:
