@@ -37,13 +37,12 @@ def compute_ranking_baselines(
         asked, known = embed()
         rankings["frozen"] = asked @ known.T
     if "fused" in names:
-        rankings["fused"] = fuse(rankings["bm25"], rankings["frozen"])
+        # What shares no word follows by meaning: its place in the file says nothing.
+        words = np.where(rankings["bm25"] > 0, rankings["bm25"], rankings["frozen"] - 2)
+        rankings["fused"] = np.stack(
+            [fuse_rankings(list(rows)) for rows in zip(words, rankings["frozen"], strict=True)]
+        )
     return {name: rankings[name] for name in names}
-
-
-def fuse(*rankings: Rankings) -> Rankings:
-    """Reciprocal rank fusion question by question, (N, E)."""
-    return np.stack([fuse_rankings(list(rows)) for rows in zip(*rankings, strict=True)])
 
 
 def find_places(scores: Scores, right: Sequence[int]) -> Ints:

@@ -21,12 +21,14 @@ from finetune.evaluation.metrics import Ints
 from finetune.evaluation.ranking_baselines import Rankings, compute_ranking_baselines, find_places
 from finetune.models.base import load_tokenizer
 from finetune.models.embedding import compute_embeddings
-from finetune.tasks.encoding import encode_texts, read_question
+from finetune.tasks.encoding import CONTEXT, encode_texts, join_context, read_question
 from finetune.tasks.task import HeldOut, Judgement
 
 ENTRY = "entry"
 """The role that names the right entries of a row: their ids, parted by spaces."""
 SHOWN_ROWS = 5
+TURNS = (0, 1, 2, None)
+"""How many of the last turns a baseline may read; None: all of them."""
 
 
 @dataclass(frozen=True)
@@ -104,30 +106,68 @@ class Library:
         """Token ids of each row's question; of a long one the end stays."""
         return encode_texts([read_question(row, self.reads_context) for row in rows], tokenizer, max_length, keep="end")
 
-    def rank_baselines(self, held_out: HeldOut, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Rankings]:
-        """Scores of all entries by systems without training: name -> (N, E)."""
-        tokenizer = load_tokenizer(held_out.base)
+    def rank_baselines(
+        self, held_out: HeldOut, rows: Sequence[Row], names: Sequence[str]
+    ) -> dict[str, tuple[Rankings, dict[str, Any]]]:
+        """What systems without training make of questions.
+
+        A whole dialogue drowns the question for them. So each reads as many of its last turns as serve it best on
+        validation.
+
+        Returns:
+            Name -> scores of all entries, (N, E), and what was chosen.
+        """
+        asked = {"validation": held_out.rows["validation"], "rows": rows}
+        variants = TURNS if self.reads_context else (None,)
+        texts = {
+            (part, turns): [self._read_last(row, turns) for row in part_rows]
+            for part, part_rows in asked.items()
+            for turns in variants
+        }
         passages = [entry.passage for entry in self.entries]
+        embedded: dict[Any, npt.NDArray[np.float32]] = {}
 
-        def embed() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-            asked = Examples.build(self.encode_questions(rows, tokenizer, held_out.max_length))
-            known = Examples.build(encode_texts(passages, tokenizer, held_out.max_length))
-            questions, entries = compute_embeddings(held_out.base, [asked, known], tokenizer.pad_token_id)
-            return questions, entries
+        def embed(key: tuple[str, int | None]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+            if not embedded:  # the base is loaded once, for all
+                embedded.update(_embed_frozen(held_out, texts | {"entries": passages}))
+            return embedded[key], embedded["entries"]
 
-        return compute_ranking_baselines(
-            names, [read_question(row, self.reads_context) for row in rows], passages, embed
-        )
+        def rank(part: str, turns: int | None) -> dict[str, Rankings]:
+            key = (part, turns)
+            return compute_ranking_baselines(names, texts[key], passages, lambda: embed(key))
 
-    def judge(self, held_out: HeldOut, rankings: Mapping[str, tuple[Rankings, Mapping[str, Rankings]]]) -> Judgement:
+        chosen: dict[str, int | None] = dict.fromkeys(names, variants[0])
+        if len(variants) > 1:
+            tried = {turns: rank("validation", turns) for turns in variants}
+            for name in names:
+                chosen[name] = max(variants, key=lambda turns: self._score(asked["validation"], tried[turns][name]))
+        found = {turns: rank("rows", turns) for turns in set(chosen.values())}
+        return {
+            name: (found[turns][name], {"turns": "all" if turns is None else turns} if self.reads_context else {})
+            for name, turns in chosen.items()
+        }
+
+    def _read_last(self, row: Row, turns: int | None) -> str:
+        """A row's question behind the last turns of its context; all of them where that is None."""
+        context = (row.values.get(CONTEXT) or "") if self.reads_context else ""
+        lines = context.splitlines()
+        return join_context(row.values["text"], "\n".join(lines if turns is None else lines[len(lines) - turns :]))
+
+    def _score(self, rows: Sequence[Row], scores: Rankings) -> float:
+        return compute_mean_metrics(["mrr"], self._find_places(rows, scores))["mrr"]
+
+    def judge(
+        self, held_out: HeldOut, rankings: Mapping[str, Rankings], baselines: Mapping[str, Mapping[str, Any]]
+    ) -> Judgement:
         """Score what the model and the baselines made of each split.
 
         Args:
             held_out: the splits.
-            rankings: split -> scores of the model, (N, E), and of each baseline.
+            rankings: split -> scores of the model, (N, E).
+            baselines: split -> what `rank_baselines` gave.
         """
         scored = {}
-        for name, (scores, baselines) in rankings.items():
+        for name, scores in rankings.items():
             rows = held_out.rows[name]
             split = CorpusSplit(
                 name=name,
@@ -136,12 +176,13 @@ class Library:
                 inputs=[row.values["text"] for row in rows],
                 values=[row.values for row in rows],
                 baselines={
-                    system: SystemOutput(places=self._find_places(rows, other)) for system, other in baselines.items()
+                    system: SystemOutput(places=self._find_places(rows, other), settings=settings)
+                    for system, (other, settings) in baselines[name].items()
                 },
                 opened=held_out.opened if name == "test" else None,
             )
             scored[name] = score_corpus(split, held_out.section, held_out.seed) | {"entries": len(self.entries)}
-        rows, scores = held_out.rows["test"], rankings["test"][0]
+        rows, scores = held_out.rows["test"], rankings["test"]
         first, places = scores.argmax(axis=1), self._find_places(rows, scores)
         return Judgement(
             scored=scored,
@@ -173,6 +214,16 @@ class Library:
             }
             for i in order
         ]
+
+
+def _embed_frozen(held_out: HeldOut, texts: Mapping[Any, Sequence[str]]) -> dict[Any, npt.NDArray[np.float32]]:
+    """The frozen base's embeddings of several lists of texts, by their keys; of a long text the end stays."""
+    tokenizer = load_tokenizer(held_out.base)
+    parts = [
+        Examples.build(encode_texts(part, tokenizer, held_out.max_length, keep="start" if key == "entries" else "end"))
+        for key, part in texts.items()
+    ]
+    return dict(zip(texts, compute_embeddings(held_out.base, parts, tokenizer.pad_token_id), strict=True))
 
 
 def compute_mean_metrics(names: Sequence[str], places: Sequence[Ints]) -> dict[str, float]:

@@ -198,14 +198,15 @@ class Reranking:
 
     def judge(self, held_out: HeldOut) -> Judgement:
         """Rank again the first of what the baseline `fused` finds; behind them everything stays as it was."""
-        rankings: dict[str, tuple[Rankings, dict[str, Rankings]]] = {}
+        rankings: dict[str, Rankings] = {}
+        baselines: dict[str, dict[str, Any]] = {}
         for name in held_out.judged:
             rows = held_out.rows[name]
             names = list(dict.fromkeys([*held_out.section.baselines, "fused"]))
             found = self.library.rank_baselines(held_out, rows, names)
-            scores = self._rerank(held_out, rows, found["fused"])
-            rankings[name] = (scores, {system: found[system] for system in held_out.section.baselines})
-        return self.library.judge(held_out, rankings)
+            rankings[name] = self._rerank(held_out, rows, found["fused"][0])
+            baselines[name] = {system: found[system] for system in held_out.section.baselines}
+        return self.library.judge(held_out, rankings, baselines)
 
     def _rerank(self, held_out: HeldOut, rows: Sequence[Row], first: Rankings) -> Rankings:
         """`first`, (N, E), with the best of each row in the order of the model's scores."""

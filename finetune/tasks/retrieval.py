@@ -230,13 +230,13 @@ class Retrieval:
             return self.compute_outputs(held_out.model, Examples.build(encoded), pad_token_id)
 
         known = embed(encode_texts(passages, held_out.tokenizer, held_out.max_length))
-        rankings = {}
+        rankings, baselines = {}, {}
         for name in held_out.judged:
             rows = held_out.rows[name]
             asked = embed(self.library.encode_questions(rows, held_out.tokenizer, held_out.max_length))
-            baselines = self.library.rank_baselines(held_out, rows, held_out.section.baselines)
-            rankings[name] = ((asked @ known.T).astype(np.float32), baselines)
-        return self.library.judge(held_out, rankings)
+            rankings[name] = (asked @ known.T).astype(np.float32)
+            baselines[name] = self.library.rank_baselines(held_out, rows, held_out.section.baselines)
+        return self.library.judge(held_out, rankings, baselines)
 
     def to_config(self) -> dict[str, Any]:
         """What prediction needs beside the weights; the entries are no part of it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -222,3 +224,20 @@ def test_metrics_while_training_are_those_of_the_ranking(shape, tokenizer):
     assert metrics["mrr"] == pytest.approx(0.75)
     assert metrics["recall_at_1"] == 0.5
     assert metrics["loss"] > 0
+
+
+def test_a_baseline_reads_as_many_turns_as_serve_it_best_on_validation(base, tokenizer):
+    """BM25 needs the last turn, which names the thing, and is misled by the one before it."""
+    rows = [
+        Row(f"r:{n}", None, n, {"text": "how long?", "entry": entry, "context": f"Agent: {other}\nCustomer: {thing}"})
+        for n, (entry, thing, other) in enumerate(
+            [("returns", "return shoes", "hats sell sell red blue"), ("delivery", "delivery", "shoes shoes return")] * 2
+        )
+    ]
+    task = build(Retrieval, rows, columns={"context": "context"})
+    held_out = SimpleNamespace(rows={"validation": rows[:2]}, base=base, max_length=64)
+    scores, settings = task.library.rank_baselines(held_out, rows[2:], ["bm25"])["bm25"]
+    assert settings == {"turns": 1}
+    assert scores.argmax(axis=1).tolist() == [0, 1]
+    alone = build(Retrieval, rows).library.rank_baselines(held_out, rows[2:], ["bm25"])["bm25"]
+    assert alone[1] == {}
