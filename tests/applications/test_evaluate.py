@@ -13,11 +13,14 @@ from finetune.applications.support.evaluate import (
     Question,
     answer_questions,
     build_questions,
+    collect_evidence_of,
     collect_outcomes,
     compute_curve,
     judge,
     summarize,
 )
+from finetune.applications.support.index import KnowledgeIndex
+from finetune.applications.support.reader import RememberingReader
 from finetune.applications.support.thresholds import (
     Costs,
     Outcome,
@@ -153,3 +156,24 @@ def test_the_curve_by_hand():
         pytest.approx(values) for values in ([0.9, 0.2, 1.0], [0.6, 0.6, 2 / 3], [0.45, 0.8, 3 / 4], [0.09, 1.0, 3 / 5])
     ]
     assert compute_curve([]) == []
+
+
+def test_what_was_read_once_is_not_read_again(reader, entries):
+    remembering = RememberingReader(reader)
+    index = KnowledgeIndex.build(entries, remembering)
+    questions = build_questions(ROWS, reader.intents)
+    first = collect_evidence_of(index, remembering, questions)
+    asked = len(reader.reranked)
+    again = collect_evidence_of(index, remembering, questions)
+    assert len(reader.reranked) == asked == len(questions)
+    for one, other in zip(first[0], again[0], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert remembering.fingerprint == reader.fingerprint
+
+
+def test_evidence_is_of_the_candidates_and_their_truth(reader, entries):
+    index = KnowledgeIndex.build(entries, reader)
+    questions = build_questions(ROWS, reader.intents)
+    for question, evidence, right in zip(questions, *collect_evidence_of(index, reader, questions), strict=True):
+        assert evidence.shape == (len(right), 3)
+        assert right.sum() == len(question.entries & {entry.id for entry in entries})

@@ -17,6 +17,7 @@ from finetune.applications.support.evaluate import (
     summarize,
 )
 from finetune.applications.support.load import find_support_folder, save_assistant
+from finetune.applications.support.reader import RememberingReader
 from finetune.applications.support.thresholds import Costs
 from finetune.applications.support.trained import build_reader
 from finetune.artifact.run_folder import RunFolder, find_run, load_json, save_json
@@ -47,7 +48,7 @@ def build_assistant(run: str | Path) -> dict[str, Any]:
     recipe = load_recipe(folder.recipe)
     if recipe.assistant is None:
         raise UsageError(f"{folder.path}: must come from a recipe with `assistant`, got one without. Add it, and run.")
-    reader, place = build_reader(folder), find_support_folder(folder)
+    reader, place = RememberingReader(build_reader(folder)), find_support_folder(folder)
     source = _load_rows(folder, recipe)
     questions = _build_questions(folder, recipe, source, reader.intents)
     assistant = save_assistant(

@@ -46,3 +46,45 @@ class Reader(Protocol):
 
     def rerank(self, text: str, context: str, passages: Sequence[str]) -> Floats:
         """The probability that each passage answers the text, (n,), in [0, 1]."""
+
+
+class RememberingReader:
+    """A reader that reads nothing twice: the same questions are asked to weigh entries, to choose thresholds, and to
+    be answered.
+
+    Args:
+        reader: the model.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._readings: dict[tuple[str, str], Reading] = {}
+        self._scores: dict[tuple[str, str, tuple[str, ...]], Floats] = {}
+
+    @property
+    def intents(self) -> Sequence[str]:
+        """The model's."""
+        return self._reader.intents
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's."""
+        return self._reader.fingerprint
+
+    def read(self, text: str, context: str) -> Reading:
+        """As the model does."""
+        key = (text, context)
+        if key not in self._readings:
+            self._readings[key] = self._reader.read(text, context)
+        return self._readings[key]
+
+    def embed(self, passages: Sequence[str]) -> Floats:
+        """As the model does."""
+        return self._reader.embed(passages)
+
+    def rerank(self, text: str, context: str, passages: Sequence[str]) -> Floats:
+        """As the model does."""
+        key = (text, context, tuple(passages))
+        if key not in self._scores:
+            self._scores[key] = self._reader.rerank(text, context, passages)
+        return self._scores[key]
