@@ -75,7 +75,7 @@ class Library:
         """Numbers of a row's right entries, sorted."""
         return tuple(sorted({self.numbers[name] for name in row.values[ENTRY].split()}))
 
-    def mine(self, rows: Sequence[Row], count: int) -> list[list[int]]:
+    def mine(self, rows: Sequence[Row], count: int, drawn: int = 0) -> list[list[int]]:
         """Entries that share words with a question and do not answer it, the most alike first.
 
         They are looked for among the entries that some of `rows` name and those of the same groups: what belongs to
@@ -84,6 +84,7 @@ class Library:
         Args:
             rows: of one split.
             count: at most so many for a row.
+            drawn: of these so many are drawn from the others, whatever their words.
 
         Returns:
             Numbers of entries for each row.
@@ -94,12 +95,14 @@ class Library:
             [n for n, entry in enumerate(self.entries) if n in named or entry.group in groups], dtype=np.int64
         )
         index = LexicalIndex([self.entries[number].passage for number in pool])
-        mined = []
+        mined, generator = [], np.random.default_rng(len(rows))
         for row in rows:
             scores = index.compute_scores(read_question(row, self.reads_context))
             scores[np.isin(pool, self.find_right(row))] = -np.inf
-            best = np.argsort(-scores, kind="stable")[:count]
-            mined.append([int(pool[place]) for place in best if np.isfinite(scores[place])])
+            order = np.argsort(-scores, kind="stable")
+            order = order[np.isfinite(scores[order])]
+            alike, others = order[: count - drawn], order[count - drawn :]
+            mined.append(pool[[*alike, *generator.permutation(others)[:drawn]]].tolist())
         return mined
 
     def encode_questions(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[list[int]]:

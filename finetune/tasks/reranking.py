@@ -123,7 +123,9 @@ class Reranking:
         questions: list[str] = []
         passages: list[str] = []
         labels: list[int] = []
-        for number, (row, wrong) in enumerate(zip(rows, self.library.mine(rows, self.negatives), strict=True)):
+        # Half of them drawn: what it looks at again was found by meaning, and often shares no word.
+        mined = self.library.mine(rows, self.negatives, self.negatives // 2)
+        for number, (row, wrong) in enumerate(zip(rows, mined, strict=True)):
             right = self.library.find_right(row)
             questions += [read_question(row, self.reads_context)] * (len(right) + len(wrong))
             passages += [self.entries[entry].passage for entry in (*right, *wrong)]

@@ -75,6 +75,16 @@ def test_what_was_said_before_stands_in_front_of_the_question_where_it_is_read(t
     assert tokenizer.truncation_side == "right"
 
 
+def test_drawn_entries_follow_those_that_share_words_and_are_the_same_each_time():
+    library = build(Retrieval).library
+    mined = library.mine(ROWS, 2, 1)
+    assert mined == library.mine(ROWS, 2, 1)
+    assert mined[0][:1] == library.mine(ROWS, 1)[0]
+    for row, wrong in zip(ROWS, mined, strict=True):
+        assert not set(wrong) & set(library.find_right(row))
+        assert len(set(wrong)) == len(wrong)
+
+
 def test_pairs_hold_the_question_and_the_entry(tokenizer):
     examples = build(Reranking, negatives=2).build_examples(ROWS, tokenizer, 64)
     assert examples.labels.tolist() == [1, 0, 0, 3, 3, 2]
