@@ -12,6 +12,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from finetune.evaluation.corpus_metrics import (
     CORPUS_METRICS,
     compute_corpus_metric,
+    compute_rank_statistics,
     compute_text_scores,
     compute_text_statistics,
 )
@@ -124,6 +125,8 @@ def test_direction_is_that_of_a_better_model() -> None:
         if metric.needs == "texts":
             better = compute_text_statistics(name, references, references)
             worse = compute_text_statistics(name, hypotheses, references)
+        elif metric.needs == "ranks":
+            better, worse = (compute_rank_statistics(name, [[1], [place]]) for place in (1, 7))
         else:
             better, worse = LIKELIHOOD * [0.5, 1, 1.2, 1], LIKELIHOOD
         gain = CORPUS_METRICS[name].compute(better.sum(0)[:, None]) - metric.compute(worse.sum(0)[:, None])

@@ -117,7 +117,7 @@ CASES: list[tuple[str, str]] = [
     (
         "tasks: {s: {data: d}}",
         "tasks.s.type: must be given, as one of text_classification, causal_lm, masked_lm, seq2seq, "
-        "question_answering.",
+        "retrieval, reranking, question_answering.",
     ),
     ("tasks: {s: {type: text_classification}}", "tasks.s.data: must be given. A card in the catalog or the samples,"),
 ]
@@ -174,8 +174,8 @@ def test_a_list_of_choices_suggests_the_nearest() -> None:
         Recipe.model_validate({"recipe": 1, "name": "x", "tasks": {}, "evaluate": {"baselines": ["tfidf"]}})
     sentences = dict(explain(caught.value.errors(), Recipe))
     assert sentences["evaluate", "baselines", 0] == (
-        "must be one of majority, tfidf_logreg, frozen_logreg, unigram, ngram, copy, nearest, no_answer, "
-        "bm25_sentence, got 'tfidf'. Did you mean 'tfidf_logreg'?"
+        "must be one of majority, tfidf_logreg, frozen_logreg, unigram, ngram, copy, nearest, bm25, "
+        "frozen, fused, no_answer, bm25_sentence, got 'tfidf'. Did you mean 'tfidf_logreg'?"
     )
 
 

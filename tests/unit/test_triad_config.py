@@ -309,11 +309,13 @@ GOOD = {"type": "token_classification", "num_labels": 2}
         ({}, "TriadForMultiTask needs at least one head in config.heads, got none."),
         (
             {"good": GOOD, "tone": {"type": "regression", "num_labels": 1}},
-            "heads.tone.type must be one of sequence_classification, token_classification, sentence_embedding, got 'regression'.",
+            "heads.tone.type must be one of sequence_classification, token_classification, "
+            "sentence_embedding, got 'regression'.",
         ),
         (
             {"tone": {"num_labels": 2}},
-            "heads.tone.type must be one of sequence_classification, token_classification, sentence_embedding, got None.",
+            "heads.tone.type must be one of sequence_classification, token_classification, "
+            "sentence_embedding, got None.",
         ),
         ({"tone": {"type": "token_classification"}}, "heads.tone.num_labels must be at least 1, got None."),
         ({"tone": GOOD | {"num_labels": 0}}, "heads.tone.num_labels must be at least 1, got 0."),
