@@ -76,7 +76,8 @@ def no_answer_accuracy(sums: Floats) -> Floats:
 
 
 def tune_threshold(margins: Floats, answers: Sequence[str], references: Sequence[str]) -> float:
-    """The margin from which giving an answer makes the mean F1 largest; of equals the nearest to 0.
+    """The margin above which giving an answer makes the mean F1 largest: the middle between two of `margins`, of equals
+    the nearest to 0.
 
     Args:
         margins: how sure a system is that there is an answer, (N,), finite, N at least 1.

@@ -133,7 +133,7 @@ def test_a_run_goes_on_from_a_run(write_recipe, finished_run, tmp_path):
     run = run_from(write_recipe, tmp_path, [finished_run.parent], train=STILL)
     expected = finetune.load(finished_run)
     found = run.load()
-    rows = expected._clean(TEXTS)
+    rows = expected.clean(TEXTS)
     assert found.compute_logits(rows) == pytest.approx(expected.compute_logits(rows), abs=1e-5)
     resolved = (run.folder.path / "recipe.resolved.yaml").read_text()
     assert str(finished_run / "model") in resolved, "the name alone may mean another run tomorrow"

@@ -12,7 +12,7 @@ from finetune.errors import DataError, DivergedError, RecipeError
 from finetune.evaluation.corpus_metrics import compute_corpus_metric
 from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, compute_corpus_estimates, score_corpus
 from finetune.evaluation.intervals import draw_weights
-from finetune.evaluation.scoring import check_early_stop, check_section
+from finetune.evaluation.scoring import check_early_stop, check_section, choose_section
 from finetune.recipe.schema import EvaluateSection
 
 N = 60
@@ -263,12 +263,30 @@ def test_what_does_not_suit_the_task(kind: str, section: dict[str, Any], problem
 
 def test_the_metric_that_stops_training_is_computed_while_training() -> None:
     for kind, name in [("labels", "macro_f1"), ("labels", "loss"), ("texts", "loss"), ("masked", "token_accuracy")]:
-        check_early_stop(name, kind)
+        check_early_stop(name, {"task": kind})
     for kind, name in [("texts", "bleu"), ("likelihood", "bits_per_byte")]:
         with pytest.raises(
             RecipeError,
             match=rf"^train\.early_stop\.metric: must be computed while training, got '{name}'\. Use loss\.",
         ):
-            check_early_stop(name, kind)
+            check_early_stop(name, {"task": kind})
     with pytest.raises(RecipeError, match=r"^train\.early_stop\.metric: must name .*'macro_f1'\. It is for tasks with"):
-        check_early_stop("macro_f1", "texts")
+        check_early_stop("macro_f1", {"task": "texts"})
+
+
+def test_of_several_tasks_the_metric_of_any_stops_training_or_that_of_one() -> None:
+    kinds = {"intent": "labels", "answer": "ranking"}
+    for name in ("macro_f1", "mrr", "loss", "answer.mrr", "intent.accuracy", "answer.loss"):
+        check_early_stop(name, kinds)
+    with pytest.raises(RecipeError, match=r"train.early_stop.metric: must name metrics out of .* got 'macro_f1'"):
+        check_early_stop("answer.macro_f1", kinds)
+
+
+def test_each_of_several_tasks_takes_what_is_for_it() -> None:
+    section = EvaluateSection(
+        metrics=["macro_f1", "mrr", "tpyo"], baselines=["bm25", "majority"], gates={"mrr": ">= 0.5", "accuracy": ">= 0"}
+    )
+    chosen = choose_section(section, "ranking", ["labels", "ranking"])
+    assert (chosen.metrics, chosen.baselines, list(chosen.gates)) == (["mrr", "tpyo"], ["bm25"], ["mrr"])
+    with pytest.raises(RecipeError, match=r"must name a metric for tasks that rank entries, got accuracy\."):
+        choose_section(EvaluateSection(metrics=["accuracy"]), "ranking", ["labels", "ranking"])

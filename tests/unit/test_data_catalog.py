@@ -38,7 +38,8 @@ def test_shipped_cards_are_valid_and_complete():
         assert card.notes
         assert (card.labels is not None) == ("label" in card.roles)
         optional = {"entry", "context"}
-        assert set(card.roles) - optional in ({"text", "label"}, {"text", "target"}, {"text"})
+        shapes = ({"text", "label"}, {"text", "target"}, {"text", "passage", "answer"}, {"text"})
+        assert set(card.roles) - optional in shapes
         assert ("entry" in card.roles) <= (card.knowledge is not None)
         assert set(card.roles.values()) <= set(card.columns)
         assert set(card.rows) == set(card.files)
