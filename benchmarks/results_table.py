@@ -18,7 +18,14 @@ from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.reference import SCRATCH_BASE
 
 HEAD = "| recipe | tuning | test score | seeds | simple methods | trained weights | minutes |"
-SHOWN = {"frozen_logreg": "frozen base", "tfidf_logreg": "TF-IDF", "ngram": "n-grams", "nearest": "nearest pair"}
+SHOWN = {
+    "frozen_logreg": "frozen base",
+    "tfidf_logreg": "TF-IDF",
+    "ngram": "n-grams",
+    "nearest": "nearest pair",
+    "frozen": "frozen base",
+    "bm25": "BM25",
+}
 """The baselines that are worth a place; the others are weaker."""
 
 

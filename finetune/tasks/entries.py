@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.data.batches import Examples
+from finetune.data.cleaning import clean_text
 from finetune.data.knowledge import Entry
 from finetune.data.ranking import LexicalIndex
 from finetune.data.rows import Row
@@ -21,6 +22,7 @@ from finetune.evaluation.metrics import Ints
 from finetune.evaluation.ranking_baselines import Rankings, compute_ranking_baselines, find_places
 from finetune.models.base import load_tokenizer
 from finetune.models.embedding import compute_embeddings
+from finetune.recipe.schema import TextStep
 from finetune.tasks.encoding import CONTEXT, encode_texts, join_context, read_question
 from finetune.tasks.task import HeldOut, Judgement
 
@@ -70,6 +72,13 @@ class Library:
     def keep_answered(self, rows: Sequence[Row]) -> list[Row]:
         """The rows that name an entry."""
         return [row for row in rows if row.values[ENTRY].split()]
+
+    def prepare(self, rows: Sequence[Row], clean: Sequence[TextStep]) -> list[Row]:
+        """The rows that name an entry, all where no entries are at hand, with cleaned texts."""
+        return [
+            replace(row, values={**row.values, "text": clean_text(row.values["text"], clean)})
+            for row in (self.keep_answered(rows) if self.entries else rows)
+        ]
 
     def find_right(self, row: Row) -> tuple[int, ...]:
         """Numbers of a row's right entries, sorted."""

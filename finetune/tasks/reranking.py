@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from finetune.data.batches import Batch, Examples, list_inputs
-from finetune.data.cleaning import clean_text
 from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.evaluation.ranking_baselines import Rankings, find_places
@@ -105,10 +104,7 @@ class Reranking:
 
     def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
         """Clean the questions; what no entry answers is left out."""
-        return [
-            replace(row, values={**row.values, "text": clean_text(row.values["text"], self.clean)})
-            for row in (self.library.keep_answered(rows) if self.entries else rows)
-        ]
+        return self.library.prepare(rows, self.clean)
 
     def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
         """The base's."""
