@@ -56,12 +56,7 @@ class Library:
         Raises:
             DataError: names the first rows that have another.
         """
-        wrong = [
-            f"{row.id} {name!r}"
-            for row in rows
-            for name in (row.values[ENTRY] or "").split()
-            if name not in self.numbers
-        ]
+        wrong = [f"{row.id} {name!r}" for row in rows for name in row.values[ENTRY].split() if name not in self.numbers]
         if wrong:
             more = f" and {len(wrong) - SHOWN_ROWS} more" if len(wrong) > SHOWN_ROWS else ""
             raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,7 +69,7 @@ class Reranking:
     head: ClassVar[dict[str, Any]] = {"type": "sequence_classification", "num_labels": 1, "labels": [RELEVANT]}
     width: ClassVar[int] = 1
 
-    @property
+    @cached_property
     def library(self) -> Library:
         """The entries, and what rows say of them."""
         return Library(self.entries, self.reads_context)

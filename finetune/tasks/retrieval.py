@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,7 +63,7 @@ class Retrieval:
     head: ClassVar[dict[str, Any]] = {"type": "sentence_embedding"}
     width: ClassVar[None] = None
 
-    @property
+    @cached_property
     def library(self) -> Library:
         """The entries, and what rows say of them."""
         return Library(self.entries, self.reads_context)
