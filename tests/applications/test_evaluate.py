@@ -177,3 +177,16 @@ def test_evidence_is_of_the_candidates_and_their_truth(reader, entries):
     for question, evidence, right in zip(questions, *collect_evidence_of(index, reader, questions), strict=True):
         assert evidence.shape == (len(right), 3)
         assert right.sum() == len(question.entries & {entry.id for entry in entries})
+
+
+def test_asking_back_helps_where_a_choice_can_be_answered(assistant):
+    rows = [
+        {"text": "return delivery", "intent": "returns", "entry": "gifts-01"},  # neither has a template
+        {"text": "cancel or return", "intent": "returns", "entry": "gifts-01"},  # chosen, and no entry found answers
+        {"text": "cancel or return", "intent": "returns", "entry": "returns-01"},
+        {"text": "cancel or return", "intent": "cancel_order"},
+    ]
+    outcomes = collect_outcomes(assistant, build_questions(rows, assistant.reader.intents))
+    assert [outcome.pair_right for outcome in outcomes] == [False, False, True, True]
+    assert outcomes[0].signals.pair == 0
+    assert outcomes[1].signals.pair > 0.9

@@ -127,8 +127,11 @@ class Assistant:
 
     def build_signals(self, reading: Reading, found: Sequence[Found]) -> Signals:
         """The numbers that decide."""
-        first, *others = self.rank_intents(reading)
-        pair = float(reading.scores[first] + reading.scores[others[0]]) if others else 0.0
+        ranked = self.rank_intents(reading)
+        first = ranked[0]
+        # To be asked which of two is meant helps where one of them has a template.
+        helps = len(ranked) > 1 and any(self._name(place).template is not None for place in ranked[:2])
+        pair = float(reading.scores[ranked[:2]].sum()) if helps else 0.0
         return Signals(
             outside=float(reading.outside),
             intent=float(reading.scores[first]),

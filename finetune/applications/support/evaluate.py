@@ -113,11 +113,14 @@ def _weigh(
     assistant: Assistant, question: Question, reading: Reading, found: Sequence[Found], signals: Signals
 ) -> Outcome:
     ranked = [assistant.reader.intents[place] for place in assistant.rank_intents(reading)[:2]]
+    passage_right = bool(found) and found[0].entry.id in question.entries
+    # A choice that leads to no template is answered from the entries.
+    answerable = passage_right or (question.intent in ranked and assistant.intents[question.intent or ""].template)
     return Outcome(
         signals=signals,
         template_right=signals.has_template and ranked[0] == question.intent,
-        passage_right=bool(found) and found[0].entry.id in question.entries,
-        pair_right=question.intent in ranked,
+        passage_right=passage_right,
+        pair_right=question.intent in ranked and bool(answerable),
         in_scope=question.intent is not None,
     )
 

@@ -37,7 +37,7 @@ class Signals:
     intent: float
     """The probability of its likeliest intent."""
     pair: float
-    """The probability that it is one of its two likeliest intents; 0 where the model knows only one."""
+    """The probability that it is one of its two likeliest intents; 0 where neither has a template."""
     passage: float
     """The probability that the entry found first answers it; 0 without entries."""
     has_template: bool
@@ -76,7 +76,7 @@ class Outcome:
     passage_right: bool
     """The entry found first is one that answers it."""
     pair_right: bool
-    """One of the two likeliest intents is the question's own."""
+    """One of the two likeliest intents is the question's own, and a template or the entry found first answers it."""
     in_scope: bool
 
 
