@@ -86,7 +86,7 @@ def test_sure_of_nothing_is_handed_over(say):
 def test_a_slot_that_nothing_fills_is_asked_for(say):
     reply = say("cancel it")
     assert (reply.kind, reply.intent, reply.missing) == ("question", "cancel_order", ("order_id",))
-    assert reply.text == 'To help you with "cancel an order", I need the order number. What is it?'
+    assert reply.text == "For that I need the order number. What is it?"
     assert say("it is 12345").text == "I have cancelled order 12345."
 
 

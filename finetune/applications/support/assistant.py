@@ -196,7 +196,7 @@ class Assistant:
             return Reply("handover", HAND_OVER, confidence, reason, intent.name, missing=tuple(filling.missing))
         session.pending = Pending(text, (intent.name,), slot, confidence, filling.values)
         reason = f'The intent is "{intent.description}"; its answer needs the {describe_slot(slot)}.'
-        ask = _ask_for(intent, slot, filling.choices.get(slot, []))
+        ask = _ask_for(slot, filling.choices.get(slot, []))
         return Reply("question", ask, confidence, reason, intent.name, missing=tuple(filling.missing))
 
     def _answer_passage(self, found: Found, text: str, context: str) -> Reply:
@@ -242,11 +242,11 @@ def _ask_which(intents: Sequence[Intent], confidence: float) -> Reply:
     return Reply("question", text, confidence, "Two intents are close.", choices=names)
 
 
-def _ask_for(intent: Intent, slot: str, choices: Sequence[str]) -> str:
+def _ask_for(slot: str, choices: Sequence[str]) -> str:
     asked = describe_slot(slot)
     if choices:
         return f"You named more than one {asked}: {', '.join(choices)}. Which one do you mean?"
-    return f'To help you with "{intent.description}", I need the {asked}. What is it?'
+    return f"For that I need the {asked}. What is it?"
 
 
 def _read_choice(text: str, intents: Sequence[str]) -> str | None:
