@@ -536,8 +536,7 @@ def _prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
     Raises:
         DataError: the data changed since.
     """
-    recipe_folder = Path(folder.load_status().get("recipe_folder", "."))
-    base, prepared = _prepare(recipe, recipe_folder, _load_tokenizer(folder))
+    base, prepared = _prepare(recipe, folder.recipe_folder, _load_tokenizer(folder))
     expected, found = load_json(folder.lock)["data"]["sha256"], prepared.fingerprint
     if expected != found:
         raise DataError(

@@ -31,6 +31,11 @@ class RunFolder:
         return self.path / "recipe.resolved.yaml"
 
     @property
+    def recipe_folder(self) -> Path:
+        """Where the recipe lay when the run began, for its relative paths."""
+        return Path(self.load_status().get("recipe_folder", "."))
+
+    @property
     def lock(self) -> Path:
         """Versions, base and data fingerprints: what a repetition needs."""
         return self.path / "run.lock"

@@ -13,6 +13,8 @@ from finetune.data.cleaning import WORD
 Scores = npt.NDArray[np.float32]
 
 _WORD = re.compile(WORD)
+COSINE_SCALE = 20.0
+"""What a cosine is multiplied by in a softmax: sentence-transformers' default for ranking losses."""
 FUSION_RANK = 60  # the paper's: how little the very first places count
 
 

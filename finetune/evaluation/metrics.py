@@ -210,6 +210,12 @@ KINDS: dict[str, TaskKind] = {
 of what was looked for, or answers in passages."""
 
 
+def list_foreign_names(kind: str, kinds: Iterable[str]) -> set[str]:
+    """Metrics and baselines that are for other kinds of a recipe's tasks and not for this one."""
+    foreign = {name for other in kinds for name in (*KINDS[other].metrics, *KINDS[other].baselines)}
+    return foreign - {*KINDS[kind].metrics, *KINDS[kind].baselines}
+
+
 def compute_metric(name: str, references: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     """Value of a metric by name: one of `METRICS`, or one that `evaluate` can load (computed on predictions).
 

@@ -24,6 +24,7 @@ from finetune.evaluation.metrics import (
     compute_confusion,
     compute_per_class,
     compute_predictions,
+    list_foreign_names,
 )
 from finetune.evaluation.outside import OutsideRows, compute_outside_estimates
 from finetune.evaluation.selective import compute_selective_accuracy
@@ -70,9 +71,7 @@ def choose_section(section: EvaluateSection, kind: str, others: Collection[str])
     Raises:
         RecipeError: No metric is left.
     """
-    other = [KINDS[name] for name in others if name != kind]
-    foreign = {name for task in other for name in (*task.metrics, *task.baselines)}
-    foreign -= {*KINDS[kind].metrics, *KINDS[kind].baselines}
+    foreign = list_foreign_names(kind, others)
     metrics = [name for name in section.metrics if name not in foreign]
     if not metrics:
         raise RecipeError(

@@ -142,9 +142,14 @@ def load_weights(folder: Path, config: Any, classes: ModelClass) -> nn.Module:
 
 
 def load_saved_classifier(folder: Path, base: BaseModel | None) -> nn.Module:
-    """A classifier that was saved whole; with `base`, that base in the shape that the folder's adapter needs."""
+    """A classifier that was saved; see `load_saved`."""
+    return load_saved(folder, base, CLASSIFIER)
+
+
+def load_saved(folder: Path, base: BaseModel | None, classes: ModelClass) -> nn.Module:
+    """A model that was saved whole; with `base`, that base in the shape that the folder's adapter needs."""
     config = load_config(BaseModel(str(folder), folder, "saved model"))
-    return load_weights(base.folder if base else folder, config, CLASSIFIER)
+    return load_weights(base.folder if base else folder, config, classes)
 
 
 def build_classifier_shape(base: BaseModel, labels: Sequence[str], section: ModelSection) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from finetune.models.base import BaseModel, load_config
-from finetune.models.classifier import ModelClass, load_weights, set_dropout, settle_pooling
+from finetune.models.classifier import ModelClass, load_saved, load_weights, set_dropout, settle_pooling
 from finetune.recipe.schema import ModelSection
 
 ENCODER = ModelClass("TriadForSentenceEmbedding", "", "a sentence encoder")
@@ -35,8 +35,7 @@ def build_encoder_shape(base: BaseModel, section: ModelSection) -> nn.Module:
 
 def load_saved_encoder(folder: Path, base: BaseModel | None) -> nn.Module:
     """An encoder that was saved whole; with `base`, that base in the shape that the folder's adapter needs."""
-    config = load_config(BaseModel(str(folder), folder, "saved model"))
-    return load_weights(base.folder if base else folder, config, ENCODER)
+    return load_saved(folder, base, ENCODER)
 
 
 def read_features(output: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ from finetune.models.classifier import (
     ModelClass,
     build_shape,
     choose_attention,
+    load_saved,
     load_weights,
     set_dropout,
     settle_pooling,
@@ -86,8 +87,7 @@ def build_language_model(kind: str, base: BaseModel, section: ModelSection, toke
 
 def load_saved_language_model(kind: str, folder: Path, base: BaseModel | None) -> nn.Module:
     """A language model that was saved whole; with `base`, that base in the shape that the folder's adapter needs."""
-    config = load_config(BaseModel(str(folder), folder, "saved model"))
-    return load_weights(base.folder if base else folder, config, LANGUAGE_SHAPES[kind][1])
+    return load_saved(folder, base, LANGUAGE_SHAPES[kind][1])
 
 
 def build_language_model_shape(kind: str, base: BaseModel, section: ModelSection, tokenizer: Any) -> nn.Module:

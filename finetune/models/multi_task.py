@@ -11,7 +11,7 @@ from torch import nn
 
 from finetune.errors import RecipeError
 from finetune.models.base import BaseModel, load_config
-from finetune.models.classifier import ModelClass, load_weights, set_dropout, settle_pooling
+from finetune.models.classifier import ModelClass, load_saved, load_weights, set_dropout, settle_pooling
 from finetune.recipe.schema import ModelSection
 
 SEVERAL_HEADS = ModelClass("TriadForMultiTask", "", "a model with several heads")
@@ -83,8 +83,7 @@ def build_several_heads_shape(
 
 def load_several_heads(folder: Path, base: BaseModel | None) -> nn.Module:
     """A model that was saved whole; with `base`, that base in the shape that the folder's adapter needs."""
-    config = load_config(BaseModel(str(folder), folder, "saved model"))
-    return load_weights(base.folder if base else folder, config, SEVERAL_HEADS)
+    return load_saved(folder, base, SEVERAL_HEADS)
 
 
 def _build_config(base: BaseModel, heads: Mapping[str, Mapping[str, Any]], section: ModelSection) -> Any:

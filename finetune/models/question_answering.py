@@ -11,7 +11,7 @@ from torch import nn
 from finetune.data.batches import IGNORED, Batch, list_inputs
 from finetune.errors import RecipeError
 from finetune.models.base import BaseModel, load_config
-from finetune.models.classifier import ModelClass, build_shape, load_weights, set_dropout
+from finetune.models.classifier import ModelClass, build_shape, load_saved, load_weights, set_dropout
 from finetune.recipe.schema import ModelSection
 
 ANSWERER = ModelClass(
@@ -59,8 +59,7 @@ def build_answerer_shape(base: BaseModel, section: ModelSection) -> nn.Module:
 
 def load_saved_answerer(folder: Path, base: BaseModel | None) -> nn.Module:
     """A model that was saved whole; with `base`, that base in the shape that the folder's adapter needs."""
-    config = load_config(BaseModel(str(folder), folder, "saved model"))
-    return load_weights(base.folder if base else folder, config, ANSWERER)
+    return load_saved(folder, base, ANSWERER)
 
 
 def compute_span_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

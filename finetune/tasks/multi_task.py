@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from finetune.data.batches import IGNORED, Batch, Examples, Indices, list_inputs
-from finetune.evaluation.metrics import KINDS
+from finetune.evaluation.metrics import list_foreign_names
 from finetune.models.base import BaseModel
 from finetune.models.classifier import list_head_modules, list_new_modules
 from finetune.models.multi_task import (
@@ -169,9 +169,11 @@ class MultiTask:
         """Each metric of each task that has it as `<task>.<metric>`, and before them its mean over these tasks."""
         values: dict[str, dict[str, float]] = {}
         columns = self._list_columns(outputs.shape[1])
+        kinds = {task.scored_by for task in self.tasks.values()}
         for name, codes in self._list_codes().items():
             task, rows = self.tasks[name], self._find_rows(references, name)
-            own = [metric for metric in names if not self._belongs_to_others(metric, task)]
+            foreign = list_foreign_names(task.scored_by, kinds)
+            own = [metric for metric in names if metric not in foreign]
             values[name] = task.compute_metrics(
                 np.ascontiguousarray(outputs[rows][:, columns[name]]), references[rows] - codes.start, own
             )
@@ -213,11 +215,6 @@ class MultiTask:
     def _lay_on_end(self, sizes: Sequence[int]) -> dict[str, slice]:
         ends = np.cumsum([0, *sizes]).tolist()
         return {name: slice(first, end) for name, (first, end) in zip(self.tasks, pairwise(ends), strict=True)}
-
-    def _belongs_to_others(self, metric: str, task: Headed) -> bool:
-        """Whether it is a metric of other tasks of this recipe and not of this one."""
-        kinds = {other.scored_by for other in self.tasks.values()} - {task.scored_by}
-        return any(metric in KINDS[kind].metrics for kind in kinds)
 
     def _find_rows(self, labels: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.int64]:
         codes = self._list_codes()[name]

@@ -155,7 +155,7 @@ def _prepare_part(
     source = load_rows(
         section.data, section.columns, roles=shape.roles, optional=shape.optional_roles, relative_to=relative_to
     )
-    entries = _load_entries(section, source, relative_to) if ENTRY in shape.roles else []
+    entries = load_entries(section, source, relative_to) if ENTRY in shape.roles else []
     known = section.model_copy(update={"columns": {**section.columns, **source.columns}})
     task = shape.build(known, _get_card_labels(source), source.rows, entries)
     rows = task.prepare_rows(source.rows)
@@ -192,7 +192,7 @@ def _prepare_part(
     return Part(section, task, source, splits, examples, findings, entries), tokenizer
 
 
-def _load_entries(section: TaskSection, source: LoadedRows, relative_to: Path | None) -> list[Entry]:
+def load_entries(section: TaskSection, source: LoadedRows, relative_to: Path | None) -> list[Entry]:
     """The knowledge that a recipe names, else the card's.
 
     Raises:

@@ -15,6 +15,7 @@ from torch import nn
 
 from finetune.data.batches import Batch, Examples, Indices, list_inputs
 from finetune.data.knowledge import Entry
+from finetune.data.ranking import COSINE_SCALE
 from finetune.data.rows import Row
 from finetune.evaluation.ranking_baselines import find_places
 from finetune.models.base import BaseModel, load_tokenizer
@@ -25,9 +26,6 @@ from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks.encoding import CONTEXT, encode_texts
 from finetune.tasks.entries import ENTRY, Library, compute_mean_metrics
 from finetune.tasks.task import HeldOut, Judgement, Outputs
-
-SCALE = 20.0
-"""What a cosine is multiplied by in the softmax: sentence-transformers' default for this loss."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class Retrieval:
                 for answer in (labels[asked] - self.size).tolist()
             ]
         )
-        logits = SCALE * features[asked].float() @ features[known].float().T  # (questions, entries)
+        logits = COSINE_SCALE * features[asked].float() @ features[known].float().T  # (questions, entries)
         found = logits.masked_fill(~right, -torch.inf).logsumexp(1)
         has_answer = right.any(1)  # not where a share of a batch holds a question alone
         part = torch.where(has_answer, logits.logsumexp(1) - found.masked_fill(~has_answer, 0.0), 0.0)
@@ -216,7 +214,7 @@ class Retrieval:
         losses = self.compute_loss(torch.from_numpy(outputs), torch.from_numpy(references), 0.0)[
             torch.from_numpy(asked)
         ]
-        return {"loss": losses.mean().item()} | compute_mean_metrics(names, [np.sort(row) for row in places])
+        return {"loss": losses.mean().item()} | compute_mean_metrics(names, places)
 
     def judge(self, held_out: HeldOut) -> Judgement:
         """Rank all entries for the questions of validation and test."""

@@ -22,13 +22,13 @@ from finetune.applications.support.thresholds import Costs
 from finetune.applications.support.trained import build_reader
 from finetune.artifact.run_folder import RunFolder, find_run, load_json, save_json
 from finetune.data.catalog import find_card_folder
-from finetune.data.knowledge import Entry, load_card_knowledge, load_knowledge
 from finetune.data.sources import LoadedRows, load_rows
 from finetune.errors import DataError, UsageError
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import AssistantSection, Recipe, TaskSection
 from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.entries import ENTRY
+from finetune.tasks.preparation import load_entries
 
 
 def build_assistant(run: str | Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def build_assistant(run: str | Path) -> dict[str, Any]:
     assistant = save_assistant(
         place,
         reader,
-        _load_entries(folder, recipe, source),
+        load_entries(_get_task(recipe, "retrieval")[1], source, folder.recipe_folder),
         _find_templates(folder, recipe.assistant, source),
         questions["validation"],
         Costs(recipe.assistant.wrong_cost, recipe.assistant.handover_cost, recipe.assistant.question_cost),
@@ -122,15 +122,8 @@ def _load_rows(folder: RunFolder, recipe: Recipe) -> LoadedRows:
         answer.columns | intent.columns,
         roles=("text", "label", ENTRY),
         optional=(CONTEXT,),
-        relative_to=_get_recipe_folder(folder),
+        relative_to=folder.recipe_folder,
     )
-
-
-def _load_entries(folder: RunFolder, recipe: Recipe, source: LoadedRows) -> list[Entry]:
-    _, section = _get_task(recipe, "retrieval")
-    if section.knowledge is None and source.card is not None:
-        return load_card_knowledge(source.card)
-    return load_knowledge(str(section.knowledge), _get_recipe_folder(folder))
 
 
 def _find_templates(folder: RunFolder, section: AssistantSection, source: LoadedRows) -> Path:
@@ -141,7 +134,7 @@ def _find_templates(folder: RunFolder, section: AssistantSection, source: Loaded
     """
     if section.templates is not None:
         path = Path(section.templates).expanduser()
-        return path if path.exists() else _get_recipe_folder(folder) / path
+        return path if path.exists() else folder.recipe_folder / path
     place = find_card_folder(source.card) if source.card else None
     if source.card is None or source.card.templates is None or place is None:
         raise DataError(
@@ -153,7 +146,3 @@ def _find_templates(folder: RunFolder, section: AssistantSection, source: Loaded
 
 def _get_task(recipe: Recipe, kind: str) -> tuple[str, TaskSection]:
     return next((name, section) for name, section in recipe.tasks.items() if section.type == kind)
-
-
-def _get_recipe_folder(folder: RunFolder) -> Path:
-    return Path(folder.load_status().get("recipe_folder", "."))

@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.artifact.run_folder import load_json, save_json
+from finetune.data.ranking import COSINE_SCALE
 from finetune.errors import ResourceError
 
 Numbers = npt.NDArray[np.float64]
 
-SCALE = 20.0
-"""Of cosines in their softmax, as in training (tasks/retrieval.py)."""
 EPSILON = 1e-6
 
 
@@ -47,7 +46,7 @@ def collect_evidence(cosines: npt.ArrayLike, first: npt.ArrayLike, reread: npt.A
     """
     every = np.asarray(cosines, dtype=np.float64)
     chosen = every[np.asarray(first)]
-    shares = SCALE * (chosen - every.max()) - np.log(np.exp(SCALE * (every - every.max())).sum())
+    shares = COSINE_SCALE * (chosen - every.max()) - np.log(np.exp(COSINE_SCALE * (every - every.max())).sum())
     odds = np.clip(np.asarray(reread, dtype=np.float64), EPSILON, 1 - EPSILON)
     return np.column_stack([chosen, shares, np.log(odds / (1 - odds))])
 
