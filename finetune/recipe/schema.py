@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from finetune.recipe.adapter import AdapterSection as AdapterSection  # as: part of this module for those who import it
+from finetune.recipe.applications import AssistantSection as AssistantSection
+from finetune.recipe.applications import MonitorSection as MonitorSection
 from finetune.recipe.defaults import CLASS_BASELINES, CLASS_METRICS, fill_in_defaults
 from finetune.recipe.reference import SCRATCH_BASE
 from finetune.recipe.section import Ratio, raise_all
@@ -19,8 +21,6 @@ SEARCHING = ("retrieval", "reranking")
 """Task types that look for entries of a knowledge file."""
 WITH_HEAD = ("text_classification", "question_answering")
 """Task types whose models are a pretrained base and a head."""
-ASSISTANT_TYPES = ("text_classification", *SEARCHING)
-"""The tasks of a customer-service assistant, one of each."""
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -321,21 +321,6 @@ class EvaluateSection(Section):
         return gates
 
 
-class AssistantSection(Section):
-    """The customer-service assistant that is built on the trained tasks: one each of `text_classification`, `retrieval`
-    and `reranking`."""
-
-    templates: str | None = None
-    """A JSONL file of intents: `intent`, `description`, `template` with slots in braces or null, `slots`. null: the
-    card's own."""
-    wrong_cost: float = Field(default=5.0, ge=0)
-    """What a wrong answer costs; what it costs against a hand-over decides how sure the assistant must be."""
-    handover_cost: float = Field(default=1.0, ge=0)
-    """What it costs to hand a question over that could have been answered."""
-    question_cost: float = Field(default=0.5, ge=0)
-    """What it costs to ask back."""
-
-
 class HubSection(Section):
     """Where `push` goes."""
 
@@ -366,6 +351,8 @@ class Recipe(Section):
     """How the model is judged."""
     assistant: AssistantSection | None = None
     """Build a customer-service assistant on the tasks."""
+    monitor: MonitorSection | None = None
+    """Build a monitor of a stream of texts on the tasks."""
     hub: HubSection = Field(default_factory=HubSection)
     """Where `push` goes."""
 
@@ -386,7 +373,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
         checks = (self._check_base, self._check_tasks, self._check_several, self._check_outside_gates)
-        raise_all([problem for check in (*checks, self._check_assistant) for problem in check()])
+        raise_all([problem for check in (*checks, self._check_applications) for problem in check()])
         return self
 
     def _check_base(self) -> list[str]:
@@ -565,11 +552,9 @@ class Recipe(Section):
                 )
         return problems
 
-    def _check_assistant(self) -> list[str]:
-        types = sorted(task.type for task in self.tasks.values())
-        if self.assistant is None or types == sorted(ASSISTANT_TYPES):
-            return []
-        return [f"assistant: must have one task each of {', '.join(ASSISTANT_TYPES)}, got {', '.join(types)}."]
+    def _check_applications(self) -> list[str]:
+        sections = [section for section in (self.assistant, self.monitor) if section is not None]
+        return [problem for section in sections for problem in section.list_problems(self.tasks)]
 
     def evaluate_for(self, name: str) -> EvaluateSection:
         """`evaluate` as it holds for one of the tasks: gates called `<task>.<metric>` are for that task alone."""

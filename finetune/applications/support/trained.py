@@ -11,8 +11,8 @@ import numpy as np
 from finetune.applications.support.reader import Floats, Reading
 from finetune.artifact.run_folder import RunFolder
 from finetune.errors import UsageError
+from finetune.recipe.applications import ASSISTANT_TYPES
 from finetune.recipe.files import compute_sha256
-from finetune.recipe.schema import ASSISTANT_TYPES
 
 if TYPE_CHECKING:
     from finetune.artifact.load import MultiPredictor

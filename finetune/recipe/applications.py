@@ -1,0 +1,74 @@
+"""The schema of the systems that a recipe may build on its trained tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from finetune.recipe.section import Section
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import TaskSection
+
+ASSISTANT_TYPES = ("text_classification", "retrieval", "reranking")
+"""The tasks of a customer-service assistant, one of each."""
+
+
+class AssistantSection(Section):
+    """The customer-service assistant that is built on the trained tasks: one each of `text_classification`, `retrieval`
+    and `reranking`."""
+
+    templates: str | None = None
+    """A JSONL file of intents: `intent`, `description`, `template` with slots in braces or null, `slots`. null: the
+    card's own."""
+    wrong_cost: float = Field(default=5.0, ge=0)
+    """What a wrong answer costs; what it costs against a hand-over decides how sure the assistant must be."""
+    handover_cost: float = Field(default=1.0, ge=0)
+    """What it costs to hand a question over that could have been answered."""
+    question_cost: float = Field(default=0.5, ge=0)
+    """What it costs to ask back."""
+
+    def list_problems(self, tasks: Mapping[str, TaskSection]) -> list[str]:
+        """What keeps it from being built on these tasks."""
+        types = sorted(task.type for task in tasks.values())
+        if types == sorted(ASSISTANT_TYPES):
+            return []
+        return [f"assistant: must have one task each of {', '.join(ASSISTANT_TYPES)}, got {', '.join(types)}."]
+
+
+class MonitorSection(Section):
+    """The monitor that is built on the trained tasks: the share of negative texts per topic and window of time."""
+
+    sentiment: str = "sentiment"
+    """The task that tells negative texts from others, a `text_classification`."""
+    negative: str = "negative"
+    """Its class whose share is watched."""
+    topic: str | None = None
+    """The task that tells topics, a `text_classification` too. null: all texts are one topic."""
+    window_minutes: int = Field(default=60, ge=1, le=7 * 24 * 60)
+    """Length of a window; windows begin at midnight UTC of 1 January 1970 and every so many minutes after."""
+    lateness_minutes: int = Field(default=60, ge=0)
+    """How long after its end a window still takes items; later ones are counted and left out."""
+    reference_windows: int = Field(default=48, ge=8)
+    """Past windows of a topic that say what is usual for it."""
+    false_alarm_windows: int = Field(default=500, ge=20)
+    """Windows between two false alarms of a topic, on average, while nothing changes: what thresholds are chosen
+    for."""
+    rise: float = Field(default=0.1, gt=0, lt=1)
+    """The rise of the negative share that is to be found soonest."""
+    cooldown_windows: int = Field(default=6, ge=0)
+    """Windows for which a topic that was alerted is not alerted again at the same level."""
+
+    def list_problems(self, tasks: Mapping[str, TaskSection]) -> list[str]:
+        """What keeps it from being built on these tasks."""
+        problems = []
+        for key, name in (("sentiment", self.sentiment), ("topic", self.topic)):
+            if name is not None and (name not in tasks or tasks[name].type != "text_classification"):
+                known = [name for name, task in tasks.items() if task.type == "text_classification"]
+                problems.append(
+                    f"monitor.{key}: must be a task of type text_classification ({', '.join(known) or 'none here'}), "
+                    f"got {name!r}."
+                )
+        return problems
