@@ -89,7 +89,7 @@ def test_each_intent_is_in_each_split_in_like_shares(card, rows):
     assert set(by_label) == {*card.labels, OUTSIDE}
     for counts in by_label.values():
         shares = [counts[split] / counts.total() for split in SPLITS]
-        assert shares == pytest.approx([0.6, 0.15, 0.25], abs=0.06)
+        assert shares == pytest.approx([0.73, 0.16, 0.11], abs=0.06)
         assert counts.total() >= 20
 
 
@@ -104,7 +104,8 @@ def test_entries_exist_and_each_is_asked_for_in_the_test_split(rows, entries, in
             assert named != []
         asked[row.split].update(named)
     assert min(asked["test"][entry] for entry in entries) >= 2
-    assert min(asked["train"][entry] for entry in entries) >= 4
+    assert min(asked["train"][entry] for entry in entries) >= 25
+    assert min(asked["validation"][entry] for entry in entries) >= 5
 
 
 def test_an_entry_has_two_to_four_sentences(entries):
