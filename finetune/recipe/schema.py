@@ -19,6 +19,8 @@ from finetune.recipe.section import Section as Section
 SCHEMA_VERSION = 1
 SEARCHING = ("retrieval", "reranking")
 """Task types that look for entries of a knowledge file."""
+TYPED = ("text_classification", *SEARCHING)
+"""Task types whose texts are what people type."""
 WITH_HEAD = ("text_classification", "question_answering")
 """Task types whose models are a pretrained base and a head."""
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -190,6 +192,9 @@ class TaskSection(Section):
     class_names: Literal["ignore", "rows"] = "ignore"
     """`rows`: the name of each class, underscores as spaces, is one more train row of it. Where rows are few, names say
     much."""
+    typos: Ratio = 0.0
+    """Share of the train rows of which a copy with mistakes of typing is learned from too; for text_classification,
+    retrieval and reranking."""
     split: SplitSection = Field(default_factory=SplitSection)
     """How rows become train, validation and test."""
     weight: float = Field(default=1.0, gt=0)
@@ -445,6 +450,8 @@ class Recipe(Section):
             if task.separator is not None and task.type != "causal_lm":
                 problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
             problems += self._list_search_problems(where, task)
+            if task.typos and task.type not in TYPED:
+                problems.append(f"{where}.typos: must be 0 for {task.type}, got {task.typos:g}.")
         others = [task.type for task in self.tasks.values() if task.type != "text_classification"]
         if len(others) == len(self.tasks):
             if self.train.class_weights != "none":

@@ -18,6 +18,7 @@ from finetune.data.knowledge import Entry, compute_knowledge_fingerprint, load_c
 from finetune.data.rows import Row, Splits, build_name_rows
 from finetune.data.sources import LoadedRows, load_rows
 from finetune.data.splits import keep_shots, split_rows
+from finetune.data.typos import add_typos
 from finetune.errors import DataError
 from finetune.models.base import BaseModel
 from finetune.recipe.schema import ModelSection, TaskSection
@@ -90,11 +91,7 @@ class Prepared:
     def fingerprint(self) -> str:
         """SHA-256 over the rows of all parts, as they were read."""
         prints = [part.fingerprint for part in self.parts.values()]
-        return (
-            prints[0]
-            if len(prints[0]) == 64 and len(prints) == 1
-            else hashlib.sha256("\n".join(prints).encode()).hexdigest()
-        )
+        return prints[0] if len(prints) == 1 else _join_fingerprints(prints)
 
 
 def _join_fingerprints(prints: Sequence[str]) -> str:
@@ -176,6 +173,8 @@ def _prepare_part(
         findings += check_shots(splits["train"], task.labels or [], section.split.shots)
     if section.class_names == "rows":
         splits["train"] = [*splits["train"], *build_name_rows(task.labels or [])]
+    if section.typos:
+        splits["train"] = add_typos(splits["train"], section.typos, seed=seed)
     tokenizer = tokenizer or task.build_tokenizer(base, splits["train"], model)
     task = task.bind(tokenizer)
     examples = {name: task.build_examples(rows, tokenizer, model.max_length) for name, rows in splits.items()}

@@ -93,7 +93,7 @@ INTENTS = [
     Intent("returns", "return shoes", None, ()),
     Intent("delivery", "ask about delivery", None, ()),
 ]
-THRESHOLDS = Thresholds(outside=0.5, intent=0.8, passage=0.6, pair=0.9)
+THRESHOLDS = Thresholds(outside=0.5, intent=0.8, passage=0.6, pair=0.3)
 
 
 @pytest.fixture

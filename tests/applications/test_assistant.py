@@ -8,7 +8,10 @@ import pytest
 
 from finetune.applications.support.assistant import HAND_OVER, MAX_CHARACTERS, NO_WORDS
 from finetune.applications.support.dialogue import Session
+from finetune.applications.support.index import KnowledgeIndex
+from finetune.applications.support.links import Links
 from finetune.applications.support.quotes import find_unsupported, quote_answer, split_sentences
+from finetune.applications.support.relevance import Relevance
 from finetune.data.knowledge import Entry
 
 
@@ -51,12 +54,21 @@ def test_of_two_close_intents_the_customer_chooses(say):
     assert say("anna@example.org").text == "Your address is now anna@example.org."
 
 
-def test_the_choice_of_an_intent_without_template_is_answered_from_the_entries(assistant):
+@pytest.mark.parametrize(("intercept", "kind"), [(0.5, "passage"), (0.3, "handover")])
+def test_a_choice_makes_the_entries_of_its_intent_surer(assistant, entries, intercept, kind):
+    """The entry alone has odds of 1 to 1; half of the messages like it ask for it, and after the choice nearly all."""
+    links = Links.count(assistant.reader.intents, [("returns", ["returns-01"])] * 9 + [("cancel_order", ["gifts-01"])])
+    assistant.index = KnowledgeIndex.build(entries, assistant.reader, links=links)
+    assistant.relevance = Relevance(intercept=intercept, asked=0.5)
     session = Session()
     first = assistant.reply("cancel, or return?", session)
     assert first.choices == ("cancel_order", "returns")
     reply = assistant.reply("2", session)
-    assert (reply.kind, reply.sources[0].id) == ("passage", "returns-01")
+    assert reply.kind == kind
+    if kind == "passage":
+        assert reply.sources[0].id == "returns-01"
+    else:
+        assert reply.reason == 'You chose "return shoes", and no entry is sure to answer that.'
 
 
 def test_an_answer_to_the_question_in_words_is_read_like_any_message(say, session):

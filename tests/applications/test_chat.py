@@ -12,13 +12,14 @@ import pytest
 from finetune.applications.support import load as loading
 from finetune.applications.support.assistant import HAND_OVER
 from finetune.applications.support.evaluate import build_questions
+from finetune.applications.support.links import Links, save_links
 from finetune.applications.support.load import load_assistant, save_assistant
 from finetune.applications.support.relevance import Relevance, save_relevance
 from finetune.applications.support.thresholds import Costs
 from finetune.artifact.run_folder import RunFolder, save_json
 from finetune.errors import UsageError
 
-THRESHOLDS = {"outside": 0.5, "intent": 0.8, "passage": 0.6, "pair": 0.9}
+THRESHOLDS = {"outside": 0.5, "intent": 0.8, "passage": 0.6, "pair": 0.3}
 QUESTIONS = [
     {"text": "cancel order 12345", "intent": "cancel_order"},
     {"text": "how do returns of shoes work", "intent": "returns", "entry": "returns-01"},
@@ -36,10 +37,11 @@ def run(tmp_path, reader, entries, intents_file, monkeypatch):
     monkeypatch.setattr(loading, "build_reader", lambda run: reader)
     questions = build_questions(QUESTIONS, reader.intents)
     support = loading.find_support_folder(RunFolder(folder))
-    save_assistant(support, reader, entries, intents_file, questions, Costs())
+    save_assistant(support, reader, entries, intents_file, {"train": questions, "validation": questions}, Costs())
     # Five questions choose thresholds and weights that no conversation should depend on.
     save_json(support / "thresholds.json", {"thresholds": THRESHOLDS})
     save_relevance(support / "relevance.json", Relevance())
+    save_links(support / "index" / "links.json", Links.count(reader.intents, []))
     return folder
 
 

@@ -22,6 +22,7 @@ from finetune.applications.support.evaluate import (
 from finetune.applications.support.index import KnowledgeIndex
 from finetune.applications.support.reader import RememberingReader
 from finetune.applications.support.thresholds import (
+    NEVER,
     Costs,
     Outcome,
     Signals,
@@ -128,7 +129,7 @@ def test_an_interval_draws_whole_clusters():
         Answered(
             replace(question("a"), cluster=str(i)),
             reply("template", "a" if i < 14 else "b"),
-            "right" if i < 14 else "wrong",
+            *(["right" if i < 14 else "wrong"] * 2),
         )
         for i in range(20)
     ]
@@ -145,11 +146,11 @@ def test_an_interval_draws_whole_clusters():
 
 def test_the_curve_by_hand():
     outcomes = [
-        Outcome(Signals(0.0, 0.9, 0.0, 0.2, True), True, False, False, True),  # 0.9, right
-        Outcome(Signals(0.5, 0.9, 0.0, 0.2, True), True, False, False, True),  # 0.45, right
-        Outcome(Signals(0.0, 0.9, 0.0, 0.6, False), False, True, False, True),  # by its passage: 0.6, right
-        Outcome(Signals(0.0, 0.3, 0.0, 0.6, True), True, False, False, True),  # 0.6, wrong
-        Outcome(Signals(0.9, 0.9, 0.0, 0.1, True), False, False, False, False),  # 0.09, out of scope
+        Outcome(Signals(0.0, 0.9, 0.0, 0.2, True), True, False, 0.0, False, True),  # 0.9, right
+        Outcome(Signals(0.5, 0.9, 0.0, 0.2, True), True, False, 0.0, False, True),  # 0.45, right
+        Outcome(Signals(0.0, 0.9, 0.0, 0.6, False), False, True, 0.0, False, True),  # by its passage: 0.6, right
+        Outcome(Signals(0.0, 0.3, 0.0, 0.6, True), True, False, 0.0, False, True),  # 0.6, wrong
+        Outcome(Signals(0.9, 0.9, 0.0, 0.1, True), False, False, 0.0, False, False),  # 0.09, out of scope
     ]
     points = compute_curve(outcomes)
     assert [list(point.values()) for point in points] == [
@@ -175,18 +176,27 @@ def test_evidence_is_of_the_candidates_and_their_truth(reader, entries):
     index = KnowledgeIndex.build(entries, reader)
     questions = build_questions(ROWS, reader.intents)
     for question, evidence, right in zip(questions, *collect_evidence_of(index, reader, questions), strict=True):
-        assert evidence.shape == (len(right), 3)
+        assert evidence.shape == (len(right), 5)
         assert right.sum() == len(question.entries & {entry.id for entry in entries})
 
 
-def test_asking_back_helps_where_a_choice_can_be_answered(assistant):
+def test_what_follows_a_choice_is_what_the_outcome_says(assistant):
     rows = [
-        {"text": "return delivery", "intent": "returns", "entry": "gifts-01"},  # neither has a template
-        {"text": "cancel or return", "intent": "returns", "entry": "gifts-01"},  # chosen, and no entry found answers
+        {"text": "cancel or return", "intent": "delivery", "entry": "delivery-01"},  # neither is meant
+        {"text": "cancel or return", "intent": "returns", "entry": "gifts-01"},  # another entry would be given
         {"text": "cancel or return", "intent": "returns", "entry": "returns-01"},
         {"text": "cancel or return", "intent": "cancel_order"},
+        {"text": "cancel or return", "intent": "out_of_scope"},
     ]
-    outcomes = collect_outcomes(assistant, build_questions(rows, assistant.reader.intents))
-    assert [outcome.pair_right for outcome in outcomes] == [False, False, True, True]
-    assert outcomes[0].signals.pair == 0
-    assert outcomes[1].signals.pair > 0.9
+    questions = build_questions(rows, assistant.reader.intents)
+    outcomes = collect_outcomes(assistant, questions)
+    assert [(outcome.chosen, outcome.chosen_right) for outcome in outcomes] == [
+        *((0.0, False), (pytest.approx(0.5), False), (pytest.approx(0.5), True), (NEVER, True), (0.0, False)),
+    ]
+    assert all(outcome.signals.pair == pytest.approx(0.5, abs=0.02) for outcome in outcomes)
+    assistant.thresholds = replace(assistant.thresholds, outside=1.0, passage=0.7)
+    answered = answer_questions(assistant, questions)
+    assert {each.judgement for each in answered} == {"asked_back"}
+    assert [each.in_the_end for each in answered] == ["handed_over", "handed_over", "handed_over", "right", "right"]
+    figures = summarize(answered, confidence=0.95, resamples=100, seed=0)["in_scope"]
+    assert (figures["asked_back"]["value"], figures["in_the_end"]["right"]["value"]) == (1.0, 1 / 4)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from finetune.applications.support.index import RERANKED, KnowledgeIndex
+from finetune.applications.support.links import Links
 from finetune.data.knowledge import Entry, load_knowledge
 from finetune.errors import ResourceError, UsageError
 
 
 def find(index, reader, text, context=""):
-    return index.find(text, context, reader.read(text, context).features, reader)
+    return index.find(text, context, reader.read(text, context), reader)
 
 
 def test_the_model_has_the_last_word(reader, entries):
@@ -29,8 +31,8 @@ def test_entries_without_a_shared_word_follow_by_meaning_and_not_by_their_place(
     words = [f"word{i}" for i in range(40)]
     entries = [Entry(str(i), "", word) for i, word in enumerate(words)]
     index = KnowledgeIndex.build(entries, reader)
-    features = reader.embed(["word37 word38 word39"])[0]
-    found = index.find("unheard", "", features, reader)
+    reading = reader.read("word37 word38 word39", "")
+    found = index.find("unheard", "", reading, reader)
     assert {"37", "38", "39"} <= {each.entry.id for each in found}
     assert len(found) == RERANKED
 
@@ -91,7 +93,9 @@ def test_an_index_of_other_entries_is_refused(reader, entries, tmp_path):
 
 
 def test_a_damaged_index_is_refused(reader, entries, tmp_path):
-    with pytest.raises(ResourceError, match=r"must hold an index, got no index.json, knowledge.jsonl, features"):
+    with pytest.raises(
+        ResourceError, match=r"must hold an index, got no index.json, knowledge.jsonl, features.safetensors, links.json"
+    ):
         KnowledgeIndex.load(tmp_path, reader)
     KnowledgeIndex.build(entries, reader).save(tmp_path)
     (tmp_path / "features.safetensors").write_bytes(b"\0" * 20)
@@ -104,13 +108,35 @@ def test_ten_thousand_entries_are_searched_without_reading_them_all(reader):
     texts = [" ".join(f"w{word}" for word in words) for words in generator.integers(0, 3000, (10_000, 30))]
     entries = [Entry(str(i), "", text) for i, text in enumerate(texts)]
     features = generator.standard_normal((10_000, 384), dtype=np.float32)
-    index = KnowledgeIndex(entries, features / np.linalg.norm(features, axis=1, keepdims=True), reader.fingerprint)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    index = KnowledgeIndex(entries, features, reader.fingerprint, Links.count(reader.intents, []))
+    readings = [replace(reader.read(entries[attempt].text, ""), features=features[attempt]) for attempt in range(5)]
     start = time.perf_counter()
     for attempt in range(5):
-        found = index.find(entries[attempt].text, "", index.features[attempt], reader)
+        found = index.find(entries[attempt].text, "", readings[attempt], reader)
         assert found[0].entry.id == str(attempt)
     assert time.perf_counter() - start < 1.0  # some 0.02 s on a quiet core
     assert reader.reranked == [RERANKED] * 5
+
+
+def test_the_nearest_by_meaning_are_read_whatever_their_words(reader):
+    """Their place in the fused ranking may be low: two middling ranks outweigh a first and a last."""
+    entries = [Entry(str(i), "", f"gifts wrap {i}") for i in range(30)] + [Entry("near", "", "paper")]
+    index = KnowledgeIndex.build(entries, reader)
+    reading = reader.read("paper", "")
+    assert "near" in {each.entry.id for each in index.find("gifts wrap", "", reading, reader)}
+
+
+def test_links_stay_with_the_passages_that_stay(reader, entries, tmp_path):
+    links = Links.count(reader.intents, [("returns", ["returns-01"]), ("delivery", ["delivery-01"])])
+    index = KnowledgeIndex.build(entries, reader, links=links)
+    index.save(tmp_path)
+    loaded = KnowledgeIndex.load(tmp_path, reader)
+    assert loaded.links.to_json() == links.to_json()
+    changed = [replace(entry, text="Now all is new.") if entry.id == "returns-01" else entry for entry in entries]
+    rebuilt = KnowledgeIndex.build(changed, reader, known=loaded)
+    assert rebuilt.links.entries == ["delivery-01"]
+    assert KnowledgeIndex.build(entries, reader).links.entries == []
 
 
 def test_a_knowledge_file_is_what_it_was(reader, entries, tmp_path):

@@ -26,10 +26,14 @@ from finetune.errors import DataError, ResourceError, UsageError
 COSTS = Costs(wrong=5, handover=1, question=0.5)
 
 
-def make(outside=0.0, intent=0.0, passage=0.0, pair=0.0, *, template=None, found=False, named=False, in_scope=True):
-    """An outcome; `template` is None where there is none, else whether it is right."""
+def make(outside=0.0, intent=0.0, passage=0.0, pair=0.0, *, template=None, found=False, chosen=None, in_scope=True):
+    """An outcome; `template` is None where there is none, else whether it is right. `chosen`: how sure the answer after
+    a choice is, and whether it is right; a template that is right by default."""
     signals = Signals(outside, intent, pair, passage, template is not None)
-    return Outcome(signals, bool(template), found, named, in_scope)
+    return Outcome(signals, bool(template), found, *(chosen or (NEVER, True)), in_scope)
+
+
+NEITHER = (0.0, False)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,8 @@ def test_decisions_by_hand(signals, action):
 
 def test_the_threshold_of_templates_by_hand():
     # From the top: right, right, wrong, right. Two answers leave two hand-overs (2), four cost one mistake (5).
-    outcomes = [make(intent=p, template=right) for p, right in [(0.9, True), (0.8, True), (0.7, False), (0.6, True)]]
+    rows = [(0.9, True), (0.8, True), (0.7, False), (0.6, True)]
+    outcomes = [make(intent=p, template=right, chosen=NEITHER) for p, right in rows]
     chosen = choose_thresholds(outcomes, COSTS)
     assert chosen.intent == pytest.approx(0.75)  # halfway to the one that must not pass
     assert compute_mean_cost(outcomes, chosen, COSTS) == 2 / 4
@@ -71,16 +76,34 @@ def test_out_of_scope_is_handed_over_by_its_own_threshold():
 
 def test_a_question_back_is_worth_its_cost_only_where_it_names_what_is_meant():
     # Three of four questions help (4 x 0.5 + 1 hand-over = 3 against 4); with two of four nothing is gained (4).
-    outcomes = [make(pair=0.8, named=named) for named in (True, True, True, False)]
+    outcomes = [make(pair=0.8), make(pair=0.8), make(pair=0.8), make(pair=0.8, chosen=NEITHER)]
     assert choose_thresholds(outcomes, COSTS).pair == pytest.approx(0.8)
     assert choose_thresholds(outcomes[1:] + outcomes[3:], COSTS).pair == NEVER
 
 
 def test_a_sure_intent_without_template_is_not_asked_about_by_hand():
-    sure = make(intent=0.9, pair=0.95)  # handed over (1); asking about it would cost 1.5
-    outcomes = [sure, make(intent=0.8, template=True), make(intent=0.5, pair=0.9, named=True)]
+    sure = make(intent=0.9, pair=0.95, chosen=NEITHER)  # handed over (1); asking about it would cost 1.5
+    outcomes = [sure, make(intent=0.8, template=True), make(intent=0.5, pair=0.9)]
     chosen = choose_thresholds(outcomes, COSTS)
     assert compute_mean_cost(outcomes, chosen, COSTS) == pytest.approx((1 + 0 + 0.5) / 3)
+
+
+def test_what_follows_a_choice_depends_on_the_threshold_of_entries_by_hand():
+    # Two entries after a choice, one right at 0.7 and one wrong at 0.6; an entry found at once is wrong at 0.5.
+    outcomes = [
+        make(pair=0.8, chosen=(0.7, True)),
+        make(pair=0.8, chosen=(0.6, False)),
+        make(passage=0.5, chosen=NEITHER),
+    ]
+    # Asked (0.5) and answered; asked and handed over (1.5); handed over (1). Without asking 3 hand-overs cost the same.
+    thresholds = Thresholds(outside=1.0, intent=NEVER, passage=0.65, pair=0.8)
+    assert compute_mean_cost(outcomes, thresholds, COSTS) == pytest.approx(3 / 3)
+    lower = Thresholds(outside=1.0, intent=NEVER, passage=0.55, pair=0.8)
+    assert compute_mean_cost(outcomes, lower, COSTS) == pytest.approx((0.5 + 5.5 + 1) / 3)
+    dearer = Costs(wrong=5, handover=1.2, question=0.5)
+    chosen = choose_thresholds(outcomes, dearer)
+    assert 0.6 < chosen.passage <= 0.7
+    assert compute_mean_cost(outcomes, chosen, dearer) == pytest.approx((0.5 + 1.7 + 1.2) / 3)
 
 
 PROBABILITIES = st.sampled_from([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -89,7 +112,7 @@ OUTCOMES = st.builds(
     *[PROBABILITIES] * 4,
     template=st.sampled_from([None, False, True]),
     found=st.booleans(),
-    named=st.booleans(),
+    chosen=st.tuples(st.sampled_from([0.0, 0.4, 0.8, NEVER]), st.booleans()),
     in_scope=st.booleans(),
 )
 

@@ -122,20 +122,24 @@ class Assistant:
     def observe(self, text: str, context: str) -> tuple[Reading, list[Found], Signals]:
         """What is read and found, and the numbers that decide."""
         reading = self.reader.read(text, context)
-        found = self.index.find(text, context, reading.features, self.reader, self.relevance)
+        found = self.index.find(text, context, reading, self.reader, self.relevance)
+        reading = self._consult_entries(reading)
         return reading, found, self.build_signals(reading, found)
+
+    def find_chosen(self, text: str, context: str, intent: str) -> list[Found]:
+        """The entries that answer a message of which the customer has said what it asks for."""
+        reading = self.reader.read(text, context)
+        certain = np.array([name == intent for name in self.reader.intents], dtype=np.float32)
+        return self.index.find(text, context, replace(reading, scores=certain), self.reader, self.relevance)
 
     def build_signals(self, reading: Reading, found: Sequence[Found]) -> Signals:
         """The numbers that decide."""
         ranked = self.rank_intents(reading)
         first = ranked[0]
-        # To be asked which of two is meant helps where one of them has a template.
-        helps = len(ranked) > 1 and any(self._name(place).template is not None for place in ranked[:2])
-        pair = float(reading.scores[ranked[:2]].sum()) if helps else 0.0
         return Signals(
             outside=float(reading.outside),
             intent=float(reading.scores[first]),
-            pair=min(pair, 1.0),
+            pair=float(reading.scores[ranked[1]]) if len(ranked) > 1 else 0.0,
             passage=found[0].score if found else 0.0,
             has_template=self._name(first).template is not None,
         )
@@ -150,7 +154,7 @@ class Assistant:
             session.pending = pending
             return Reply("question", NO_WORDS, 1.0, "The message has no words.")
         if pending and pending.slot is None and (chosen := _read_choice(text, pending.intents)):
-            return self._answer_chosen(self.intents[chosen], pending.question, session)
+            return self._answer_chosen(self.intents[chosen], pending, session)
         if pending and pending.slot and (value := self._read_slot(text, pending, session.context)):
             pending.values[pending.slot] = value
             return self._answer_template(self.intents[pending.intents[0]], pending.confidence, text, session, pending)
@@ -162,23 +166,24 @@ class Assistant:
         elif action == "passage":
             reply = self._answer_passage(found[0], text, session.context)
         elif action == "question":
-            reply = _ask_which(ranked, signals.pair)
-            session.pending = Pending(text, tuple(intent.name for intent in ranked))
+            reply = _ask_which(ranked, min(1.0, signals.intent + signals.pair))
+            names = tuple(intent.name for intent in ranked)
+            session.pending = Pending(text, names, context=session.context)
         else:
             reply = self._hand_over(signals)
         return replace(reply, considered=self._describe(reading, found))
 
-    def _answer_chosen(self, intent: Intent, question: str, session: Session) -> Reply:
+    def _answer_chosen(self, intent: Intent, pending: Pending, session: Session) -> Reply:
         """After a question back: the customer's choice is certain, what answers it may not be."""
+        question, context = pending.question, pending.context
         if intent.template is not None:
             return self._answer_template(intent, 1.0, question, session, None)
-        text = f"{question} {intent.description}"
-        reading, found, signals = self.observe(text, session.context)
-        considered = self._describe(reading, found)
-        if signals.passage >= self.thresholds.passage:
-            return replace(self._answer_passage(found[0], text, session.context), considered=considered)
+        found = self.find_chosen(question, context, intent.name)
+        sure = found[0].score if found else 0.0
+        if sure >= self.thresholds.passage:
+            return self._answer_passage(found[0], question, context)
         reason = f'You chose "{intent.description}", and no entry is sure to answer that.'
-        return Reply("handover", HAND_OVER, 1 - signals.passage, reason, considered=considered)
+        return Reply("handover", HAND_OVER, 1 - sure, reason)
 
     def _answer_template(
         self, intent: Intent, confidence: float, text: str, session: Session, pending: Pending | None
@@ -219,11 +224,15 @@ class Assistant:
         if find_pattern(slot):
             values = find_values(slot, [text])
             return values[0] if len(values) == 1 else None
-        reading = self.reader.read(text, context)
+        reading = self._consult_entries(self.reader.read(text, context))
         likeliest = self.rank_intents(reading)[0]
         other = self._name(likeliest).name not in pending.intents
         sure = reading.outside <= self.thresholds.outside and reading.scores[likeliest] >= self.thresholds.intent
         return None if other and sure else " ".join(text.split())[:MAX_FREE_CHARACTERS]
+
+    def _consult_entries(self, reading: Reading) -> Reading:
+        """The reading with what the entries say of the intents."""
+        return replace(reading, scores=self.index.weigh_intents(reading))
 
     def _describe(self, reading: Reading, found: Sequence[Found]) -> Considered:
         places = self.rank_intents(reading)[:SHOWN]

@@ -56,11 +56,11 @@ def build_assistant(run: str | Path) -> dict[str, Any]:
         reader,
         load_entries(_get_task(recipe, "retrieval")[1], source, folder.recipe_folder),
         _find_templates(folder, recipe.assistant, source),
-        questions["validation"],
+        questions,
         Costs(recipe.assistant.wrong_cost, recipe.assistant.handover_cost, recipe.assistant.question_cost),
     )
-    for split, asked in questions.items():
-        save_json(place / f"{split}.json", _judge(assistant, asked, recipe))
+    for split in ("validation", "test"):
+        save_json(place / f"{split}.json", _judge(assistant, questions[split], recipe))
     return dict(load_json(place / "test.json"))
 
 
@@ -86,6 +86,7 @@ def _judge(assistant: Assistant, questions: Sequence[Question], recipe: Recipe) 
             "intent": each.question.intent,
             "entries": sorted(each.question.entries),
             "outcome": each.judgement,
+            "in_the_end": each.in_the_end,
             "kind": each.reply.kind,
             "reply": each.reply.text,
             "confidence": each.reply.confidence,
@@ -98,7 +99,7 @@ def _judge(assistant: Assistant, questions: Sequence[Question], recipe: Recipe) 
 def _build_questions(
     folder: RunFolder, recipe: Recipe, source: LoadedRows, intents: Sequence[str]
 ) -> dict[str, list[Question]]:
-    """The messages of validation and test, as the intent task split them."""
+    """The messages of each split, as the intent task split them."""
     name, section = _get_task(recipe, "text_classification")
     ids = load_json(folder.data / "ids.json")[name]
     rows = {row.id: row.values for row in source.rows}
@@ -109,7 +110,9 @@ def _build_questions(
         return {**values, "intent": label, "context": context}
 
     return {
-        split: build_questions([describe(rows[key]) for key in ids[split]], intents) for split in ("validation", "test")
+        # What training added to the rows, such as copies with mistakes of typing, is no message of a customer.
+        split: build_questions([describe(rows[key]) for key in keys if key in rows], intents)
+        for split, keys in ids.items()
     }
 
 

@@ -54,6 +54,8 @@ class Pending:
     """How sure the one intent was."""
     values: dict[str, str] = field(default_factory=dict)
     """Slots that are filled already."""
+    context: str = ""
+    """The dialogue before the customer's message."""
 
 
 @dataclass(slots=True)

@@ -7,6 +7,9 @@ Each question gets one reply, and that counts as one of four outcomes:
 - wrong: any other template or passage, and a request for the slots of another intent's template.
 - handed_over: a hand-over of what is in scope.
 - asked_back: a question back that names two intents, or that asks for words.
+
+A customer who is asked which of two intents is meant is taken to choose the own one where it is named, and to be handed
+over where it is not; what comes of that is the outcome `in_the_end`.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from finetune.applications.support.assistant import Assistant, Reply
 from finetune.applications.support.dialogue import Session
 from finetune.applications.support.index import Found, KnowledgeIndex
 from finetune.applications.support.reader import Reader, Reading
-from finetune.applications.support.thresholds import Numbers, Outcome, Signals
+from finetune.applications.support.thresholds import NEVER, Numbers, Outcome, Signals
 from finetune.errors import DataError
 from finetune.evaluation.intervals import Estimate, Interval, compute_interval, draw_weights
 
@@ -56,6 +59,8 @@ class Answered:
     question: Question
     reply: Reply
     judgement: Judgement
+    in_the_end: Judgement
+    """The same after a choice between two intents."""
 
 
 def build_questions(rows: Sequence[Mapping[str, Any]], intents: Sequence[str]) -> list[Question]:
@@ -85,15 +90,27 @@ def build_questions(rows: Sequence[Mapping[str, Any]], intents: Sequence[str]) -
 def collect_evidence_of(
     index: KnowledgeIndex, reader: Reader, questions: Sequence[Question]
 ) -> tuple[list[Numbers], list[npt.NDArray[np.bool_]]]:
-    """What speaks for the candidates of each question, (n, 3), and whether each of them answers, (n,)."""
+    """What speaks for the candidates of each question, (n, 5), and whether each of them answers, (n,)."""
     evidence, right = [], []
     for question in questions:
         context = Session.from_context(question.context).context
-        features = reader.read(question.text, context).features
-        first, found = index.examine(question.text, context, features, reader)
+        first, found = index.examine(question.text, context, reader.read(question.text, context), reader)
         evidence.append(found)
         right.append(np.array([index.entries[number].id in question.entries for number in first]))
     return evidence, right
+
+
+def collect_intent_evidence_of(
+    index: KnowledgeIndex, reader: Reader, questions: Sequence[Question]
+) -> tuple[list[Numbers], list[int]]:
+    """What speaks for the intents of each question in scope, (K, 2), and the place of its own."""
+    intents = list(reader.intents)
+    asked = [(question, intents.index(question.intent)) for question in questions if question.intent is not None]
+    evidence = [
+        index.collect_intent_evidence(reader.read(question.text, Session.from_context(question.context).context))
+        for question, _ in asked
+    ]
+    return evidence, [place for _, place in asked]
 
 
 def collect_outcomes(assistant: Assistant, questions: Sequence[Question]) -> list[Outcome]:
@@ -112,15 +129,20 @@ def collect_outcomes(assistant: Assistant, questions: Sequence[Question]) -> lis
 def _weigh(
     assistant: Assistant, question: Question, reading: Reading, found: Sequence[Found], signals: Signals
 ) -> Outcome:
+    context = Session.from_context(question.context).context
     ranked = [assistant.reader.intents[place] for place in assistant.rank_intents(reading)[:2]]
-    passage_right = bool(found) and found[0].entry.id in question.entries
-    # A choice that leads to no template is answered from the entries.
-    answerable = passage_right or (question.intent in ranked and assistant.intents[question.intent or ""].template)
+    chosen, chosen_right = 0.0, False
+    if question.intent in ranked and question.intent is not None:
+        if assistant.intents[question.intent].template is not None:
+            chosen, chosen_right = NEVER, True
+        elif then := assistant.find_chosen(question.text, context, question.intent):
+            chosen, chosen_right = then[0].score, then[0].entry.id in question.entries
     return Outcome(
         signals=signals,
         template_right=signals.has_template and ranked[0] == question.intent,
-        passage_right=passage_right,
-        pair_right=question.intent in ranked and bool(answerable),
+        passage_right=bool(found) and found[0].entry.id in question.entries,
+        chosen=chosen,
+        chosen_right=chosen_right,
         in_scope=question.intent is not None,
     )
 
@@ -129,8 +151,15 @@ def answer_questions(assistant: Assistant, questions: Sequence[Question]) -> lis
     """Ask each question in a conversation of its own, which begins with its context."""
     answered = []
     for question in questions:
-        reply = assistant.reply(question.text, Session.from_context(question.context))
-        answered.append(Answered(question, reply, judge(question, reply)))
+        session = Session.from_context(question.context)
+        reply = assistant.reply(question.text, session)
+        last = reply
+        if question.intent in reply.choices:
+            last = assistant.reply(str(reply.choices.index(question.intent) + 1), session)
+        in_the_end = judge(question, last)
+        if last.choices:  # neither is meant
+            in_the_end = "handed_over" if question.intent is not None else "right"
+        answered.append(Answered(question, reply, judge(question, reply), in_the_end))
     return answered
 
 
@@ -156,7 +185,7 @@ def summarize(answered: Sequence[Answered], *, confidence: float, resamples: int
 
     Returns:
         `all`, `in_scope`, `out_of_scope` (each where there are any) and `styles` (name -> the same): `questions`, and
-        the share of each outcome as {"value", "low", "high"}.
+        the share of each outcome as {"value", "low", "high"}, and these `in_the_end`.
     """
     groups = {
         "all": list(answered),
@@ -166,8 +195,11 @@ def summarize(answered: Sequence[Answered], *, confidence: float, resamples: int
     styles = sorted({each.question.style for each in answered} - {""})
 
     def count(part: Sequence[Answered]) -> dict[str, Any]:
-        shares = _compute_shares(part, confidence=confidence, resamples=resamples, seed=seed)
-        return {"questions": len(part), **shares}
+        def share(outcomes: Sequence[Judgement]) -> dict[str, Interval]:
+            return _compute_shares(part, outcomes, confidence=confidence, resamples=resamples, seed=seed)
+
+        at_once, in_the_end = ([each.judgement for each in part], [each.in_the_end for each in part])
+        return {"questions": len(part), **share(at_once), "in_the_end": share(in_the_end)}
 
     return {
         **{name: count(part) for name, part in groups.items() if part},
@@ -208,13 +240,13 @@ def compute_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
 
 
 def _compute_shares(
-    answered: Sequence[Answered], *, confidence: float, resamples: int, seed: int
+    answered: Sequence[Answered], judged: Sequence[Judgement], *, confidence: float, resamples: int, seed: int
 ) -> dict[str, Interval]:
     """The share of each outcome; a resample draws as many clusters as there are, each with all of its questions."""
     _, clusters = np.unique([each.question.cluster for each in answered], return_inverse=True)
     sizes = np.bincount(clusters).astype(np.float64)
     counts = np.stack(
-        [np.bincount(clusters, [each.judgement == outcome for each in answered], len(sizes)) for outcome in OUTCOMES]
+        [np.bincount(clusters, [each == outcome for each in judged], len(sizes)) for outcome in OUTCOMES]
     )  # (4, clusters)
     samples: Numbers = np.concatenate(
         [counts @ weights / (sizes @ weights) for weights in draw_weights(len(sizes), resamples, seed)], axis=1

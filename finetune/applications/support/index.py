@@ -12,21 +12,23 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from finetune.applications.support.reader import Floats, Reader
-from finetune.applications.support.relevance import Relevance, collect_evidence
+from finetune.applications.support.links import Links, load_links, save_links
+from finetune.applications.support.reader import Floats, Reader, Reading
+from finetune.applications.support.relevance import Relevance, collect_evidence, compute_shares
 from finetune.artifact.run_folder import load_json, save_json
 from finetune.data.knowledge import Entry, load_knowledge, save_knowledge
 from finetune.data.ranking import LexicalIndex, fuse_rankings
 from finetune.errors import ResourceError, UsageError
 from finetune.recipe.files import compute_sha256, write_file_atomically
 
-RERANKED = 8
-"""How many entries the model reads in full for each question: nearly all of the time of a reply."""
+NEAREST, RERANKED = 3, 4
+"""How many entries the model reads in full for each question, which takes most of the time of a reply, and how many of
+them are the nearest by meaning; the others are the first by all rankings together."""
 
 FUSED = 100
 """How many entries each ranking puts forward."""
 
-_KNOWLEDGE, _FEATURES, _INDEX = "knowledge.jsonl", "features.safetensors", "index.json"
+_KNOWLEDGE, _FEATURES, _LINKS, _INDEX = "knowledge.jsonl", "features.safetensors", "links.json", "index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +46,32 @@ class KnowledgeIndex:
         entries: with ids that differ.
         features: (E, D), each of length 1.
         fingerprint: of the model that made the features.
+        links: which intents ask for which entries.
     """
 
-    def __init__(self, entries: Sequence[Entry], features: Floats, fingerprint: str) -> None:
+    def __init__(self, entries: Sequence[Entry], features: Floats, fingerprint: str, links: Links) -> None:
         self.entries = list(entries)
         self.features = features
         self.fingerprint = fingerprint
+        self.links = links
+        self._places = links.align([entry.id for entry in self.entries])
         self._lexical = LexicalIndex([entry.passage for entry in self.entries])
 
     @classmethod
-    def build(cls, entries: Sequence[Entry], reader: Reader, known: KnowledgeIndex | None = None) -> KnowledgeIndex:
+    def build(
+        cls,
+        entries: Sequence[Entry],
+        reader: Reader,
+        known: KnowledgeIndex | None = None,
+        links: Links | None = None,
+    ) -> KnowledgeIndex:
         """Read the entries with the model.
 
         Args:
             entries: at least one.
             reader: the model.
-            known: an index of the same model, whose features are kept for passages that did not change.
+            known: an index of the same model, whose features and links are kept for passages that did not change.
+            links: which intents ask for which entries; None for those of `known`.
         """
         same = known is not None and known.fingerprint == reader.fingerprint
         kept = (
@@ -70,47 +82,69 @@ class KnowledgeIndex:
         new = list(dict.fromkeys(entry.passage for entry in entries if entry.passage not in kept))
         if new:
             kept |= dict(zip(new, np.asarray(reader.embed(new), dtype=np.float32), strict=True))
-        return cls(entries, np.stack([kept[entry.passage] for entry in entries]), reader.fingerprint)
+        if links is None:
+            links = known.links if known and same else Links.count(reader.intents, [])
+            before = {entry.id: entry.passage for entry in known.entries} if known and same else {}
+            links = links.keep([entry.id for entry in entries if before.get(entry.id) == entry.passage])
+        return cls(entries, np.stack([kept[entry.passage] for entry in entries]), reader.fingerprint, links)
 
     def find(
-        self, text: str, context: str, features: Floats, reader: Reader, relevance: Relevance | None = None
+        self, text: str, context: str, reading: Reading, reader: Reader, relevance: Relevance | None = None
     ) -> list[Found]:
         """The entries that answer best, best first, at most `RERANKED`.
 
         Args:
             text: the question.
             context: the dialogue before it.
-            features: of the text, (D,).
+            reading: what the model makes of the text.
             reader: reads the first few.
             relevance: weighs what speaks for them; None for the reader's word alone.
         """
-        first, evidence = self.examine(text, context, features, reader)
+        first, evidence = self.examine(text, context, reading, reader)
         scores = (relevance or Relevance()).compute_probabilities(evidence)
         best = np.argsort(-scores, kind="stable")
         return [Found(self.entries[first[place]], float(scores[place])) for place in best]
 
     def examine(
-        self, text: str, context: str, features: Floats, reader: Reader
+        self, text: str, context: str, reading: Reading, reader: Reader
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-        """The numbers of the first few entries, (n,), and what speaks for each, (n, 3); see `collect_evidence`.
+        """The numbers of the first few entries, (n,), and what speaks for each, (n, 5); see `collect_evidence`.
 
-        The rankings by words (BM25) and by meaning are fused by reciprocal ranks; the model then reads the first few.
+        The model reads the nearest by meaning, and the first where the rankings by words (BM25) and by meaning are
+        fused by reciprocal ranks.
         Where there is a context, the customer's turn before this one is a third ranking: "and for the other card?"
         shares no word with what it asks for.
         """
-        dense = self.features @ features  # (E,)
-        asked = [text, *find_last_customer_turn(context)]
-        rankings = [dense, *(self._rank_by_words(question, dense) for question in asked)]
+        dense = self.features @ reading.features  # (E,)
+        turns = [text, *find_last_customer_turn(context)]
+        rankings = [dense, *(self._rank_by_words(question, dense) for question in turns)]
         # An entry that is far down in every ranking cannot come first: only the tops are sorted.
         tops = np.unique(np.concatenate([_find_largest(scores, FUSED) for scores in rankings]))
         fused = fuse_rankings([scores[tops] for scores in rankings])
-        first = tops[np.argsort(-fused, kind="stable")[:RERANKED]]
+        nearest = tops[np.argsort(-dense[tops], kind="stable")[:NEAREST]]
+        others = tops[np.argsort(-fused, kind="stable")]
+        first = np.concatenate([nearest, others[~np.isin(others, nearest)]])[:RERANKED]
         reread = reader.rerank(text, context, [self.entries[index].passage for index in first])
-        return first, collect_evidence(dense, first, reread)
+        asked = self.links.weigh_entries(reading.scores, self._places[first])
+        return first, collect_evidence(dense, self._lexical.compute_scores(text), asked, first, reread)
+
+    def weigh_intents(self, reading: Reading) -> Floats:
+        """The probabilities of the intents, by the model's word and by the entries that its vector finds, (K,)."""
+        return self.links.weigh_intents(reading.scores, self.compute_shares(reading), self._places)
+
+    def collect_intent_evidence(self, reading: Reading) -> npt.NDArray[np.float64]:
+        """What speaks for each intent, (K, 2); see `Links.collect_evidence`."""
+        return self.links.collect_evidence(reading.scores, self.compute_shares(reading), self._places)
+
+    def compute_shares(self, reading: Reading) -> npt.NDArray[np.float64]:
+        """The share of each entry in what was found by meaning, (E,)."""
+        return compute_shares(self.features @ reading.features)
 
     def save(self, folder: Path) -> None:
-        """Write knowledge, features and what they belong to; a crash in between leaves an index that is refused."""
+        """Write knowledge, features, links and what they belong to; a crash in between leaves an index that is
+        refused."""
         folder.mkdir(parents=True, exist_ok=True)
+        save_links(folder / _LINKS, self.links)
         save_knowledge(self.entries, folder / _KNOWLEDGE)
         write_file_atomically(folder / _FEATURES, save_tensors({"features": np.ascontiguousarray(self.features)}))
         sha256 = compute_sha256(folder / _KNOWLEDGE)
@@ -126,7 +160,7 @@ class KnowledgeIndex:
             UsageError: the index is of another model or of other entries.
             ResourceError: a file is missing or damaged.
         """
-        missing = [name for name in (_INDEX, _KNOWLEDGE, _FEATURES) if not (folder / name).is_file()]
+        missing = [name for name in (_INDEX, _KNOWLEDGE, _FEATURES, _LINKS) if not (folder / name).is_file()]
         if missing:
             raise ResourceError(f"{folder}: must hold an index, got no {', '.join(missing)}. {_BUILD_AGAIN}")
         about = load_json(folder / _INDEX)
@@ -146,7 +180,7 @@ class KnowledgeIndex:
             raise UsageError(
                 f"{folder / _KNOWLEDGE}: must be what the index was built from, got other text. {_BUILD_AGAIN}"
             )
-        return cls(entries, features, reader.fingerprint)
+        return cls(entries, features, reader.fingerprint, load_links(folder / _LINKS, reader.intents))
 
     def _rank_by_words(self, question: str, dense: Floats) -> Floats:
         """BM25; entries that share no word follow by meaning, for their order in the file says nothing."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.applications.support.assistant import Assistant
-from finetune.applications.support.evaluate import Question, collect_evidence_of, collect_outcomes
+from finetune.applications.support.evaluate import (
+    Question,
+    collect_evidence_of,
+    collect_intent_evidence_of,
+    collect_outcomes,
+)
 from finetune.applications.support.index import KnowledgeIndex
+from finetune.applications.support.links import Links, fit_exponents
 from finetune.applications.support.reader import Reader
 from finetune.applications.support.relevance import fit_relevance, load_relevance, save_relevance
 from finetune.applications.support.templates import load_intents
@@ -56,27 +63,37 @@ def load_assistant(run: str | Path, knowledge: Path | None = None) -> Assistant:
 
 
 def save_assistant(
-    folder: Path, reader: Reader, entries: Sequence[Entry], intents: Path, questions: Sequence[Question], costs: Costs
+    folder: Path,
+    reader: Reader,
+    entries: Sequence[Entry],
+    intents: Path,
+    questions: Mapping[str, Sequence[Question]],
+    costs: Costs,
 ) -> Assistant:
-    """Build the index, choose the thresholds on validation questions, and write what `load_assistant` reads.
+    """Build the index, weigh the evidence and choose the thresholds, and write what `load_assistant` reads.
 
     Args:
         folder: as `find_support_folder` gives it.
         reader: the trained model.
         entries: what it answers from.
         intents: the file of intents and templates, which is copied.
-        questions: of the validation split.
+        questions: those of train say which intents ask for which entries; weights and thresholds are chosen on those
+            of validation.
         costs: what a wrong answer costs against a hand-over.
 
     Raises:
         DataError: intents that are not the model's, or no questions.
     """
     checked = load_intents(intents, reader.intents)
-    index = KnowledgeIndex.build(entries, reader)
-    relevance = fit_relevance(*collect_evidence_of(index, reader, questions))
+    links = Links.count(reader.intents, [(question.intent, question.entries) for question in questions["train"]])
+    index = KnowledgeIndex.build(entries, reader, links=links)
+    held_out = questions["validation"]
+    own, linked = fit_exponents(*collect_intent_evidence_of(index, reader, held_out))
+    index.links = replace(links, own=own, linked=linked)
+    relevance = fit_relevance(*collect_evidence_of(index, reader, held_out))
     never = Thresholds(outside=1.0, intent=NEVER, passage=NEVER, pair=NEVER)
     untuned = Assistant(reader, index, checked, never, relevance)
-    outcomes = collect_outcomes(untuned, questions)
+    outcomes = collect_outcomes(untuned, held_out)
     thresholds = choose_thresholds(outcomes, costs)
     index.save(folder / _INDEX)
     write_file_atomically(folder / _INTENTS, intents.read_bytes())

@@ -25,37 +25,52 @@ class Relevance:
     intercept: float = 0.0
     cosine: float = 0.0
     share: float = 0.0
+    words: float = 0.0
+    asked: float = 0.0
     reread: float = 1.0
 
     def compute_probabilities(self, evidence: Numbers) -> Numbers:
-        """In [0, 1], (n,), from evidence (n, 3)."""
-        weights = np.array([self.cosine, self.share, self.reread])
+        """In [0, 1], (n,), from evidence (n, 5)."""
+        weights = np.array([self.cosine, self.share, self.words, self.asked, self.reread])
         return np.asarray(1 / (1 + np.exp(-np.clip(self.intercept + evidence @ weights, -50, 50))))
 
 
-def collect_evidence(cosines: npt.ArrayLike, first: npt.ArrayLike, reread: npt.ArrayLike) -> Numbers:
-    """What speaks for some entries, (n, 3).
+def compute_shares(cosines: npt.ArrayLike) -> Numbers:
+    """The share of each entry in the softmax over all, (E,), from a question's cosines with them, (E,)."""
+    scaled = COSINE_SCALE * np.asarray(cosines, dtype=np.float64)
+    weights = np.exp(scaled - scaled.max())
+    return np.asarray(weights / weights.sum())
+
+
+def collect_evidence(
+    cosines: npt.ArrayLike, words: npt.ArrayLike, asked: npt.ArrayLike, first: npt.ArrayLike, reread: npt.ArrayLike
+) -> Numbers:
+    """What speaks for some entries, (n, 5).
 
     Args:
         cosines: of the question with all entries, (E,).
+        words: BM25 scores of all entries, (E,).
+        asked: how likely the question's intents ask for these entries, as logarithms, (n,).
         first: numbers of the entries, (n,).
         reread: the probability that the model gives each of them when it reads it with the question, (n,).
 
     Returns:
-        The cosine; the log of the entry's share in the softmax over all; the log odds of the second look.
+        The cosine; the log of the entry's share in the softmax over all; its BM25 score against the best one's; `asked`
+        as it is; the log odds of the second look.
     """
-    every = np.asarray(cosines, dtype=np.float64)
-    chosen = every[np.asarray(first)]
-    shares = COSINE_SCALE * (chosen - every.max()) - np.log(np.exp(COSINE_SCALE * (every - every.max())).sum())
+    chosen = np.asarray(first)
+    known, scores = np.asarray(cosines, dtype=np.float64), np.asarray(words, dtype=np.float64)
+    shares = np.log(np.maximum(compute_shares(known)[chosen], np.finfo(float).tiny))
     odds = np.clip(np.asarray(reread, dtype=np.float64), EPSILON, 1 - EPSILON)
-    return np.column_stack([chosen, shares, np.log(odds / (1 - odds))])
+    relative = scores[chosen] / max(scores.max(), EPSILON)
+    return np.column_stack([known[chosen], shares, relative, np.asarray(asked), np.log(odds / (1 - odds))])
 
 
 def fit_relevance(evidence: Sequence[Numbers], right: Sequence[npt.NDArray[np.bool_]]) -> Relevance:
     """Logistic regression over the candidates of validation questions.
 
     Args:
-        evidence: of each question's candidates, (n, 3).
+        evidence: of each question's candidates, (n, 5).
         right: whether each of them answers, (n,).
 
     Returns:
@@ -79,7 +94,7 @@ def load_relevance(path: Path) -> Relevance:
     """Read what `save_relevance` wrote.
 
     Raises:
-        ResourceError: the file is missing, or does not hold its four numbers.
+        ResourceError: the file is missing, or does not hold its six numbers.
     """
     if not path.is_file():
         raise ResourceError(f"{path}: must hold how entries are weighed, got nothing there. Build the assistant again.")

@@ -37,7 +37,7 @@ class Signals:
     intent: float
     """The probability of its likeliest intent."""
     pair: float
-    """The probability that it is one of its two likeliest intents; 0 where neither has a template."""
+    """The probability of its second likeliest intent: how close the two are; 0 where it has but one."""
     passage: float
     """The probability that the entry found first answers it; 0 without entries."""
     has_template: bool
@@ -58,7 +58,7 @@ class Thresholds:
 class Costs:
     """What each outcome costs; a right answer, and a hand-over of what is out of scope, cost nothing.
 
-    A question back that does not name what the customer wants costs the hand-over that follows as well.
+    A question back costs what follows it as well.
     """
 
     wrong: float = 5.0
@@ -75,8 +75,11 @@ class Outcome:
     """The likeliest intent has a template and is the question's own."""
     passage_right: bool
     """The entry found first is one that answers it."""
-    pair_right: bool
-    """One of the two likeliest intents is the question's own, and a template or the entry found first answers it."""
+    chosen: float
+    """After a question back: how sure the entry is once the customer has chosen between the two likeliest intents;
+    `NEVER`, which reaches every threshold, for a template, and 0 where neither intent is meant."""
+    chosen_right: bool
+    """That answer is right."""
     in_scope: bool
 
 
@@ -92,20 +95,29 @@ def decide(signals: Signals, thresholds: Thresholds) -> Action:
     return "question" if signals.pair >= thresholds.pair and not sure else "handover"
 
 
-def compute_costs(outcome: Outcome, costs: Costs) -> dict[Action, float]:
-    """What each action costs for one question."""
+def compute_costs(outcome: Outcome, passage: float, costs: Costs) -> dict[Action, float]:
+    """What each action costs for one question.
+
+    Args:
+        outcome: of the question.
+        passage: the threshold for an entry, which also decides what follows a question back.
+        costs: of mistakes.
+    """
     handover = costs.handover if outcome.in_scope else 0.0
+    chosen = 0.0 if outcome.chosen_right else costs.wrong
     return {
         "template": 0.0 if outcome.template_right else costs.wrong,
         "passage": 0.0 if outcome.passage_right else costs.wrong,
-        "question": costs.question + (0.0 if outcome.pair_right else handover),
+        "question": costs.question + (chosen if outcome.chosen >= passage else handover),
         "handover": handover,
     }
 
 
 def compute_mean_cost(outcomes: Sequence[Outcome], thresholds: Thresholds, costs: Costs) -> float:
     """The mean over questions of what the action chosen for each costs."""
-    return float(np.mean([compute_costs(each, costs)[decide(each.signals, thresholds)] for each in outcomes]))
+    return float(
+        np.mean([compute_costs(each, thresholds.passage, costs)[decide(each.signals, thresholds)] for each in outcomes])
+    )
 
 
 def choose_thresholds(outcomes: Sequence[Outcome], costs: Costs) -> Thresholds:
@@ -131,6 +143,7 @@ def choose_thresholds(outcomes: Sequence[Outcome], costs: Costs) -> Thresholds:
         np.array([getattr(each.signals, name) for each in outcomes])
         for name in ("outside", "intent", "passage", "pair")
     )
+    others[1] = np.append(others[1], [each.chosen for each in outcomes if each.chosen < NEVER])
     grid = [_list_candidates(values) for values in others]
     gates = np.sort(_list_candidates(outside)[1:])
     best = _search(outcomes, costs, gates, grid)
@@ -211,18 +224,24 @@ def _search(outcomes: Sequence[Outcome], costs: Costs, gates: Numbers, grid: Seq
 def _add_question(changes: npt.NDArray[np.int64], outcome: Outcome, costs: Costs, grid: Sequence[Numbers]) -> None:
     """What one question adds to the totals, against its hand-over."""
     signals = outcome.signals
+    handover = compute_costs(outcome, NEVER, costs)["handover"]
+
+    def count(action: Action, passage: float = NEVER) -> int:
+        """Whole numbers, so that equal totals are equal."""
+        return round((compute_costs(outcome, passage, costs)[action] - handover) * 1e6)
+
     # From which threshold on each signal reaches it; all that follow are lower.
     intent, passage, pair = (
         int(np.searchsorted(-values, -signal))
         for values, signal in zip(grid, (signals.intent, signals.passage, signals.pair), strict=True)
     )
     templated = intent if signals.has_template else len(grid[0])
-    # Whole numbers, so that equal totals are equal.
-    cost = {action: round(value * 1e6) for action, value in compute_costs(outcome, costs).items()}
+    chosen = min(passage, int(np.searchsorted(-grid[1], -outcome.chosen)))
     every = (0, None)
-    _add_box(changes, ((templated, None), every, every), cost["template"] - cost["handover"])
-    _add_box(changes, ((0, templated), (passage, None), every), cost["passage"] - cost["handover"])
-    _add_box(changes, ((0, intent), (0, passage), (pair, None)), cost["question"] - cost["handover"])
+    _add_box(changes, ((templated, None), every, every), count("template"))
+    _add_box(changes, ((0, templated), (passage, None), every), count("passage"))
+    _add_box(changes, ((0, intent), (0, chosen), (pair, None)), count("question"))
+    _add_box(changes, ((0, intent), (chosen, passage), (pair, None)), count("question", 0.0))
 
 
 def _add_box(changes: npt.NDArray[np.int64], box: Sequence[tuple[int, int | None]], value: int) -> None:
