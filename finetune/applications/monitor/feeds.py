@@ -163,7 +163,7 @@ def _read_answer(answer: Answer) -> list[dict[str, Any]] | None:
 
 
 def _read_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry with an item's keys. The text is the title; markup is left out, entities are the model's own to decode."""
+    """An entry with an item's keys. The text is the title; markup is left out, entities are left to the model."""
     text = entry.get("title") or entry.get("summary") or ""
     when = entry.get("published_parsed") or entry.get("updated_parsed")  # in UTC, whatever the feed said
     name = entry.get("id") or entry.get("link") or hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

@@ -80,7 +80,7 @@ class MetricsServer:
         class Handler(BaseHTTPRequestHandler):
             timeout = 10  # seconds: a visitor who says nothing holds a thread no longer
 
-            def do_GET(self) -> None:  # noqa: N802  (the name is Python's)
+            def do_GET(self) -> None:
                 found = self.path.partition("?")[0] == "/metrics"
                 body = owner._text if found else b"see /metrics\n"
                 self.send_response(200 if found else 404)

@@ -1,7 +1,8 @@
 """Items that come again: by their id, or as a copy of a text that came before.
 
-A copy may add words, as wires do (`UPDATE 1-...`, `... - Newswire`), but none of those that make it other news: numbers,
-tickers, negations. Where each text has words of its own, one may say `rises` and the other `falls`: those are two.
+A copy may add words, as wires do (`UPDATE 1-...`, `... - Newswire`), but none of those that make it other news:
+numbers, tickers, negations. Where each text has words of its own, one may say `rises` and the other `falls`: those are
+two.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Repeats:
         bands = _compute_bands(normal)
         last = self._read_last()
         found = self._connection.execute(
-            "SELECT 1 FROM keys JOIN remembered USING (number) WHERE key IN (?, ?) AND time >= ? AND number > ? LIMIT 1",
+            "SELECT 1 FROM keys JOIN remembered USING (number)"
+            " WHERE key IN (?, ?) AND time >= ? AND number > ? LIMIT 1",
             (named, exact, newest - self._seconds, last - self._items),
         ).fetchone()
         if found or any(is_copy(normal, other) for other in self._find_candidates(bands, newest, last)):
@@ -74,7 +76,8 @@ class Repeats:
             return True
         keys = np.array(sorted({named, exact, *bands}), dtype=np.int64)
         number = self._connection.execute(
-            "INSERT INTO remembered (time, text, keys) VALUES (?, ?, ?)", (item.time.timestamp(), normal, keys.tobytes())
+            "INSERT INTO remembered (time, text, keys) VALUES (?, ?, ?)",
+            (item.time.timestamp(), normal, keys.tobytes()),
         ).lastrowid
         self._connection.executemany("INSERT INTO keys VALUES (?, ?)", [(key, number) for key in keys.tolist()])
         return True

@@ -25,8 +25,8 @@ class Sink(Protocol):
 class JsonlSink:
     """A file with one alert a line, each on the disk before it leaves the outbox.
 
-    A crash between these two leaves an alert in both. Before the first line is written, the file is therefore read: what
-    it holds is not written again, and a last line that a crash has torn is cut off.
+    A crash between these two leaves an alert in both. Before the first line is written, the file is therefore read:
+    what it holds is not written again, and a last line that a crash has torn is cut off.
     """
 
     name = "file"

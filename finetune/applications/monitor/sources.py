@@ -1,4 +1,4 @@
-"""Where items come from: files, a followed file, standard input. A source yields records, and None where it has nothing.
+"""Where items come from: files, a followed file, standard input. A source yields records, and None while it has none.
 
 A record carries the position behind it. The position is stored in the transaction that takes in the record, so that a
 source which is opened again with it goes on with exactly the next one.
@@ -11,9 +11,10 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from queue import Empty, Full, Queue
-from typing import Any, BinaryIO
+from typing import Any
 
 from finetune.applications.monitor.items import MAX_LINE_BYTES
 from finetune.errors import ResourceError, UsageError
@@ -86,25 +87,28 @@ class _Lines:
 class FileSource:
     """The lines of a file, to its end or, followed, as it grows.
 
-    A followed file may be replaced (a new file under its name: the old one is read to its end first) or cut short (it is
-    read from its beginning). A position belongs to a file that begins with the same bytes; where another one stands
+    A followed file may be replaced (a new file under its name: the old one is read to its end first) or cut short (it
+    is read from its beginning). A position belongs to a file that begins with the same bytes; where another one stands
     under the name by now, the former is looked for beside it, as `stream.jsonl.1`.
 
     Args:
         path: a file of lines.
-        position: where a former source stopped; None for the beginning.
         is_followed: whether to wait for more.
 
     Raises:
         UsageError: there is no such file, and none is waited for.
     """
 
-    def __init__(self, path: Path, position: Mapping[str, Any] | None = None, *, is_followed: bool = False) -> None:
+    def __init__(self, path: Path, *, is_followed: bool = False) -> None:
         self.path, self.is_followed = path, is_followed
         self.origin = f"file {path.resolve()}"
-        self._position = position
+        self._position: Mapping[str, Any] | None = None
         if path.is_dir() or not (is_followed or path.exists()):
             raise UsageError(f"{path}: must be a file of JSON lines, got {'a folder' if path.is_dir() else 'no file'}.")
+
+    def go_on(self, position: Mapping[str, Any] | None) -> None:
+        """Begin where a former source stopped."""
+        self._position = position
 
     def __iter__(self) -> Iterator[Record | None]:
         try:
@@ -136,12 +140,14 @@ class FileSource:
             yield None
         with path.open("rb", buffering=0) as file:
             lines, is_last = _Lines(), False
+            head = file.read(min(HEAD_BYTES, offset))
             file.seek(offset)
             while True:
                 data = file.read(BLOCK_BYTES)
+                head += data[: HEAD_BYTES - len(head)]
                 for content, size in lines.feed(data):
                     offset, line = offset + size, line + 1
-                    yield self._build(file, content, offset, line)
+                    yield self._build(head, content, offset, line)
                 if data:
                     is_last = False
                 elif is_last:  # twice nothing: what wrote the old file has had its last word
@@ -151,18 +157,17 @@ class FileSource:
                 elif os.fstat(file.fileno()).st_size < file.tell():
                     lines.drop()
                     file.seek(0)
-                    offset = line = 0
+                    head, offset, line = b"", 0, 0
                 else:
                     yield None
             for content, size in lines.finish():
-                yield self._build(file, content, offset + size, line + 1)
+                yield self._build(head, content, offset + size, line + 1)
 
-    def _build(self, file: BinaryIO | Any, content: bytes, offset: int, line: int) -> Record:
-        head = os.pread(file.fileno(), min(HEAD_BYTES, offset), 0)
-        position = {"offset": offset, "line": line, "head": hashlib.sha256(head).hexdigest()}
+    def _build(self, head: bytes, content: bytes, offset: int, line: int) -> Record:
+        position = {"offset": offset, "line": line, "head": _hash(head[:offset])}
         return Record(f"{self.path}: line {line:,}", content, self.origin, position)
 
-    def _is_replaced(self, file: BinaryIO | Any) -> bool:
+    def _is_replaced(self, file: FileIO) -> bool:
         try:
             now, ours = self.path.stat(), os.fstat(file.fileno())
         except FileNotFoundError:
@@ -176,11 +181,15 @@ def _has_head(path: Path, position: Mapping[str, Any]) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         head = file.read(min(HEAD_BYTES, position["offset"]))
-    return size >= position["offset"] and hashlib.sha256(head).hexdigest() == position["head"]
+    return size >= position["offset"] and _hash(head) == str(position["head"])
+
+
+def _hash(head: bytes) -> str:
+    return hashlib.sha256(head).hexdigest()
 
 
 def read_stream(read: Read, name: str = "standard input") -> Iterator[Record | None]:
-    """The lines of a pipe as they come. It cannot go on from a position: what a killed monitor had not taken in is lost.
+    """The lines of a pipe as they come. A pipe has no position: what a killed monitor had not taken in is lost.
 
     Args:
         read: up to so many bytes, as soon as there are any; b"" at the end.
@@ -221,13 +230,14 @@ def read_stream(read: Read, name: str = "standard input") -> Iterator[Record | N
 def _put(blocks: Queue[bytes | OSError], data: bytes | OSError, is_closed: threading.Event) -> None:
     while not is_closed.is_set():
         try:
-            return blocks.put(data, timeout=1.0)
+            blocks.put(data, timeout=1.0)
         except Full:
             continue
+        return
 
 
 def read_in_turn(sources: Sequence[Source]) -> Iterator[Record | None]:
-    """Several sources as one: each has its turn, until it has nothing or has had enough; None when none has anything."""
+    """Several sources as one: each has its turn, until it has nothing or enough; None when none has anything."""
     running = [iter(source) for source in sources]
     while running:
         is_idle = True

@@ -1,7 +1,8 @@
 """The monitor's memory on disk: one SQLite file, of which one transaction takes all that a batch changes.
 
-A process that is killed leaves the last whole transaction. In it, the position in the source, the tallies, the watcher's
-state and the alerts with their outbox belong together: no item is lost or counted twice, and no alert is raised twice.
+A process that is killed leaves the last whole transaction. In it, the position in the source, the tallies, the
+watcher's state and the alerts with their outbox belong together: no item is lost or counted twice, and no alert is
+raised twice.
 """
 
 from __future__ import annotations
@@ -276,12 +277,12 @@ class Store:
     def read_latest_windows(self) -> list[WindowRecord]:
         """The last closed window of each topic."""
         return self._read_windows(
-            "WHERE is_closed AND start = (SELECT max(start) FROM windows WHERE is_closed) ORDER BY topic"
+            "WHERE start = (SELECT start FROM windows WHERE is_closed ORDER BY start DESC LIMIT 1) ORDER BY topic"
         )
 
     def _read_windows(self, which: str) -> list[WindowRecord]:
         rows = self.connection.execute(
-            f'SELECT topic, start, "end", share, called, total, is_closed FROM windows {which}'  # noqa: S608
+            f'SELECT topic, start, "end", share, called, total, is_closed FROM windows {which}'
         )
         return [
             WindowRecord(
@@ -301,8 +302,8 @@ class Store:
             [(topic, start, item["negative"], item["time"], item["id"], _dump(item)) for item in items],
         )
         self.connection.execute(
-            "DELETE FROM top_items WHERE topic = :topic AND start = :start AND rowid NOT IN (SELECT rowid FROM top_items"
-            " WHERE topic = :topic AND start = :start ORDER BY negative DESC, time, id LIMIT :kept)",
+            "DELETE FROM top_items WHERE topic = :topic AND start = :start AND rowid NOT IN (SELECT rowid"
+            " FROM top_items WHERE topic = :topic AND start = :start ORDER BY negative DESC, time, id LIMIT :kept)",
             {"topic": topic, "start": start, "kept": TOP_ITEMS},
         )
 
@@ -337,7 +338,10 @@ class Store:
 
     def read_alerts(self) -> list[Alert]:
         """Every alert, in the order in which they were raised."""
-        return [read_alert(json.loads(body)) for (body,) in self.connection.execute("SELECT body FROM alerts ORDER BY number")]
+        return [
+            read_alert(json.loads(body))
+            for (body,) in self.connection.execute("SELECT body FROM alerts ORDER BY number")
+        ]
 
     def read_outbox(self, sink: str, limit: int = 100) -> list[Parcel]:
         """What waits for a sink, in order."""
@@ -389,7 +393,8 @@ def read_alert(fields: Mapping[str, Any]) -> Alert:
 
 
 def _read_share(fields: Mapping[str, Any]) -> Share:
-    return Share(**{name: math.nan if value is None else value for name, value in fields.items()})
+    numbers = {name: math.nan if value is None else value for name, value in fields.items() if name != "items"}
+    return Share(**numbers, items=fields["items"])
 
 
 def _dump(content: Mapping[str, Any]) -> str:

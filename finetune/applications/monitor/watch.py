@@ -1,4 +1,4 @@
-"""The story of the monitor: items come in, are counted per topic and window, closed windows are judged, alerts go out."""
+"""The story of the monitor: items are read, counted per topic and window, closed windows judged, alerts sent out."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from finetune.applications.monitor.exchange import Answer, Bounds, ExchangeError
 from finetune.applications.monitor.store import Parcel, Store
 from finetune.errors import UsageError
 
-SECRET_VARIABLE = "FINETUNE_WEBHOOK_SECRET"  # noqa: S105  (a name, not a secret)
+SECRET_VARIABLE = "FINETUNE_WEBHOOK_SECRET"
 MIN_SECRET_BYTES = 16
 FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 1.0, 300.0
 BOUNDS = Bounds(seconds=10.0, body_bytes=2**16)
@@ -34,7 +34,7 @@ Send = Callable[[str, Mapping[str, str], Bounds, bytes], Answer]
 
 
 def read_secret(text: str | None) -> bytes | None:
-    """The key of the signatures: `whsec_` and base64, as the specification has it, or any text; None where there is none.
+    """The key of the signatures: `whsec_` and base64, as the specification has it, or any text; None for no text.
 
     Raises:
         UsageError: it is too short to keep anybody out.
@@ -42,7 +42,9 @@ def read_secret(text: str | None) -> bytes | None:
     if not text:
         return None
     try:
-        key = base64.b64decode(text.removeprefix("whsec_"), validate=True) if text.startswith("whsec_") else text.encode()
+        key = (
+            base64.b64decode(text.removeprefix("whsec_"), validate=True) if text.startswith("whsec_") else text.encode()
+        )
     except binascii.Error:
         raise UsageError(f"{SECRET_VARIABLE}: must be base64 after whsec_, got something else.") from None
     if len(key) < MIN_SECRET_BYTES:
