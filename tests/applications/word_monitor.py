@@ -31,7 +31,7 @@ NOW = BEGIN + 10 * 365 * 24 * 3600
 
 
 class WordReader:
-    """`acme` and `beta` are topics, the rest is `other`; how negative a text is follows from its checksum."""
+    """`acme` and `beta` are topics, the rest is `other`; texts fall, stay or are as negative as their checksum."""
 
     topics = ("acme", "beta", "other")
 
@@ -44,7 +44,8 @@ class WordReader:
 
     def _read(self, text: str) -> Reading:
         topic = next((name for name in self.topics if name in text), "other")
-        negative = 0.95 if "falls" in text else crc32(text.encode()) / 2**32
+        said = {word: at for word, at in (("falls", 0.95), ("stays", 0.05)) if word in text}
+        negative = next(iter(said.values()), crc32(text.encode()) / 2**32)
         return Reading(topic, "negative" if negative >= 0.5 else "positive", negative)
 
 
@@ -112,7 +113,11 @@ def build_stream(number: int, seed: int) -> Iterator[dict | str]:
     for index in range(number):
         at = BEGIN + 20 * index + draw.uniform(-300, 300)
         topic = draw.choice(["acme", "beta", "gamma"])
-        item = {"id": f"n{index}", "time": at, "text": f"{topic} report {index} {draw.choice(['falls', 'stays', 'ends'])}"}
+        item = {
+            "id": f"n{index}",
+            "time": at,
+            "text": f"{topic} report {index} {draw.choice(['falls', 'stays', 'ends'])}",
+        }
         yield item
         chance = draw.random()
         if chance < 0.03:
@@ -142,7 +147,7 @@ def watch_until_killed(folder: Path, way: str, draw: random.Random) -> None:
     """One life: it ends inside a transaction, just after an alert was written, or when the parent says so."""
     with Store(folder / "state.db") as store:
         if way == "in the database":
-            left = draw.randint(1, 1_500)
+            left = draw.randint(1, 700)
 
             def count() -> None:
                 nonlocal left
@@ -152,7 +157,7 @@ def watch_until_killed(folder: Path, way: str, draw: random.Random) -> None:
 
             store.connection.set_progress_handler(count, 100)
         elif way == "in the sink":
-            sync, left = os.fsync, draw.randint(1, 4)
+            sync, left = os.fsync, draw.randint(1, 3)
 
             def sync_and_count(number: int) -> None:
                 nonlocal left
@@ -174,7 +179,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
             watch_until_killed(folder, way, draw)
             os._exit(0)
         if way == "at a time":
-            time.sleep(draw.uniform(0.0, 0.04))  # the child's life, not a wait of the test
+            time.sleep(draw.uniform(0.0, 0.03))  # the child's life, not a wait of the test
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)

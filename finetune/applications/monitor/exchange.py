@@ -98,6 +98,8 @@ def exchange(
                 if tick() - began > bounds.seconds:
                     raise ExchangeError(f"an answer that was not complete after {bounds.seconds:g} s")
                 parts.append(part)
+            if getattr(response, "length", None):  # `read1` takes an early end for the end
+                raise ExchangeError("an answer that broke off")
             kept = {name.lower(): value for name, value in response.headers.items()}
             return Answer(response.status, kept, b"".join(parts))
     except TimeoutError:

@@ -170,7 +170,7 @@ def _read_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "id": name,
         "time": calendar.timegm(when) if when else None,
-        "text": _TAG.sub(" ", text),
+        "text": " ".join(_TAG.sub(" ", text).split()),
         "link": entry.get("link"),
     }
 
