@@ -16,9 +16,8 @@ from rich.console import Console
 from finetune.cli.output import AsJson, RunArgument, print_json, print_note, print_table, print_text
 
 if TYPE_CHECKING:
-    from finetune.applications.monitor.feeds import FeedSource
     from finetune.applications.monitor.records import Alert, Share
-    from finetune.applications.monitor.sinks import Sink
+    from finetune.applications.monitor.sinks import JsonlSink
     from finetune.applications.monitor.sources import Source
     from finetune.applications.monitor.store import Store
     from finetune.applications.monitor.watch import Monitor
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 CAUSES = {"share": "worse news", "volume": "more or less news"}
 LEVELS = ("warning", "alarm")
+OPTIONS = {"file": "alerts", "webhook": "webhook"}
 STYLES = {"warning": "yellow", "alarm": "red", "recovery": "green"}
 
 
@@ -74,16 +74,17 @@ def monitor_command(
             raise UsageError("monitor: --backtest must come alone, got other sources or sinks too. Leave them out.")
         _replay(run, backtest, as_json)
         return
-    place = _find_state(source, alerts, state, has_input=bool(source or feeds))
-    _check_options(bool(source or feeds), follow, fail_on, alerts, report)
-    monitor: Monitor = load_monitor(run)
+    has_input = bool(source or feeds)
+    _check_options(has_input, follow, fail_on, alerts, report)
+    place = _find_state(source, alerts, state, has_input=has_input)
+    sources, sinks = _Sources(source, feeds or [], follow), _build_sinks(alerts, webhook)
+    monitor: Monitor = load_monitor(run)  # takes seconds: what can be refused has been
     with ExitStack() as opened:
         from finetune.applications.monitor.store import Store
 
         store = opened.enter_context(Store(place))
-        watching = _Watching(monitor, store, alerts, webhook, as_json)
-        if source or feeds:
-            watching.open_source(source, feeds or [], follow)
+        watching = _Watching(monitor, store, sources, sinks, as_json)
+        if has_input:
             watching.run(opened, metrics_port)
         if report is not None:
             _write_report(store, monitor, report)
@@ -124,46 +125,49 @@ def _check_options(
         raise UsageError(f"--alerts: must be a file, got the folder {alerts}.")
 
 
+class _Sources:
+    """What is read."""
+
+    def __init__(self, path: str | None, urls: list[str], follow: bool) -> None:
+        from finetune.applications.monitor.exchange import check_url
+        from finetune.applications.monitor.feeds import FeedSource
+        from finetune.applications.monitor.sources import FileSource
+
+        for url in urls:
+            check_url(url, "--feed")
+        self._has_stdin = path == "-"
+        self._file = FileSource(Path(path), is_followed=follow) if path and path != "-" else None
+        self._feeds = FeedSource(urls, is_followed=follow) if urls else None
+
+    def open(self, store: Store) -> Source:
+        """All of them as one, from where they were left."""
+        from finetune.applications.monitor.sources import read_in_turn, read_stream
+
+        positions = store.read_positions()
+        if self._file:
+            self._file.go_on(positions.get(self._file.origin))
+        if self._feeds:
+            self._feeds.go_on(positions)
+        stdin = read_stream(_find_stdin()) if self._has_stdin else None
+        return read_in_turn([source for source in (stdin, self._file, self._feeds) if source is not None])
+
+    @property
+    def troubles(self) -> list[str]:
+        """What did not answer, in words."""
+        return self._feeds.troubles if self._feeds else []
+
+
 class _Watching:
     """One run of the loop, and what it tells people or programs."""
 
-    def __init__(self, monitor: Monitor, store: Store, alerts: Path | None, webhook: str | None, as_json: bool) -> None:
-        self._monitor, self._store, self._as_json = monitor, store, as_json
+    def __init__(
+        self, monitor: Monitor, store: Store, sources: _Sources, sinks: list[JsonlSink | WebhookSink], as_json: bool
+    ) -> None:
+        self._monitor, self._store, self._sources, self._sinks = monitor, store, sources, sinks
+        self._as_json = as_json
         self._before = store.read_counts()
-        self._is_finished = True
-        self._stopped_by: str | None = None
-        self._source: Source = ()
-        self._feeds: FeedSource | None = None
-        self._webhook: WebhookSink | None = None
-        self._sinks: list[Sink] = []
+        self._is_finished, self._stopped_by = True, ""
         self._console = Console(stderr=True)
-        if alerts is not None:
-            from finetune.applications.monitor.sinks import JsonlSink
-
-            self._sinks.append(JsonlSink(alerts))
-        if webhook is not None:
-            self._webhook = _build_webhook(webhook)
-            self._sinks.append(self._webhook)
-
-    def open_source(self, path: str | None, urls: list[str], follow: bool) -> None:
-        """Find what is read, from where it was left."""
-        from finetune.applications.monitor.exchange import check_url
-        from finetune.applications.monitor.feeds import FeedSource
-        from finetune.applications.monitor.sources import FileSource, read_in_turn, read_stream
-
-        positions, sources = self._store.read_positions(), list[Any]()
-        if path == "-":
-            sources.append(read_stream(_find_stdin()))
-        elif path is not None:
-            file = FileSource(Path(path), is_followed=follow)
-            file.go_on(positions.get(file.origin))
-            sources.append(file)
-        for url in urls:
-            check_url(url, "--feed")
-        if urls:
-            self._feeds = FeedSource(urls, positions, is_followed=follow)
-            sources.append(self._feeds)
-        self._source = sources[0] if len(sources) == 1 else read_in_turn(sources)
 
     def run(self, opened: ExitStack, metrics_port: int | None) -> None:
         """Watch until the source ends or somebody stops it."""
@@ -183,8 +187,8 @@ class _Watching:
                     server.publish(render_metrics(self._store, names))
 
             options = Options(is_stopped=lambda: request.requested, on_alert=self._tell, on_batch=on_batch)
-            self._is_finished = watch(self._source, self._monitor, self._store, self._sinks, options)
-            self._stopped_by = request.signal_name
+            self._is_finished = watch(self._sources.open(self._store), self._monitor, self._store, self._sinks, options)
+            self._stopped_by = request.signal_name or ""
 
     @contextmanager
     def _show_progress(self) -> Iterator[Callable[[], None]]:
@@ -229,16 +233,17 @@ class _Watching:
 
     def _count(self) -> dict[str, int]:
         """What was counted since this run began."""
-        return {name: value - self._before.get(name, 0) for name, value in self._store.read_counts().items()}
+        counts = {name: value - self._before.get(name, 0) for name, value in self._store.read_counts().items()}
+        return {name: value for name, value in counts.items() if value}
 
     def _list_troubles(self) -> list[str]:
-        troubles = self._feeds.troubles if self._feeds else []
+        troubles = self._sources.troubles
         for sink in self._sinks:
             if waiting := self._store.count_outbox(sink.name):
-                reason = f", {self._webhook.trouble}" if self._webhook and self._webhook.trouble else ""
+                reason = f", {sink.trouble}" if sink.trouble else ""
                 troubles.append(
-                    f"--{sink.name}: must take every alert{reason}; {waiting} wait in {self._store.path}. The same "
-                    "command sends them."
+                    f"--{OPTIONS[sink.name]}: must take every alert{reason}; {waiting} wait in {self._store.path}. "
+                    "The same command sends them."
                 )
         return [*troubles, *self._store.read_refusals()]
 
@@ -247,7 +252,7 @@ class _Watching:
         if self._as_json:
             _print_line({"event": "summary", "counts": counts, "rejected": rejected, "troubles": troubles})
             return
-        print_table(["", "in this run"], [[name, f"{value:,}"] for name, value in counts.items() if value])
+        print_table(["", "in this run"], [[name, f"{value:,}"] for name, value in counts.items()])
         for note, words in _list_notes().items():
             if number := counts.get(f"note: {note}", 0):
                 print_text(f"{number:,} {words}.")
@@ -261,6 +266,13 @@ def _list_notes() -> Mapping[Any, str]:
     from finetune.applications.monitor.items import NOTES
 
     return NOTES
+
+
+def _build_sinks(alerts: Path | None, webhook: str | None) -> list[JsonlSink | WebhookSink]:
+    from finetune.applications.monitor.sinks import JsonlSink
+
+    sinks: list[JsonlSink | WebhookSink] = [JsonlSink(alerts)] if alerts else []
+    return [*sinks, _build_webhook(webhook)] if webhook is not None else sinks
 
 
 def _build_webhook(url: str) -> WebhookSink:
@@ -291,7 +303,8 @@ def _replay(run: str, path: Path, as_json: bool) -> None:
         print_json(found)
         return
     for title, columns, rows in build_tables(found):
-        print_table(columns, rows, title=title)
+        print_text(title)  # longer than many a table is wide
+        print_table(columns, rows)
 
 
 def _write_report(store: Store, monitor: Monitor, path: Path) -> None:

@@ -251,7 +251,8 @@ def test_entries_of_several_feeds_come_in_order_of_time_each_once(server):
     asked = next(headers for path, headers, _ in server.requests[2:] if path == "/a")
     assert (asked["If-None-Match"], asked["If-Modified-Since"]) == ('"1"', "Thu")
     position = {record.origin: record.position for record in records if record.origin}
-    again = FeedSource([f"{server.url}/a"], json.loads(json.dumps(position)), tick=ticks)
+    again = FeedSource([f"{server.url}/a"], tick=ticks)
+    again.go_on(json.loads(json.dumps(position)))
     assert [content["text"] for content in contents(again) if content] == ["Fourth"]
 
 

@@ -8,7 +8,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from finetune.applications.monitor.exchange import Answer, Bounds, ExchangeError, exchange
@@ -71,7 +71,6 @@ class FeedSource:
 
     Args:
         urls: of the feeds.
-        positions: of a former source, by origin.
         is_followed: whether the feeds are asked again and again; else each is read once.
         poll_seconds: between two polls of a feed.
         get: fetches; raises `ExchangeError`.
@@ -79,7 +78,6 @@ class FeedSource:
     """
 
     urls: Sequence[str]
-    positions: Mapping[str, Any] = field(default_factory=dict)
     is_followed: bool = False
     poll_seconds: float = POLL_SECONDS
     get: Get = exchange
@@ -88,8 +86,11 @@ class FeedSource:
     def __post_init__(self) -> None:
         import_feedparser()
         self.feeds = [Feed(url) for url in self.urls]
+
+    def go_on(self, positions: Mapping[str, Any]) -> None:
+        """Begin where a former source stopped; positions by origin."""
         for feed in self.feeds:
-            if known := self.positions.get(feed.origin):
+            if known := positions.get(feed.origin):
                 feed.etag, feed.modified, feed.seen = known["etag"], known["modified"], known["seen"]
 
     @property

@@ -30,6 +30,7 @@ class JsonlSink:
     """
 
     name = "file"
+    trouble: str | None = None  # a disk that refuses ends the loop
 
     def __init__(self, path: Path) -> None:
         self.path = path
