@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CAUSES = {"share": "worse news", "volume": "more or less news"}
 LEVELS = ("warning", "alarm")
+SUMMARY = ("lines", "items", "repeats", "late", "rejected", "note", "windows", "windows passed over", "alerts")
 OPTIONS = {"file": "alerts", "webhook": "webhook"}
 STYLES = {"warning": "yellow", "alarm": "red", "recovery": "green"}
 
@@ -135,8 +136,8 @@ class _Sources:
 
         for url in urls:
             check_url(url, "--feed")
-        self._has_stdin = path == "-"
-        self._file = FileSource(Path(path), is_followed=follow) if path and path != "-" else None
+        self._pipe = path if path and (path == "-" or Path(path).is_fifo()) else None
+        self._file = FileSource(Path(path), is_followed=follow) if path and not self._pipe else None
         self._feeds = FeedSource(urls, is_followed=follow) if urls else None
 
     def open(self, store: Store) -> Source:
@@ -148,8 +149,8 @@ class _Sources:
             self._file.go_on(positions.get(self._file.origin))
         if self._feeds:
             self._feeds.go_on(positions)
-        stdin = read_stream(_find_stdin()) if self._has_stdin else None
-        return read_in_turn([source for source in (stdin, self._file, self._feeds) if source is not None])
+        pipe = read_stream(_open_pipe(self._pipe), self._pipe) if self._pipe else None
+        return read_in_turn([source for source in (pipe, self._file, self._feeds) if source is not None])
 
     @property
     def troubles(self) -> list[str]:
@@ -167,7 +168,7 @@ class _Watching:
         self._as_json = as_json
         self._before = store.read_counts()
         self._is_finished, self._stopped_by = True, ""
-        self._console = Console(stderr=True)
+        self._console = Console()  # one for both: an alert must not land in the line that changes
 
     def run(self, opened: ExitStack, metrics_port: int | None) -> None:
         """Watch until the source ends or somebody stops it."""
@@ -205,7 +206,7 @@ class _Watching:
 
             _print_line({"event": "alert", "alert": json.loads(dump_alert(alert))})
         else:
-            Console().print(
+            self._console.print(
                 _describe_alert(alert), style=STYLES[alert.level], markup=False, highlight=False, soft_wrap=True
             )
 
@@ -252,7 +253,8 @@ class _Watching:
         if self._as_json:
             _print_line({"event": "summary", "counts": counts, "rejected": rejected, "troubles": troubles})
             return
-        print_table(["", "in this run"], [[name, f"{value:,}"] for name, value in counts.items()])
+        names = sorted(counts, key=lambda name: SUMMARY.index(name.partition(":")[0]))
+        print_table(["in this run", ""], [[name, f"{counts[name]:,}"] for name in names if name[:6] != "note: "])
         for note, words in _list_notes().items():
             if number := counts.get(f"note: {note}", 0):
                 print_text(f"{number:,} {words}.")
@@ -286,8 +288,10 @@ def _build_webhook(url: str) -> WebhookSink:
     return WebhookSink(url, key)
 
 
-def _find_stdin() -> Callable[[int], bytes]:
-    """Reads what is there, without waiting for more."""
+def _open_pipe(path: str) -> Callable[[int], bytes]:
+    """Reads what is there, without waiting for as much as was asked for."""
+    if path != "-":
+        return Path(path).open("rb", buffering=0).read
     try:
         number = sys.stdin.fileno()
     except (OSError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -96,6 +97,27 @@ def test_standard_input(monitor, stream, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stream.read_bytes()), "utf-8"))
     _, summary = read_lines(monitor("--input", "-", "--json").out)
     assert (summary["counts"]["items"], summary["rejected"][0][:24]) == (13, "standard input: line 14:")
+
+
+def test_a_named_pipe(monitor, stream, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=pipe.write_bytes, args=(stream.read_bytes(),))
+    thread.start()
+    _, summary = read_lines(monitor("--input", pipe, "--json").out)
+    thread.join()
+    assert (summary["counts"]["items"], summary["rejected"][0]) == (
+        13,
+        f"{pipe}: line 14: must be a JSON object, got 'no JSON'.",
+    )
+
+
+def test_a_pause_of_a_year_is_passed_over_and_said(monitor, words, stream, tmp_path):
+    with stream.open("a") as file:
+        file.write(json.dumps({"id": "y", "time": words.BEGIN + 365 * 86_400, "text": "acme stays"}) + "\n")
+    done = monitor("--input", stream)
+    # Ten-minute windows 0 and 1 hold items, 2 to 52,559 none, of which eight are judged.
+    assert re.search(r"^windows passed over +52,550$", done.out, re.MULTILINE)
 
 
 # Exit codes

@@ -188,13 +188,14 @@ def _hash(head: bytes) -> str:
     return hashlib.sha256(head).hexdigest()
 
 
-def read_stream(read: Read, name: str = "standard input") -> Iterator[Record | None]:
+def read_stream(read: Read, name: str = "-") -> Iterator[Record | None]:
     """The lines of a pipe as they come. A pipe has no position: what a killed monitor had not taken in is lost.
 
     Args:
         read: up to so many bytes, as soon as there are any; b"" at the end.
-        name: for messages.
+        name: its path; - is standard input.
     """
+    name = "standard input" if name == "-" else name
     blocks: Queue[bytes | OSError] = Queue(BLOCKS_WAITING)
     is_closed = threading.Event()
 

@@ -233,6 +233,7 @@ class _Loop:
     def _judge(self, starts: Iterator[int]) -> list[Alert]:
         """Judge closed windows, in order of time, of every topic; the alerts that are new."""
         alerts: list[Alert] = []
+        passed = self._plan.passed
         for start in starts:
             end = start + self._plan.seconds
             for topic in self._reader.topics:
@@ -246,6 +247,8 @@ class _Loop:
                         self._store.count(f"alerts: {alert.level}")
                         alerts.append(told)
             self._store.count("windows")
+        if self._plan.passed > passed:
+            self._store.count("windows passed over", self._plan.passed - passed)
         return alerts
 
 
