@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from finetune.applications.monitor.watch import Monitor
     from finetune.applications.monitor.webhook import WebhookSink
 
-CAUSES = {"share": "worse news", "volume": "more or less news"}
 LEVELS = ("warning", "alarm")
 SUMMARY = ("lines", "items", "repeats", "late", "rejected", "note", "windows", "windows passed over", "alerts")
 OPTIONS = {"file": "alerts", "webhook": "webhook"}
@@ -166,7 +165,7 @@ class _Watching:
     ) -> None:
         self._monitor, self._store, self._sources, self._sinks = monitor, store, sources, sinks
         self._as_json = as_json
-        self._before = store.read_counts()
+        self._before, self._refused_before = store.read_counts(), set(store.read_refusals())
         self._is_finished, self._stopped_by = True, ""
         self._console = Console()  # one for both: an alert must not land in the line that changes
 
@@ -202,7 +201,7 @@ class _Watching:
 
     def _tell(self, alert: Alert) -> None:
         if self._as_json:
-            from finetune.applications.monitor.store import dump_alert
+            from finetune.applications.monitor.json_lines import dump_alert
 
             _print_line({"event": "alert", "alert": json.loads(dump_alert(alert))})
         else:
@@ -246,7 +245,7 @@ class _Watching:
                     f"--{OPTIONS[sink.name]}: must take every alert{reason}; {waiting} wait in {self._store.path}. "
                     "The same command sends them."
                 )
-        return [*troubles, *self._store.read_refusals()]
+        return [*troubles, *(words for words in self._store.read_refusals() if words not in self._refused_before)]
 
     def _show_summary(self, counts: Mapping[str, int], troubles: list[str]) -> None:
         rejected = self._store.read_rejections() if any(name.startswith("rejected: ") for name in counts) else []
@@ -331,7 +330,8 @@ def _describe_alert(alert: Alert) -> str:
         change = f"{_describe_share(alert.before)} -> {_describe_share(alert.after)}"
     else:
         change = f"{alert.volume_before:.1f} -> {alert.volume_after} items"
-    words = "over" if alert.level == "recovery" else CAUSES[alert.cause]
+    volume = "more news" if alert.volume_after > alert.volume_before else "less news"
+    words = "over" if alert.level == "recovery" else "worse news" if alert.cause == "share" else volume
     return (
         f"{alert.start:%Y-%m-%d %H:%M}  {alert.level:8}  {_make_printable(alert.topic)}  {words}  {change}  "
         f"{alert.test} {alert.statistic:.2f}, threshold {alert.threshold:.2f}"

@@ -12,12 +12,15 @@ import threading
 import types
 import urllib.request
 from contextlib import suppress
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from finetune.applications.monitor import watch as watching
 from finetune.applications.monitor.feeds import FeedSource
+from finetune.applications.monitor.records import Alert, Share
+from finetune.cli.monitor import _describe_alert
 
 PLACE = "finetune.applications.monitor"
 
@@ -120,6 +123,16 @@ def test_a_pause_of_a_year_is_passed_over_and_said(monitor, words, stream, tmp_p
     assert re.search(r"^windows passed over +52,550$", done.out, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("after", "level", "said"), [(90, "alarm", "more news"), (3, "warning", "less news"), (40, "recovery", "over")]
+)
+def test_more_news_and_less_news_are_told_apart_from_worse_news(after, level, said):
+    share, noon = Share(0.2, 0.1, 0.3, 0.2, 0.2, 40), datetime(2020, 4, 9, 12, tzinfo=UTC)
+    alert = Alert("a", "ac\x1bme", "volume", level, noon, noon, share, share, 41.25, after, "burst", 9.0, 4.0)
+    line = _describe_alert(alert)
+    assert line == f"2020-04-09 12:00  {level:8}  acme  {said}  41.2 -> {after} items  burst 9.00, threshold 4.00"
+
+
 # Exit codes
 
 
@@ -164,7 +177,7 @@ class Hook(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.taken.append((dict(self.headers), json.loads(body)))
-        self.send_response(204)
+        self.send_response(self.server.status)
         self.end_headers()
 
     def log_message(self, *_):
@@ -181,13 +194,19 @@ def test_an_alert_arrives_at_a_webhook_signed_and_one_that_is_down_exits_with_5(
     assert "finetune: --webhook: must take every alert, got Connection refused; 1 wait in " in down.err
     assert down.err.endswith("alerts.db. The same command sends them.\n")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
-    server.taken = []
+    server.taken, server.status = [], 204
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    done = monitor("--input", stream, "--webhook", f"http://127.0.0.1:{server.server_address[1]}/")
+    hook = ("--webhook", f"http://127.0.0.1:{server.server_address[1]}/")
+    done = monitor("--input", stream, *hook)
+    server.status = 422
+    other = stream.with_name("other")
+    refused = [monitor("--input", stream, *hook, alerts=other) for _ in range(2)]
     server.shutdown()
     server.server_close()
     assert (done.code, done.err) == (0, "")
-    ((headers, body),) = server.taken
+    assert [run.code for run in refused] == [5, 0]
+    assert refused[0].err == "finetune: alert acme:20200409T0010:alarm: the webhook answered 422.\n"
+    (headers, body), _ = server.taken
     assert (body["id"], headers["Webhook-Signature"][:3]) == ("acme:20200409T0010:alarm", "v1,")
 
 

@@ -234,7 +234,7 @@ def test_entries_of_several_feeds_come_in_order_of_time_each_once(server):
     items = [record.content for record in records if record.content]
     assert [item["text"] for item in items] == ["No time", "A &amp; B falls", "Second", "Third"]
     assert items[1] == {
-        "id": "1",
+        "id": f"{server.url}/a 1",
         "time": 1586426400,
         "text": "A &amp; B falls",
         "link": "https://example.org/1",
@@ -258,16 +258,17 @@ def test_entries_of_several_feeds_come_in_order_of_time_each_once(server):
 
 def test_an_atom_feed_in_another_encoding_and_one_in_a_broken_one(server):
     atom = (
-        '<?xml version="1.0" encoding="iso-8859-1"?><feed xmlns="http://www.w3.org/2005/Atom"><title>w</title><entry>'
-        "<id>e</id><title>Société falls</title><updated>2020-04-09T12:00:00+01:00</updated></entry></feed>"
+        '<?xml version="1.0" encoding="iso-8859-1"?><feed xmlns="http://www.w3.org/2005/Atom"><entry>'
+        "<id>tag:wire,2020:e</id><title>Société falls</title>"
+        "<updated>2020-04-09T12:00:00+01:00</updated></entry></feed>"
     )
     broken = build_rss(("b", "Soci\u00e9t\u00e9", DAY.format("12:00", "GMT"))).decode().encode("latin-1")
     server.answers = {"/atom": [(200, {}, atom.encode("latin-1"))], "/broken": [(200, {}, broken)]}
     atom_item, _ = (record.content for record in FeedSource([f"{server.url}/atom"]) if record is not None)
-    assert (atom_item["text"], atom_item["time"]) == ("Société falls", 1586430000)
+    assert (atom_item["id"], atom_item["text"], atom_item["time"]) == ("tag:wire,2020:e", "Société falls", 1586430000)
     source = FeedSource([f"{server.url}/broken"])
     (item, _) = contents(source)
-    assert (item["id"], item["text"][:4], source.troubles) == ("b", "Soci", [])
+    assert (item["id"], item["text"][:4], source.troubles) == (f"{server.url}/broken b", "Soci", [])
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ class FeedSource:
         answer = None
         try:
             answer = self.get(feed.url, headers, BOUNDS)
-            entries = _read_answer(answer)
+            entries = _read_answer(answer, feed.url)
         except ExchangeError as error:
             self._back_off(feed, str(error), answer)
             return []
@@ -133,7 +133,10 @@ class FeedSource:
         feed.etag, feed.modified = answer.headers.get("etag"), answer.headers.get("last-modified")
         known, feed.seen = set(feed.seen), [_hash(entry) for entry in entries]
         fresh = [entry for entry, name in zip(entries, feed.seen, strict=True) if name not in known]
-        return [Record(f"{feed.url}: entry {entry['id']}", {**entry, "source": feed.url}) for entry in fresh]
+        return [
+            Record(f"{feed.url}: entry {entry['id'].removeprefix(feed.url).strip()}", {**entry, "source": feed.url})
+            for entry in fresh
+        ]
 
     def _back_off(self, feed: Feed, words: str, answer: Answer | None) -> None:
         feed.failures += 1
@@ -146,7 +149,7 @@ class FeedSource:
         feed.next_poll = self.tick() + min(MAX_WAIT_SECONDS, max(wait, asked))
 
 
-def _read_answer(answer: Answer) -> list[dict[str, Any]] | None:
+def _read_answer(answer: Answer, url: str) -> list[dict[str, Any]] | None:
     """The entries; None where nothing is new.
 
     Raises:
@@ -160,14 +163,16 @@ def _read_answer(answer: Answer) -> list[dict[str, Any]] | None:
     parsed = import_feedparser().parse(io.BytesIO(answer.body), response_headers=dict(answer.headers))
     if parsed.bozo and not parsed.entries and not parsed.version:
         raise ExchangeError(f"something else ({type(parsed.bozo_exception).__name__})")
-    return [_read_entry(entry) for entry in parsed.entries[:MAX_ENTRIES]]
+    return [_read_entry(entry, url) for entry in parsed.entries[:MAX_ENTRIES]]
 
 
-def _read_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _read_entry(entry: Mapping[str, Any], url: str) -> dict[str, Any]:
     """An entry with an item's keys. The text is the title; markup is left out, entities are left to the model."""
     text = entry.get("title") or entry.get("summary") or ""
     when = entry.get("published_parsed") or entry.get("updated_parsed")  # in UTC, whatever the feed said
     name = entry.get("id") or entry.get("link") or hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+    if not name.startswith(("http:", "https:", "tag:", "urn:")):
+        name = f"{url} {name}"  # such an id is one among those of its feed only
     return {
         "id": name,
         "time": calendar.timegm(when) if when else None,

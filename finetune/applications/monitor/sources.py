@@ -6,6 +6,7 @@ source which is opened again with it goes on with exactly the next one.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import threading
@@ -123,7 +124,7 @@ class FileSource:
 
     def _go_on(self, position: Mapping[str, Any]) -> Iterator[Record | None]:
         offset, line = position["offset"], position["line"]
-        former = [self.path, *sorted(self.path.parent.glob(f"{self.path.name}.*"))]
+        former = [self.path, *sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*"))]
         for path in former:
             if path.is_file() and _has_head(path, position):
                 yield from self._read(path, offset, line)

@@ -8,7 +8,6 @@ raised twice.
 from __future__ import annotations
 
 import json
-import math
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from finetune.applications.monitor.json_lines import dump_alert, dump_json, read_alert, read_share
 from finetune.applications.monitor.records import Alert, Share, Tally
 from finetune.applications.monitor.repeats import Repeats
 from finetune.applications.monitor.windows import to_time
@@ -265,7 +265,7 @@ class Store:
         """Keep the share of a window; of a closed one the tally is no longer needed."""
         self.connection.execute(
             "INSERT OR REPLACE INTO windows VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (start, topic, end, _dump(asdict(share)), tally.called, tally.total, is_closed),
+            (start, topic, end, dump_json(asdict(share)), tally.called, tally.total, is_closed),
         )
         if is_closed:
             self.connection.execute("DELETE FROM tallies WHERE start = ? AND topic = ?", (start, topic))
@@ -286,7 +286,7 @@ class Store:
         )
         return [
             WindowRecord(
-                topic, to_time(start), to_time(end), _read_share(json.loads(share)), called, total, bool(closed)
+                topic, to_time(start), to_time(end), read_share(json.loads(share)), called, total, bool(closed)
             )
             for topic, start, end, share, called, total, closed in rows
         ]
@@ -299,7 +299,7 @@ class Store:
         """
         self.connection.executemany(
             "INSERT INTO top_items VALUES (?, ?, ?, ?, ?, ?)",
-            [(topic, start, item["negative"], item["time"], item["id"], _dump(item)) for item in items],
+            [(topic, start, item["negative"], item["time"], item["id"], dump_json(item)) for item in items],
         )
         self.connection.execute(
             "DELETE FROM top_items WHERE topic = :topic AND start = :start AND rowid NOT IN (SELECT rowid"
@@ -375,40 +375,6 @@ class Store:
         """The alerts that a sink would not take, in words."""
         rows = self.connection.execute("SELECT refusal FROM outbox WHERE refusal IS NOT NULL ORDER BY number")
         return [words for (words,) in rows]
-
-
-def dump_alert(alert: Alert) -> str:
-    """An alert as one line of JSON; numbers that are not finite become null."""
-    return _dump(asdict(alert) | {"start": alert.start.isoformat(), "end": alert.end.isoformat()})
-
-
-def read_alert(fields: Mapping[str, Any]) -> Alert:
-    """What `dump_alert` wrote."""
-    times = {name: datetime.fromisoformat(fields[name]) for name in ("start", "end")}
-    shares = {name: _read_share(fields[name]) for name in ("before", "after")}
-    numbers = {
-        name: math.nan if fields[name] is None else fields[name] for name in ("volume_before", "statistic", "threshold")
-    }
-    return Alert(**{**fields, **times, **shares, **numbers, "items": tuple(fields["items"])})
-
-
-def _read_share(fields: Mapping[str, Any]) -> Share:
-    numbers = {name: math.nan if value is None else value for name, value in fields.items() if name != "items"}
-    return Share(**numbers, items=fields["items"])
-
-
-def _dump(content: Mapping[str, Any]) -> str:
-    return json.dumps(_without_infinities(content), ensure_ascii=False, allow_nan=False)
-
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_infinities(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(inner) for inner in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _show(value: Any) -> str:
