@@ -310,6 +310,6 @@ def test_memory_is_flat(words, tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_a_million_items(words, tmp_path):
-    first, second = watch_many(words, tmp_path, 1_000_000, lambda: psutil.Process().memory_info().rss)
+def test_memory_is_flat_over_many_items(words, tmp_path):
+    first, second = watch_many(words, tmp_path, 200_000, lambda: psutil.Process().memory_info().rss)
     assert second < first + 20 * 2**20
