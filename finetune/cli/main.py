@@ -9,7 +9,21 @@ from types import FrameType
 
 import typer
 
-from finetune.cli import adapters, chat, compare, data, doctor, evaluate, generate, predict, recipes, run, schema, sweep
+from finetune.cli import (
+    adapters,
+    chat,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    generate,
+    monitor,
+    predict,
+    recipes,
+    run,
+    schema,
+    sweep,
+)
 from finetune.cli.output import fail
 from finetune.errors import FinetuneError, Interrupted
 
@@ -33,6 +47,7 @@ app.command("compare")(compare.compare_command)
 app.command("predict")(predict.predict_command)
 app.command("generate")(generate.generate_command)
 app.command("chat")(chat.chat_command)
+app.command("monitor")(monitor.monitor_command)
 app.command("sweep")(sweep.sweep_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
@@ -130,3 +132,13 @@ def entries() -> list[Entry]:
 def make_assistant(reader: WordReader, entries: Sequence[Entry]) -> Assistant:
     intents = {intent.name: intent for intent in INTENTS}
     return Assistant(reader, KnowledgeIndex.build(entries, reader), intents, THRESHOLDS)
+
+
+@pytest.fixture(scope="session")
+def words():
+    """The monitor made of word lists, a script that a test also runs as a child process."""
+    spec = importlib.util.spec_from_file_location("word_monitor", Path(__file__).with_name("word_monitor.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["word_monitor"] = module
+    spec.loader.exec_module(module)
+    return module

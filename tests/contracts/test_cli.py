@@ -22,7 +22,7 @@ from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = [
-    *("run", "check", "resume", "evaluate", "predict", "generate", "chat", "compare", "sweep"),
+    *("run", "check", "resume", "evaluate", "predict", "generate", "chat", "monitor", "compare", "sweep"),
     *("recipes", "data", "adapters", "schema", "doctor"),
 ]
 COMMANDS = [
@@ -34,6 +34,7 @@ COMMANDS = [
     "predict",
     "generate",
     "chat",
+    "monitor",
     "sweep",
     "recipes list",
     "recipes show",
