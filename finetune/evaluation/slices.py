@@ -28,8 +28,8 @@ PATTERNS = {
         re.IGNORECASE,
     ),
 }
-"""Slice that is no column either -> what a text with it holds: a digit, `$AAPL`, a percent sign or word, an English word
-that denies."""
+"""Slice that is no column either -> what a text with it holds: a digit; `$AAPL`; a percent sign or word; an English
+word that denies."""
 DERIVED = (LENGTH, *PATTERNS)
 OTHER = "other"
 MISSING = "(missing)"
@@ -72,7 +72,8 @@ def compute_slices(
     """Metrics with intervals for each value of each column.
 
     Numbers with more than 12 values, and `length`, are cut into quartiles. A key of `PATTERNS` parts the texts with it
-    from those without. Of other columns the 12 most frequent values stand alone. The rest, and every slice under 10 rows, are one slice called `other`.
+    from those without. Of other columns the 12 most frequent values stand alone. The rest, and every slice under 10
+    rows, are one slice called `other`.
 
     Args:
         rows: The scored split.

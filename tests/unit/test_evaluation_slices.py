@@ -115,7 +115,7 @@ WITH = {
     "numbers": ["Sales up 8 pct", "Q3 results", "a loss of 1,200"],
     "tickers": ["$AAPL slides", "buy $brk.b, sell $T", "($ODRA) late"],
     "percent": ["up 3%", "up 3 %", "eight percent", "rose 4 per cent", "PCT of sales", "down 2\uff05"],
-    "negation": ["No dividend", "it isn't over", "didn\u2019t pay", "profit is not falling", "without a loss", "CANNOT"],
+    "negation": ["No dividend", "it isn't over", "didn\u2019t pay", "is not falling", "without a loss", "CANNOT"],
 }
 WITHOUT = {
     "numbers": ["eight plants close", ""],
