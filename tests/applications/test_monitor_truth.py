@@ -94,7 +94,9 @@ def test_false_alarms_are_those_outside_of_changes():
         make_alert(18, cause="volume"),
         make_alert(12, topic="debt"),
     ]
-    found = score_alerts({"legal": windows, "debt": make_windows(*QUIET, *[2] * 9)}, alerts, 0.3, 10)
+    silent = make_windows(*[0] * 19, items=0)
+    topics = {"legal": windows, "debt": make_windows(*QUIET, *[2] * 9), "product": silent}
+    found = score_alerts(topics, alerts, 0.3, 10)
     assert (found["found"], found["delay"]) == (1, 6.0)
     assert found["false_alarms"] == 2
     assert found["quiet_windows"] == 3 + 9

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from finetune.applications.monitor.records import ALL_TOPICS, Reading
+from finetune.artifact.load import MultiPredictor, Predictor, list_predictors, load
 from finetune.artifact.run_folder import RunFolder
+from finetune.artifact.saved import compute_model_fingerprint
+from finetune.data.rows import Row
 from finetune.errors import UsageError
 from finetune.recipe.applications import MonitorSection
-
-if TYPE_CHECKING:
-    from finetune.artifact.load import MultiPredictor, Predictor
 
 Scores = npt.NDArray[np.float64]
 
@@ -29,8 +28,6 @@ class TrainedReader:
     """
 
     def __init__(self, loaded: Predictor | MultiPredictor, section: MonitorSection, fingerprint: str) -> None:
-        from finetune.artifact.load import list_predictors
-
         self.fingerprint = fingerprint
         self._loaded, self._section = loaded, section
         predictors = list_predictors(loaded, [section.sentiment])
@@ -59,6 +56,11 @@ class TrainedReader:
             )
         ]
 
+    def name_labels(self, task: str, rows: Sequence[Row]) -> dict[str, str | None]:
+        """Row id -> its true class, as the task names it; None where a row has none."""
+        predictor = list_predictors(self._loaded, [task])[task]
+        return {row.id: row.values.get("label") for row in predictor.task.prepare_rows(rows)}
+
     def _compute_scores(self, texts: Sequence[str]) -> Mapping[str, Scores]:
         """Task -> calibrated probabilities, (N, K)."""
         scores = self._loaded.compute_scores(texts)
@@ -72,9 +74,6 @@ def build_reader(run: RunFolder, section: MonitorSection) -> TrainedReader:
         UsageError: the model has no such task or class.
         ModelError: a damaged model, or a base that is not at hand.
     """
-    from finetune.artifact.load import list_predictors, load
-    from finetune.artifact.saved import compute_model_fingerprint
-
     loaded = load(run.model)
     classes = list_predictors(loaded, [section.sentiment])[section.sentiment].labels
     if section.negative not in classes:

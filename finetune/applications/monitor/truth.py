@@ -122,8 +122,8 @@ def score_alerts(
 
     Returns:
         `changes` with topic, start, end, shares and delay (None where missed), their number `found`, the median
-        `delay`, `false_alarms`, the `quiet_windows` behind the first `reference` ones, and `false_alarms_per_1000` of
-        these.
+        `delay`, `false_alarms`, the `quiet_windows` (those with items behind the first `reference` ones), and
+        `false_alarms_per_1000` of these.
     """
     changes: list[dict[str, Any]] = []
     false_alarms = quiet_windows = 0
@@ -150,7 +150,8 @@ def score_alerts(
                 }
             )
         false_alarms += sum(place not in loud for place in raised)
-        quiet_windows += sum(place not in loud for place in range(reference, len(windows)))
+        behind = range(reference, len(windows))
+        quiet_windows += sum(place not in loud and windows[place].items > 0 for place in behind)
     delays = [change["delay"] for change in changes if change["delay"] is not None]
     return {
         "changes": changes,
