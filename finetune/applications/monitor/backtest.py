@@ -157,8 +157,8 @@ class _History:
         sentiment, topic = item.labels.get(section.sentiment), item.labels.get(section.topic or "", reading.topic)
         if sentiment is None:
             raise DataError(
-                f"{self._path}: item {item.id!r} must have labels.{section.sentiment}, got {dict(item.labels) or 'none'}. "
-                "A backtest needs the truth of every item."
+                f"{self._path}: item {item.id!r}: labels.{section.sentiment} must be there, got "
+                f"{', '.join(item.labels) or 'no labels'}. A backtest needs the truth of every item."
             )
         if topic not in self.topics:
             raise DataError(

@@ -130,7 +130,7 @@ def build_monitor(run: str | Path) -> dict[str, Any]:
 def read_splits(
     folder: RunFolder, recipe: Recipe, section: MonitorSection, reader: TrainedReader
 ) -> dict[str, list[ReadRow]]:
-    """The validation and test rows of the sentiment task, read; their true topics where both tasks have the same data."""
+    """The validation and test rows of the sentiment task, read; their true topics if both tasks have the same data."""
     task, topic = recipe.tasks[section.sentiment], recipe.tasks.get(section.topic or "")
     source = load_rows(task.data, task.columns, relative_to=folder.recipe_folder)
     labels, topics = reader.name_labels(section.sentiment, source.rows), {}

@@ -45,15 +45,14 @@ def load_monitor(run: str | Path) -> Monitor:
     """
     folder = find_run(run)
     section, place = load_section(folder), find_monitor_folder(folder)
-    again = f"In Python: finetune.applications.monitor.build_monitor({str(folder.path)!r})"
+    again = f"Build it in Python: finetune.applications.monitor.build.build_monitor({str(folder.path)!r})"
     if not (place / _BUILT_WITH).exists():
-        raise UsageError(f"{folder.path}: must hold a monitor in {place.name}/, got none. Build it. {again}")
+        raise UsageError(f"{folder.path}: must hold a monitor in {place.name}/, got none. {again}")
     reader = build_reader(folder, section)
     model = str(load_json(place / _BUILT_WITH).get("model"))
     if model != reader.fingerprint:
         raise UsageError(
-            f"{place}: must be built with this model, {reader.fingerprint[:12]}, got one of {model[:12]}. Build it again. "
-            f"{again}"
+            f"{place}: must be built with this model, {reader.fingerprint[:12]}, got one of {model[:12]}. {again}"
         )
     quantifier = load_quantifier(place / _QUANTIFIER)
     return Monitor(reader, TopicWatcher(quantifier, load_thresholds(place / _THRESHOLDS), section), section)

@@ -87,7 +87,7 @@ def find_changes(windows: Sequence[TrueWindow], rise: float, reference: int) -> 
 
 
 def score_shares(pairs: Sequence[tuple[Share, TrueWindow]]) -> dict[str, Any]:
-    """How far shares are from the truth, over the windows with at least `FEWEST_ITEMS` items by the labels and one read.
+    """How far shares are from the truth: over windows with at least `FEWEST_ITEMS` items by the labels, and one read.
 
     Returns:
         Windows and items compared; mean absolute error of the `corrected`, the `counted` and the `checked` share, and
