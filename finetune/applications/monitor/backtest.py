@@ -35,8 +35,8 @@ def run_backtest(run: Monitor | str | Path, path: Path) -> dict[str, Any]:
             task's. Without the latter, an item is of the topic that the model takes it for.
 
     Returns:
-        `counts`: what became of the lines. `windows`: closed ones. `shares`: `ALL` and each topic -> as `score_shares`
-        gives it. `alerts`: as `score_alerts` gives it, and what was `raised`.
+        `counts`: what became of the lines. `windows`: closed ones. `shares`: `ALL` and, where there are several, each topic -> as
+        `score_shares` gives it. `alerts`: as `score_alerts` gives it, and what was `raised`.
 
     Raises:
         UsageError: no such run or file, or a run without a monitor.
@@ -53,6 +53,7 @@ def run_backtest(run: Monitor | str | Path, path: Path) -> dict[str, Any]:
     for window in windows:
         shares[window.topic].append(window.share)
     pairs = {topic: list(zip(shares[topic], truths[topic], strict=True)) for topic in truths}
+    everything = {ALL: [pair for part in pairs.values() for pair in part]}
     section = monitor.section
     scored = score_alerts(truths, alerts, section.rise, section.reference_windows)
     return {
@@ -61,8 +62,7 @@ def run_backtest(run: Monitor | str | Path, path: Path) -> dict[str, Any]:
         "window_minutes": section.window_minutes,
         "rise": section.rise,
         "shares": {
-            name: score_shares(part)
-            for name, part in ({ALL: [pair for part in pairs.values() for pair in part]} | pairs).items()
+            name: score_shares(part) for name, part in (everything | (pairs if len(pairs) > 1 else {})).items()
         },
         "alerts": scored | {"raised": list(map(_describe, alerts))},
     }
@@ -92,7 +92,7 @@ def build_tables(found: dict[str, Any]) -> list[Table]:
         for change in alerts["changes"]
     ]
     raised = [
-        [one["level"], one["cause"], one["topic"], one["start"], f"{one['test']} {one['statistic']}"]
+        [one["level"], one["cause"], one["topic"], one["start"], f"{one['test']} {format_number(one['statistic'], 2)}"]
         for one in alerts["raised"]
     ]
     rate = format_number(alerts["false_alarms_per_1000"], 1)
