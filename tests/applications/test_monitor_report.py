@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 from xml.etree import ElementTree
 
 import pytest
-from finetune.applications.monitor.store import Store, WindowRecord
 
 from finetune.applications.monitor.charts import MAX_POINTS, describe_window, topic_chart
 from finetune.applications.monitor.records import Alert, Share, Tally
@@ -19,6 +18,7 @@ from finetune.applications.monitor.report import (
     render_report,
     write_report,
 )
+from finetune.applications.monitor.store import Store, WindowRecord
 from finetune.recipe.applications import MonitorSection
 
 START, DAY = datetime(2025, 9, 1, tzinfo=UTC), timedelta(days=1)

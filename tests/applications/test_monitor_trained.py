@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from finetune.applications.monitor.thresholds import choose_thresholds
 
 import finetune
 from finetune.applications.monitor import build
@@ -19,6 +18,7 @@ from finetune.applications.monitor.backtest import ALL, build_tables, run_backte
 from finetune.applications.monitor.build import DRAWN_ITEMS, ReadRow, build_monitor, draw_windows
 from finetune.applications.monitor.load import load_monitor
 from finetune.applications.monitor.records import ALL_TOPICS, Reading
+from finetune.applications.monitor.thresholds import choose_thresholds
 from finetune.cli.main import main
 from finetune.errors import DataError, RecipeError, UsageError
 

@@ -35,8 +35,8 @@ def run_backtest(run: Monitor | str | Path, path: Path) -> dict[str, Any]:
             task's. Without the latter, an item is of the topic that the model takes it for.
 
     Returns:
-        `counts`: what became of the lines. `windows`: closed ones. `shares`: `ALL` and, where there are several, each topic -> as
-        `score_shares` gives it. `alerts`: as `score_alerts` gives it, and what was `raised`.
+        `counts`: what became of the lines. `windows`: closed ones. `shares`: `ALL` and, where there are several, each
+        topic -> as `score_shares` gives it. `alerts`: as `score_alerts` gives it, and what was `raised`.
 
     Raises:
         UsageError: no such run or file, or a run without a monitor.

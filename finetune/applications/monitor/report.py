@@ -22,7 +22,7 @@ FEW_ITEMS = 2.0
 """Items of a mean window below which a topic has no chart: its band would fill it."""
 ALERTS_SHOWN = 20
 """The latest ones; the others are folded away."""
-TESTS = {"cusum": "CUSUM", "ewma": "EWMA", "burst": "burst test"}
+TESTS = {"cusum": "CUSUM", "ewma": "EWMA", "burst": "burst test", "reference": "windows since the change"}
 UNITS = {"day": 24 * 60, "hour": 60, "minute": 1}
 STATES = {"warning": "care", "alarm": "bad", "recovery": "good"}
 """Level of an alert -> how the page marks it."""
@@ -113,6 +113,8 @@ def describe_alert(alert: Alert) -> dict[str, Any]:
     is_over, is_share = alert.level == "recovery", alert.cause == "share"
     found = ("as negative as usual again" if is_over else "worse news") if is_share else ""
     found = found or ("as much news as usual again" if is_over else "more news")
+    if alert.test == "reference":
+        found = "what was unusual is usual now"
     before, after = _format(alert.before), _format(alert.after)
     shares = f"The negative share is {after}; {before} is usual."
     if is_share and not is_over:
