@@ -61,9 +61,7 @@ def run_backtest(run: Monitor | str | Path, path: Path) -> dict[str, Any]:
         "windows": len({window.start for window in windows}),
         "window_minutes": section.window_minutes,
         "rise": section.rise,
-        "shares": {
-            name: score_shares(part) for name, part in (everything | (pairs if len(pairs) > 1 else {})).items()
-        },
+        "shares": {name: score_shares(part) for name, part in (everything | (pairs if len(pairs) > 1 else {})).items()},
         "alerts": scored | {"raised": list(map(_describe, alerts))},
     }
 
