@@ -140,7 +140,7 @@ def test_the_first_sentence_is_about_now():
 
 def test_more_news_is_told_from_worse_news_and_from_the_end_of_both():
     told = [
-        describe_alert(make_alert(level=level, cause=cause))
+        describe_alert(make_alert(level=level, cause=cause, items=(make_item(),)))
         for cause in ("share", "volume")
         for level in ("warning", "recovery")
     ]
@@ -151,6 +151,7 @@ def test_more_news_is_told_from_worse_news_and_from_the_end_of_both():
         "legal: as much news as usual again",
     ]
     assert [one["state"] for one in told] == ["care", "good"] * 2
+    assert [len(one["items"]) for one in told] == [1, 0] * 2
     assert told[0]["words"].startswith("The negative share rose from 25% (15% to 35%) to 70% (60% to 80%).")
     assert told[1]["words"].startswith("The negative share is 70% (60% to 80%); 25% (15% to 35%) is usual.")
     assert told[2]["words"].startswith("The window has 20 items; 4.2 are usual. The negative share is 70%")

@@ -108,7 +108,7 @@ def describe_alert(alert: Alert) -> dict[str, Any]:
     """An alert in words, and its items.
 
     Returns:
-        `title`, `words`, `test`, `when`, `state` as the page marks it, and `items`.
+        `title`, `words`, `test`, `when`, `state` as the page marks it, and `items`; none of these where all is over.
     """
     is_over, is_share = alert.level == "recovery", alert.cause == "share"
     found = ("as negative as usual again" if is_over else "worse news") if is_share else ""
@@ -129,7 +129,7 @@ def describe_alert(alert: Alert) -> dict[str, Any]:
         "when": describe_window(alert.start, alert.end),
         "words": f"{shares} {volume}" if is_share else f"{volume} {shares}",
         "test": f"{TESTS.get(alert.test, alert.test)} {statistic}, threshold {threshold}",
-        "items": [_build_item(item) for item in alert.items],
+        "items": [] if is_over else [_build_item(item) for item in alert.items],
     }
 
 
