@@ -19,6 +19,7 @@ from finetune.data.checks import findings_to_json
 from finetune.data.rows import Row
 from finetune.evaluation.report import ReportData, write_report
 from finetune.evaluation.scoring import choose_section
+from finetune.evaluation.slices import DERIVED
 from finetune.models.base import BaseModel
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import EvaluateSection, Recipe
@@ -117,7 +118,7 @@ def _list_known_slices(section: EvaluateSection, prepared: Prepared, name: str) 
 
 
 def _has_column(rows: Sequence[Row], name: str) -> bool:
-    return name == "length" or (bool(rows) and name in rows[0].values)
+    return name in DERIVED or (bool(rows) and name in rows[0].values)
 
 
 def _judge(  # noqa: PLR0913  (whom, on what, how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,12 @@ def open_saved(reference: str | Path) -> Saved:
         )
     _check_files(folder, settings.get("files", {}))
     return Saved(folder, settings, load_task(settings["task"]), read_adapter_base(folder))
+
+
+def compute_model_fingerprint(folder: Path) -> str:
+    """SHA-256 over the weights of a `model/` folder, each of them alone first: what was built with a model names it."""
+    weights = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256("\n".join(compute_sha256(path) for path in weights).encode()).hexdigest()
 
 
 def resolve_shared_base(saved: Mapping[str, Saved]) -> BaseModel:

@@ -91,20 +91,25 @@ def _show(run: Run, as_json: bool) -> None:
         _show_trained(run, as_json)
         return
     tests, reports = run.tests, {name: str(place / "report.html") for name, place in places.items()}
-    assistant = _build_assistant(run, as_json)
+    built = _build_applications(run, as_json)
     if as_json:
         content = {"run": str(run.folder.path), "report": take_only(reports), "test": take_only(tests)}
-        print_json(content | ({"assistant": assistant} if assistant else {}))
+        print_json(content | built)
         return
     show_all_scores(tests)
-    if assistant:
-        _show_assistant(assistant)
+    for application, figures in built.items():
+        {"assistant": _show_assistant, "monitor": _show_monitor}[application](figures)
     for report in reports.values():
         print_text(f"report  {report}")
     print_text(f"card    {run.folder.card}")
     name = run.folder.path.parent
-    if assistant:
-        print_text(f"talk    finetune chat {name}")
+    for application in built:
+        uses = {
+            "assistant": f"talk    finetune chat {name}",
+            "monitor": f"watch   finetune monitor {name} --input FILE --alerts alerts.jsonl",
+        }
+        print_text(uses[application])
+    if built:
         return
     print_text(
         {
@@ -118,18 +123,17 @@ def _show(run: Run, as_json: bool) -> None:
     )
 
 
-def _build_assistant(run: Run, quiet: bool) -> dict[str, Any] | None:
-    """The end-to-end figures of the assistant that the recipe asks for, without the replies; None where it does not."""
+def _build_applications(run: Run, quiet: bool) -> dict[str, dict[str, Any]]:
+    """The figures of each system that the recipe asks for, by the name of its section."""
+    from finetune.applications.registry import list_applications
     from finetune.recipe import load_recipe
 
-    if load_recipe(run.folder.recipe).assistant is None:
-        return None
-    from finetune.applications.support.build import build_assistant
-
-    if not quiet:
-        print_note("assistant: index, thresholds on validation, the test questions end to end")
-    figures = build_assistant(run.folder.path)
-    return {name: value for name, value in figures.items() if name not in ("replies", "curve")}
+    built = {}
+    for application in list_applications(load_recipe(run.folder.recipe)):
+        if not quiet:
+            print_note(f"{application.name}: {application.steps}")
+        built[application.name] = application.build(run.folder.path)
+    return built
 
 
 def _show_assistant(figures: dict[str, Any]) -> None:
@@ -142,6 +146,21 @@ def _show_assistant(figures: dict[str, Any]) -> None:
         for name in parts
     ]
     print_table(["", "questions", *(o.replace("_", " ") for o in outcomes)], rows, title="assistant, test, end to end")
+
+
+def _show_monitor(figures: dict[str, Any]) -> None:
+    from finetune.evaluation.wording import format_number, format_share
+
+    rows = [
+        [name, f"{part['windows']:,}", *(format_number(part[key]) for key in errors), format_share(part["coverage"])]
+        for name, part, errors in (
+            (words, figures.get(key), ("corrected", "counted"))
+            for key, words in (("artificial", "artificial"), ("windows", "by topic and time"))
+        )
+        if part
+    ]
+    head = ["windows", "number", "error, corrected", "error, counted", "intervals that hold"]
+    print_table(head, rows, title="monitor, test: mean absolute error of the negative share")
 
 
 def show_all_scores(tests: dict[str, dict[str, Any]]) -> None:

@@ -18,6 +18,19 @@ from finetune.evaluation.intervals import Interval, compute_intervals
 from finetune.evaluation.metrics import Floats, Ints
 
 LENGTH = "length"  # the number of words, not a column
+PATTERNS = {
+    "numbers": re.compile(r"\d"),
+    "tickers": re.compile(r"(?<![\w$])\$[A-Za-z]{1,6}(?:\.[A-Za-z]{1,2})?(?!\w)"),
+    "percent": re.compile(r"[%\uff05]|\b(?:percent(?:age)?|per cent|pct)\b", re.IGNORECASE),
+    "negation": re.compile(
+        r"\b(?:no|not|never|none|nobody|nothing|nowhere|neither|nor|without|cannot)\b"
+        r"|\b(?:do|does|did|is|are|was|were|wo|ca|could|would|should|has|have|had|need|must)n['\u2019]?t\b",
+        re.IGNORECASE,
+    ),
+}
+"""Slice that is no column either -> what a text with it holds: a digit; `$AAPL`; a percent sign or word; an English
+word that denies."""
+DERIVED = (LENGTH, *PATTERNS)
 OTHER = "other"
 MISSING = "(missing)"
 MAX_VALUES = 12  # of a column; a number with more values is cut into quartiles
@@ -37,16 +50,16 @@ class SliceRows:
 
 
 def check_slice_columns(columns: Sequence[str], available: Sequence[str]) -> None:
-    """Every column of `evaluate.slices` must exist, or be `length`.
+    """Every column of `evaluate.slices` must exist, or be one of `DERIVED`.
 
     Raises:
         DataError: Lists every missing column, with the nearest that exists.
     """
     problems = []
     for column in columns:
-        if column != LENGTH and column not in available:
-            near = difflib.get_close_matches(column, [*available, LENGTH], n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Use one of these, or length."
+        if column not in (*DERIVED, *available):
+            near = difflib.get_close_matches(column, [*available, *DERIVED], n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Use one of these, or {', '.join(DERIVED)}."
             got = ", ".join(sorted(available)) or "none"
             problems.append(f"evaluate.slices: column {column!r} must exist, got columns {got}. {hint}")
     if problems:
@@ -58,8 +71,9 @@ def compute_slices(
 ) -> dict[str, list[dict[str, Any]]]:
     """Metrics with intervals for each value of each column.
 
-    Numbers with more than 12 values, and `length`, are cut into quartiles. Of other columns the 12 most frequent values
-    stand alone. The rest, and every slice under 10 rows, are one slice called `other`.
+    Numbers with more than 12 values, and `length`, are cut into quartiles. A key of `PATTERNS` parts the texts with it
+    from those without. Of other columns the 12 most frequent values stand alone. The rest, and every slice under 10
+    rows, are one slice called `other`.
 
     Args:
         rows: The scored split.
@@ -109,6 +123,9 @@ def group_rows(column: str, texts: Sequence[str], values: Sequence[Mapping[str, 
     """(value, positions of its rows): quartiles upwards, other values from the most frequent down, `other` last."""
     if column == LENGTH:
         labels, order = _label_quartiles([float(len(WORD.findall(text))) for text in texts], " words")
+    elif column in PATTERNS:
+        order = [f"with {column}", f"without {column}"]
+        labels = [order[0] if PATTERNS[column].search(text) else order[1] for text in texts]
     else:
         found = [row.get(column) for row in values]
         numbers = [_to_number(value) for value in found]

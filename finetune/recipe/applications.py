@@ -71,4 +71,10 @@ class MonitorSection(Section):
                     f"monitor.{key}: must be a task of type text_classification ({', '.join(known) or 'none here'}), "
                     f"got {name!r}."
                 )
+        labels = tasks[self.sentiment].labels if self.sentiment in tasks else None
+        classes = list(labels.values() if isinstance(labels, dict) else labels or [self.negative])
+        if self.negative not in classes:
+            problems.append(
+                f"monitor.negative: must be a class of {self.sentiment} ({', '.join(classes)}), got {self.negative!r}."
+            )
         return problems

@@ -305,7 +305,8 @@ class EvaluateSection(Section):
     resamples: int = Field(default=1000, ge=100, le=100_000)
     """Bootstrap resamples."""
     slices: list[str] = Field(default_factory=lambda: ["length"])
-    """Columns by whose values the score is broken down; `length` is the number of words."""
+    """Columns by whose values the score is broken down, and what is no column: `length`, the number of words;
+    `numbers`, `tickers` (`$AAPL`), `percent` and `negation` (English), texts with and without."""
     gates: dict[str, str | bool] = Field(default_factory=dict)
     """Metric -> condition on its test value such as `">= 0.80"`; `beats_baselines: true`. With several tasks it holds
     for each, and `<task>.<metric>` for one."""

@@ -105,6 +105,30 @@ def test_missing_column() -> None:
     assert str(caught.value).splitlines() == [
         "evaluate.slices: column 'chanel' must exist, got columns channel. Did you mean 'channel'?",
         "evaluate.slices: column 'lenght' must exist, got columns channel. Did you mean 'length'?",
-        "evaluate.slices: column 'zzz' must exist, got columns channel. Use one of these, or length.",
+        "evaluate.slices: column 'zzz' must exist, got columns channel. Use one of these, or length, numbers, tickers, "
+        "percent, negation.",
     ]
-    check_slice_columns(["channel", "length"], ["channel"])
+    check_slice_columns(["channel", "length", "negation"], ["channel"])
+
+
+WITH = {
+    "numbers": ["Sales up 8 pct", "Q3 results", "a loss of 1,200"],
+    "tickers": ["$AAPL slides", "buy $brk.b, sell $T", "($ODRA) late"],
+    "percent": ["up 3%", "up 3 %", "eight percent", "rose 4 per cent", "PCT of sales", "down 2\uff05"],
+    "negation": ["No dividend", "it isn't over", "didn\u2019t pay", "is not falling", "without a loss", "CANNOT"],
+}
+WITHOUT = {
+    "numbers": ["eight plants close", ""],
+    "tickers": ["costs $5 bn", "US$ bonds", "A$AP", "five $", "$toolongname"],
+    "percent": ["a percentile", "per centimetre", "8 points"],
+    "negation": ["Norrvind notes a knot", "nobles and cannons", "announces cuts", "want"],
+}
+
+
+@pytest.mark.parametrize("name", list(WITH))
+def test_texts_with_and_without(name) -> None:
+    texts = [text for text in WITH[name] for _ in range(10)] + [text for text in WITHOUT[name] for _ in range(10)]
+    found = dict(group_rows(name, texts, [{}] * len(texts)))
+    assert list(found) == [f"with {name}", f"without {name}"]
+    assert {texts[i] for i in found[f"with {name}"]} == set(WITH[name])
+    assert {texts[i] for i in found[f"without {name}"]} == set(WITHOUT[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,6 @@ from finetune.applications.support.reader import Floats, Reading
 from finetune.artifact.run_folder import RunFolder
 from finetune.errors import UsageError
 from finetune.recipe.applications import ASSISTANT_TYPES
-from finetune.recipe.files import compute_sha256
 
 if TYPE_CHECKING:
     from finetune.artifact.load import MultiPredictor
@@ -63,6 +61,7 @@ def build_reader(run: RunFolder) -> TrainedReader:
         ModelError: a damaged model, or a base that is not at hand.
     """
     from finetune.artifact.load import MultiPredictor, load
+    from finetune.artifact.saved import compute_model_fingerprint
 
     loaded = load(run.model)
     types = {task.type: name for name, task in loaded.task.tasks.items()} if isinstance(loaded, MultiPredictor) else {}
@@ -71,6 +70,4 @@ def build_reader(run: RunFolder) -> TrainedReader:
             f"{run.path}: must have the tasks of an assistant ({', '.join(ASSISTANT_TYPES)}), got "
             f"{', '.join(types) or loaded.task.type}. Train one: finetune run support"
         )
-    weights = sorted(run.model.glob("*.safetensors"))
-    fingerprint = hashlib.sha256("\n".join(compute_sha256(path) for path in weights).encode()).hexdigest()
-    return TrainedReader(loaded, types, fingerprint)
+    return TrainedReader(loaded, types, compute_model_fingerprint(run.model))
