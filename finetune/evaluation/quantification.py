@@ -23,6 +23,11 @@ PENALTY = 4.0
 TOLERANCE = 1e-9
 
 
+def sum_bins(counts: npt.ArrayLike, values: npt.ArrayLike) -> Floats:
+    """Sum over bins of counts times values, (..., B) and (..., B) or (B,) -> (...)."""
+    return np.asarray(np.einsum("...b,...b->...", counts, values, dtype=np.float64))
+
+
 def fit_recalibration(log_odds: npt.ArrayLike, negatives: npt.ArrayLike, others: npt.ArrayLike) -> Floats:
     """Slope and intercept that make the probabilities of bins agree with what was seen in them.
 
@@ -83,15 +88,15 @@ def estimate_sld(counts: npt.ArrayLike, ratios: Floats, start: npt.ArrayLike = 0
     seen = np.asarray(counts, dtype=np.float64)
     gains = ratios - 1
     low, high = np.zeros(seen.shape[:-1]), np.ones(seen.shape[:-1])
-    at_zero = (seen * gains).sum(-1) <= 0
-    at_one = ~at_zero & ((seen * (gains / ratios)).sum(-1) >= 0)
+    at_zero = sum_bins(seen, gains) <= 0
+    at_one = ~at_zero & (sum_bins(seen, gains / ratios) >= 0)
     share = np.clip(np.broadcast_to(np.asarray(start, dtype=np.float64), low.shape), 1e-6, 1 - 1e-6)
     for _ in range(100):
         rates = gains / (1 + share[..., None] * gains)
-        slope, curvature = (seen * rates).sum(-1), (seen * rates**2).sum(-1)
+        slope, curvature = sum_bins(seen, rates), sum_bins(seen, rates**2)
         low, high = np.where(slope > 0, share, low), np.where(slope < 0, share, high)
         moved = share + slope / np.where(curvature > 0, curvature, 1)
-        moved = np.where((moved > low) & (moved < high) | (slope == 0), moved, (low + high) / 2)
+        moved = np.where((moved >= low) & (moved <= high), moved, (low + high) / 2)
         is_done = bool((at_zero | at_one | (np.abs(moved - share) < TOLERANCE)).all())
         share = moved
         if is_done:
@@ -103,7 +108,7 @@ def compute_information(counts: npt.ArrayLike, ratios: Floats, share: npt.ArrayL
     """Observed Fisher information on the share, 1 / variance, (..., B) -> (...)."""
     gains = ratios - 1
     rates = gains / (1 + np.asarray(share, dtype=np.float64)[..., None] * gains)
-    return np.asarray((np.asarray(counts) * rates**2).sum(-1))
+    return sum_bins(counts, rates**2)
 
 
 def compute_interval(
