@@ -89,7 +89,7 @@ class Thresholds:
 
 
 def choose_thresholds(
-    quantifier: Quantifier, section: MonitorChoices, seed: int = 13, *, streams: int = 1000, windows: int = 200
+    quantifier: Quantifier, section: MonitorChoices, seed: int = 13, *, streams: int = 800, windows: int = 200
 ) -> Thresholds:
     """Choose them so that a topic in which nothing changes is alerted every `false_alarm_windows` windows, by any test.
 
