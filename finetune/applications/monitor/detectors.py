@@ -117,7 +117,7 @@ def compute_surprise(items: npt.ArrayLike, mean: npt.ArrayLike, variance: npt.Ar
 
 def count_guard(reference_windows: int) -> int:
     """Windows that wait before they join the reference: a change that is being found must not become usual."""
-    return max(1, reference_windows // 8)
+    return max(8, reference_windows // 4)
 
 
 def judge_streams(

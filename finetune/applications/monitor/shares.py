@@ -28,7 +28,7 @@ GRID = 21
 RESAMPLES = 200
 """Of the validation rows, for that."""
 CERTAIN = 1e-6
-"""Probabilities are kept so far from 0 and 1."""
+"""Mean probabilities of bins are kept so far from 0 and 1, and its square the corrected ones."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Quantifier:
     @cached_property
     def posteriors(self) -> Floats:
         """Probability that a text of a bin is negative, where the prior is that of validation, (BINS,)."""
-        return np.asarray(expit(self.slope * logit(self.centres) + self.intercept))
+        return np.clip(expit(self.slope * logit(self.centres) + self.intercept), CERTAIN**2, 1 - CERTAIN**2)
 
     @cached_property
     def ratios(self) -> Floats:
@@ -196,7 +196,7 @@ def _compute_variances(counts: npt.NDArray[np.int64], log_odds: Floats, generato
     drawn = drawn[(drawn.sum(axis=-1) > 0).all(axis=-1)]
     fitted = fit_recalibration(log_odds, drawn[:, 0], drawn[:, 1])
     priors = drawn[:, 0].sum(-1) / total
-    posteriors = np.clip(expit(fitted[:, :1] * log_odds + fitted[:, 1:]), 1e-12, 1 - 1e-12)
+    posteriors = np.clip(expit(fitted[:, :1] * log_odds + fitted[:, 1:]), CERTAIN**2, 1 - CERTAIN**2)
     ratios = compute_ratios(posteriors, priors[:, None])
     shares = np.linspace(0, 1, GRID)
     rates = counts / counts.sum(axis=1, keepdims=True)

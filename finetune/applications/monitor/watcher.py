@@ -33,9 +33,9 @@ from finetune.evaluation.quantification import Floats
 
 RENEWED = "reference"
 """What ends an episode that lasted until it was usual, in place of a test."""
-HIGHEST = 1.2
+HIGHEST = 1.1
 """How far a statistic goes above its alarm's threshold: from higher up it would take long to come down again."""
-CALM = 0.5
+CALM = 0.6
 """An episode ends where each test is at most so much of its warning's threshold."""
 
 
