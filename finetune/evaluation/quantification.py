@@ -25,7 +25,8 @@ TOLERANCE = 1e-9
 
 def sum_bins(counts: npt.ArrayLike, values: npt.ArrayLike) -> Floats:
     """Sum over bins of counts times values, (..., B) and (..., B) or (B,) -> (...)."""
-    return np.asarray(np.einsum("...b,...b->...", counts, values, dtype=np.float64))
+    each, other = np.asarray(counts, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    return np.asarray(np.einsum("...b,...b->...", each, other))
 
 
 def fit_recalibration(log_odds: npt.ArrayLike, negatives: npt.ArrayLike, others: npt.ArrayLike) -> Floats:

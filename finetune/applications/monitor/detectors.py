@@ -74,7 +74,7 @@ def compute_spread(squares: npt.ArrayLike, windows: npt.ArrayLike) -> Floats:
 
 
 def compute_squares(counts: npt.ArrayLike, ratios: Floats, usual: Usual) -> Floats:
-    """score^2 / information of windows: 1 on average where they differ by chance, 0 without texts, (..., B) -> (...)."""
+    """score^2 / information of windows: by chance 1 on average; 0 without texts: (..., B) -> (...)."""
     information = np.asarray(counts).sum(-1) * usual.information
     return np.asarray(compute_score(counts, ratios, usual) ** 2 / np.where(information > 0, information, 1.0))
 

@@ -57,7 +57,8 @@ class Quantifier:
     @cached_property
     def posteriors(self) -> Floats:
         """Probability that a text of a bin is negative, where the prior is that of validation, (BINS,)."""
-        return np.clip(expit(self.slope * logit(self.centres) + self.intercept), CERTAIN**2, 1 - CERTAIN**2)
+        corrected = expit(self.slope * logit(self.centres) + self.intercept)
+        return np.asarray(np.clip(corrected, CERTAIN**2, 1 - CERTAIN**2))
 
     @cached_property
     def ratios(self) -> Floats:
@@ -120,7 +121,8 @@ def fit_quantifier(negatives: npt.ArrayLike, truths: npt.ArrayLike, *, seed: int
     if slope <= 0 or means[0] <= means[1]:
         raise DataError(
             "monitor: the model must find negative rows of validation more likely negative than others, got mean "
-            f"probabilities of {means[0] / BINS:.2f} and {means[1] / BINS:.2f}. Train it longer, or see monitor.negative."
+            f"probabilities of {means[0] / BINS:.2f} and {means[1] / BINS:.2f}. Train it longer, or correct "
+            "monitor.negative."
         )
     variances = _compute_variances(counts, logit(centres), np.random.default_rng(seed))
     return Quantifier(counts[0], counts[1], centres, float(slope), float(intercept), variances)
@@ -160,10 +162,11 @@ def load_quantifier(path: Path) -> Quantifier:
     counts = [np.asarray(lists[name]) for name in ("negatives", "others")]
     centres = np.asarray(lists["centres"])
     is_sound = all((each == each.round()).all() and each.sum() > 0 for each in counts)
-    is_sound &= bool((np.diff(centres) > 0).all() and 0 < centres[0] and centres[-1] < 1) and found["slope"] > 0
+    is_sound &= bool((np.diff(centres) > 0).all() and centres[0] > 0 and centres[-1] < 1) and found["slope"] > 0
     if not is_sound:
         raise ResourceError(
-            f"{path}: must hold counts of both classes, probabilities that rise, and a slope above 0, got others. {again}"
+            f"{path}: must hold counts of both classes, probabilities that rise, and a slope above 0, got others. "
+            f"{again}"
         )
     negatives, others = (each.astype(np.int64) for each in counts)
     variances = np.asarray(lists["variances"])

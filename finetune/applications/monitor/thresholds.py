@@ -128,9 +128,10 @@ def merge_bins(quantifier: Quantifier) -> tuple[Floats, Floats]:
     rates = np.stack([each / each.sum() for each in (quantifier.negatives, quantifier.others)])
     mass = rates.mean(axis=0)
     _, place = np.unique((MERGED * (mass.cumsum() - mass / 2)).astype(int), return_inverse=True)
-    merged = np.stack([np.bincount(place, weights=each) for each in (*rates, mass, mass * np.log(quantifier.ratios))])
-    is_seen = merged[2] > 0
-    return merged[:2, is_seen], np.exp(merged[3, is_seen] / merged[2, is_seen])
+    logs = mass * np.log(quantifier.ratios)
+    merged = np.array([np.bincount(place, weights=each) for each in (*rates, mass, logs)], dtype=np.float64)
+    merged = merged[:, merged[2] > 0]
+    return merged[:2], np.asarray(np.exp(merged[3] / merged[2]))
 
 
 def draw_streams(

@@ -55,8 +55,12 @@ def test_gain_and_score_with_a_perfect_model_by_hand():
     counts = np.array([70, 30])
     gain = 30 * np.log(0.3 / 0.2) + 70 * np.log(0.7 / 0.8)
     assert compute_gain(counts, PERFECT, USUAL, 0.1) == pytest.approx(gain)
-    assert compute_score(counts, PERFECT, USUAL) == pytest.approx((0.3 - 0.2) * 100 / (0.2 * 0.8))  # distance x information
-    assert compute_gain(counts, PERFECT, Usual(np.array(0.95), USUAL.information, USUAL.items), 0.1) < -100  # 1, not 1.05
+    assert compute_score(counts, PERFECT, USUAL) == pytest.approx(
+        (0.3 - 0.2) * 100 / (0.2 * 0.8)
+    )  # distance x information
+    assert (
+        compute_gain(counts, PERFECT, Usual(np.array(0.95), USUAL.information, USUAL.items), 0.1) < -100
+    )  # 1, not 1.05
 
 
 def test_cusum_and_ewma_by_hand():
@@ -145,9 +149,7 @@ def test_the_same_seed_gives_the_same_thresholds(quantifier, monkeypatch):
     monkeypatch.setattr(module, "SIZES", (50,))
     monkeypatch.setattr(module, "SHARES", (0.1,))
     monkeypatch.setattr(module, "BURSTS", 100)
-    first, second, other = (
-        choose_thresholds(quantifier, SECTION, seed, streams=50, windows=20) for seed in (1, 1, 2)
-    )
+    first, second, other = (choose_thresholds(quantifier, SECTION, seed, streams=50, windows=20) for seed in (1, 1, 2))
     assert first.cusum["warning"] == second.cusum["warning"] != other.cusum["warning"]
     assert first.burst == second.burst != other.burst
 
@@ -160,7 +162,10 @@ def build_table():
     rows = np.arange(len(SIZES))[:, None] * 1000.0 + np.arange(len(SHARES)) + 1
     chosen_for = {"reference_windows": 16, "false_alarm_windows": 100, "rise": 0.1}
     return module.Thresholds(
-        {"warning": rows, "alarm": 2 * rows}, {"warning": rows, "alarm": rows}, {"warning": 3.0, "alarm": 5.0}, chosen_for
+        {"warning": rows, "alarm": 2 * rows},
+        {"warning": rows, "alarm": rows},
+        {"warning": 3.0, "alarm": 5.0},
+        chosen_for,
     )
 
 

@@ -128,7 +128,7 @@ def test_a_change_does_not_slip_into_what_is_usual_until_it_has_lasted(made, wat
 def test_a_small_lasting_rise_is_found_by_the_ewma(made, quantifier):
     generator = np.random.default_rng(6)
     only_ewma = Thresholds(
-        {level: 1e6 * EVERYWHERE for level in ("warning", "alarm")},
+        dict.fromkeys(("warning", "alarm"), 1000000.0 * EVERYWHERE),
         THRESHOLDS.ewma,
         THRESHOLDS.burst,
         THRESHOLDS.chosen_for,
@@ -143,7 +143,7 @@ def test_statistics_are_those_that_thresholds_are_simulated_with(made, quantifie
     tallies = [made.draw_tally(generator, size, 0.2) for size in generator.poisson(60, 60)]
     tallies[20] = Tally()
     out_of_reach = Thresholds(
-        *({level: 1e6 * EVERYWHERE for level in ("warning", "alarm")} for _ in range(2)),
+        *(dict.fromkeys(("warning", "alarm"), 1000000.0 * EVERYWHERE) for _ in range(2)),
         {"warning": 1e6, "alarm": 1e6},
         THRESHOLDS.chosen_for,
     )
@@ -155,7 +155,9 @@ def test_statistics_are_those_that_thresholds_are_simulated_with(made, quantifie
     for i, tally in enumerate(tallies):
         watch(watcher, [tally], first=i)
         if i >= SECTION.reference_windows:
-            assert watcher.to_state("banks")["cusum"] == pytest.approx(cusum[i - SECTION.reference_windows, 0], abs=1e-6)
+            assert watcher.to_state("banks")["cusum"] == pytest.approx(
+                cusum[i - SECTION.reference_windows, 0], abs=1e-6
+            )
 
 
 def test_the_state_goes_through_json_and_on_alike(made, quantifier):
@@ -207,13 +209,24 @@ def test_an_alerts_name_is_its_own():
     name = name_alert("banks", START, "share", "alarm", "cusum")
     elsewhere = START.astimezone(timezone(timedelta(hours=5)))
     assert name == name_alert("banks", elsewhere, "share", "alarm", "cusum")
-    assert len({name, *(name_alert(*each) for each in [
-        ("bank", START, "share", "alarm", "cusum"),
-        ("banks", START + HOUR, "share", "alarm", "cusum"),
-        ("banks", START, "volume", "alarm", "cusum"),
-        ("banks", START, "share", "warning", "cusum"),
-        ("banks", START, "share", "alarm", "ewma"),
-    ])}) == 6
+    assert (
+        len(
+            {
+                name,
+                *(
+                    name_alert(*each)
+                    for each in [
+                        ("bank", START, "share", "alarm", "cusum"),
+                        ("banks", START + HOUR, "share", "alarm", "cusum"),
+                        ("banks", START, "volume", "alarm", "cusum"),
+                        ("banks", START, "share", "warning", "cusum"),
+                        ("banks", START, "share", "alarm", "ewma"),
+                    ]
+                ),
+            }
+        )
+        == 6
+    )
 
 
 def test_what_is_refused(quantifier, watcher):
@@ -223,5 +236,5 @@ def test_what_is_refused(quantifier, watcher):
     with pytest.raises(ResourceError, match="the state of topic 'banks' must be what this watcher gave, got KeyError"):
         watcher.set_state("banks", {"reference": []})
     broken = watcher.to_state("banks") | {"waiting": [{"bins": [[99, 1]], "called": 0, "square": 0.0}]}
-    with pytest.raises(ResourceError, match="got IndexError at .*Start with a new state file"):
+    with pytest.raises(ResourceError, match=r"got IndexError at .*Start with a new state file"):
         watcher.set_state("banks", broken)
