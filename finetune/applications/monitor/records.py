@@ -133,7 +133,7 @@ class Alert:
         after: the share since the change.
         volume_before: the usual number of items of a window.
         volume_after: that of this window.
-        test: `cusum`, `ewma` or `burst`.
+        test: `cusum`, `ewma` or `burst`; `reference` ends an alert that lasted so long that it is what is usual now.
         statistic: of the test, in its own unit.
         threshold: what it exceeded.
         items: the most telling ones, as id, time, text, link and negative probability.
