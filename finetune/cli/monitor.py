@@ -66,19 +66,19 @@ def monitor_command(
     a kill loses what was not read yet. --json prints one object a line: alerts as they are raised, a summary at the
     end.
     """
-    from finetune.applications.monitor.load import load_monitor
     from finetune.errors import UsageError
 
     if backtest is not None:
         if source or feeds or alerts or webhook or report:
             raise UsageError("monitor: --backtest must come alone, got other sources or sinks too. Leave them out.")
+        _build(run)
         _replay(run, backtest, as_json)
         return
     has_input = bool(source or feeds)
     _check_options(has_input, follow, fail_on, alerts, report)
     place = _find_state(source, alerts, state, has_input=has_input)
     sources, sinks = _Sources(source, feeds or [], follow), _build_sinks(alerts, webhook)
-    monitor: Monitor = load_monitor(run)  # takes seconds: what can be refused has been
+    monitor = _build(run)  # takes seconds: what can be refused has been
     with ExitStack() as opened:
         from finetune.applications.monitor.store import Store
 
@@ -89,6 +89,17 @@ def monitor_command(
         if report is not None:
             _write_report(store, monitor, report)
         watching.end(fail_on)
+
+
+def _build(run: str) -> Monitor:
+    """The monitor of a run; a missed gate ends `finetune run` before it is built."""
+    from finetune.applications.monitor.build import build_monitor
+    from finetune.applications.monitor.load import is_built, load_monitor
+
+    if not is_built(run):
+        print_note("building the monitor: shares on validation, thresholds by simulation, the shares of the test rows")
+        build_monitor(run)
+    return load_monitor(run)
 
 
 def _find_state(source: str | None, alerts: Path | None, state: Path | None, *, has_input: bool) -> Path:

@@ -39,7 +39,7 @@ def stream(words, tmp_path):
 @pytest.fixture
 def monitor(command, words, tmp_path, monkeypatch):
     """The command; without `--alerts` where a test names one itself."""
-    loaded = types.SimpleNamespace(load_monitor=lambda run: words.WordMonitor())
+    loaded = types.SimpleNamespace(is_built=lambda run: True, load_monitor=lambda run: words.WordMonitor())
     monkeypatch.setitem(sys.modules, f"{PLACE}.load", loaded)
     monkeypatch.setattr(watching.time, "sleep", lambda seconds: None)
 
@@ -152,7 +152,9 @@ def test_a_signal_ends_it_after_the_batch_and_it_can_go_on(monitor, words, strea
             os.kill(os.getpid(), getattr(signal, name))
             return super().read(texts)
 
-    loaded = types.SimpleNamespace(load_monitor=lambda run: words.WordMonitor(reader=Reader()))
+    loaded = types.SimpleNamespace(
+        is_built=lambda run: True, load_monitor=lambda run: words.WordMonitor(reader=Reader())
+    )
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, f"{PLACE}.load", loaded)
         done = monitor("--input", stream, "--follow")
@@ -223,7 +225,9 @@ def test_metrics_can_be_asked_while_it_runs(monitor, words, stream, monkeypatch,
             return super().to_state(topic)
 
     ports = []
-    loaded = types.SimpleNamespace(load_monitor=lambda run: words.WordMonitor(watcher=Watcher()))
+    loaded = types.SimpleNamespace(
+        is_built=lambda run: True, load_monitor=lambda run: words.WordMonitor(watcher=Watcher())
+    )
     monkeypatch.setitem(sys.modules, f"{PLACE}.load", loaded)
     assert monitor("--input", stream, "--metrics-port", "0").code == 0
     assert seen

@@ -16,7 +16,7 @@ from finetune.applications.monitor.records import Alert, Item, Reading, Share
 from finetune.applications.monitor.sources import FileSource, Record
 from finetune.applications.monitor.store import Store, WindowRecord
 from finetune.applications.monitor.truth import TrueWindow, score_alerts, score_shares
-from finetune.applications.monitor.watch import watch
+from finetune.applications.monitor.watch import Options, watch
 from finetune.applications.monitor.windows import WindowPlan
 from finetune.errors import DataError
 from finetune.evaluation.wording import count_of, format_number, format_share
@@ -45,7 +45,9 @@ def run_backtest(run: Monitor | str | Path, path: Path) -> dict[str, Any]:
     monitor = run if isinstance(run, Monitor) else load_monitor(run)
     history = _History(monitor, path)
     with TemporaryDirectory() as folder, Store(Path(folder) / "state.db") as store:
-        watch(history, Monitor(history, monitor.watcher, monitor.section), store)
+        watch(
+            history, Monitor(history, monitor.watcher, monitor.section), store, options=Options(clock=lambda: math.inf)
+        )
         windows = [window for window in store.read_windows() if window.is_closed]
         alerts, counts = store.read_alerts(), store.read_counts()
     truths = history.count_truths(windows)

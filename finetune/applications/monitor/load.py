@@ -58,6 +58,16 @@ def load_monitor(run: str | Path) -> Monitor:
     return Monitor(reader, TopicWatcher(quantifier, load_thresholds(place / _THRESHOLDS), section), section)
 
 
+def is_built(run: str | Path) -> bool:
+    """Whether a finished run has its monitor, or its recipe asks for none.
+
+    Raises:
+        UsageError: no such run.
+    """
+    folder = find_run(run)
+    return (find_monitor_folder(folder) / _BUILT_WITH).exists() or load_recipe(folder.recipe).monitor is None
+
+
 def save_monitor(folder: RunFolder, reader: TrainedReader, quantifier: Quantifier, thresholds: Thresholds) -> None:
     """Write what `load_monitor` reads."""
     place = find_monitor_folder(folder)

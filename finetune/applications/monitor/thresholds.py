@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from finetune.applications.monitor.shares import Quantifier
 from finetune.artifact.run_folder import load_json, save_json
 from finetune.errors import ResourceError
 from finetune.evaluation.quantification import Floats
+from finetune.recipe.applications import MonitorSection
 
 LEVELS: tuple[Level, ...] = get_args(Level)[:2]
 """`warning` and `alarm`."""
@@ -45,16 +46,10 @@ MERGED = 12
 BURSTS = 2000
 """References that are drawn for a burst test, each followed by `NEW_WINDOWS`."""
 NEW_WINDOWS = 50
+LEAST = 1e-6
+"""No threshold is lower: a statistic of 0 must not exceed it."""
 TAIL = 0.05
 """Rarer values than this share of streams reaches are extrapolated."""
-
-
-class MonitorChoices(Protocol):
-    """What thresholds depend on, of the recipe's section."""
-
-    reference_windows: int
-    false_alarm_windows: int
-    rise: float
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Thresholds:
 
 
 def choose_thresholds(
-    quantifier: Quantifier, section: MonitorChoices, seed: int = 13, *, streams: int = 800, windows: int = 200
+    quantifier: Quantifier, section: MonitorSection, seed: int = 13, *, streams: int = 800, windows: int = 200
 ) -> Thresholds:
     """Choose them so that a topic in which nothing changes is alerted every `false_alarm_windows` windows, by any test.
 
@@ -189,7 +184,7 @@ def load_thresholds(path: Path) -> Thresholds:
     return Thresholds(tables["cusum"], tables["ewma"], burst, chosen_for)
 
 
-def list_choices(section: MonitorChoices) -> dict[str, float]:
+def list_choices(section: MonitorSection) -> dict[str, float]:
     """What of the recipe's section thresholds depend on."""
     return {name: getattr(section, name) for name in ("reference_windows", "false_alarm_windows", "rise")}
 
@@ -220,10 +215,11 @@ def _find_quantile(highest: Floats, chance: float) -> float:
     and falls faster for the EWMA.
     """
     if chance >= TAIL:
-        return float(np.quantile(highest, 1 - chance))
+        return max(LEAST, float(np.quantile(highest, 1 - chance)))
     base = float(np.quantile(highest, 1 - TAIL))
     excess = highest[highest > base] - base
-    return base + float(excess.mean()) * float(np.log(TAIL / chance))
+    slope = float(excess.mean()) if len(excess) else 0.0  # a model that errs rarely gives few values, often the same
+    return max(LEAST, base + slope * float(np.log(TAIL / chance)))
 
 
 def _find_part(highest: Sequence[Floats], chance: float) -> float:
@@ -237,7 +233,7 @@ def _find_part(highest: Sequence[Floats], chance: float) -> float:
     return low
 
 
-def _choose_burst(section: MonitorChoices, target: float, generator: np.random.Generator) -> dict[Level, float]:
+def _choose_burst(section: MonitorSection, target: float, generator: np.random.Generator) -> dict[Level, float]:
     """For a burst every `target` windows."""
     found: list[dict[Level, float]] = []
     for volume in VOLUMES:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +27,10 @@ from finetune.applications.monitor.detectors import (
 from finetune.applications.monitor.episodes import Episode
 from finetune.applications.monitor.records import BINS, Alert, Cause, Level, Share, Tally
 from finetune.applications.monitor.shares import Quantifier
-from finetune.applications.monitor.thresholds import LEVELS, MonitorChoices, Thresholds, list_choices
+from finetune.applications.monitor.thresholds import LEVELS, Thresholds, list_choices
 from finetune.errors import ResourceError
 from finetune.evaluation.quantification import Floats
+from finetune.recipe.applications import MonitorSection
 
 RENEWED = "reference"
 """What ends an episode that lasted until it was usual, in place of a test."""
@@ -37,12 +38,6 @@ HIGHEST = 1.1
 """How far a statistic goes above its alarm's threshold: from higher up it would take long to come down again."""
 CALM = 0.6
 """An episode ends where each test is at most so much of its warning's threshold."""
-
-
-class WatcherChoices(MonitorChoices, Protocol):
-    """What a watcher asks of the recipe's section."""
-
-    cooldown_windows: int
 
 
 @dataclass
@@ -101,7 +96,7 @@ class Finding:
 class TopicWatcher:
     """Judges closed windows of every topic. Nothing is said of a topic before its reference is full."""
 
-    def __init__(self, quantifier: Quantifier, thresholds: Thresholds, section: WatcherChoices) -> None:
+    def __init__(self, quantifier: Quantifier, thresholds: Thresholds, section: MonitorSection) -> None:
         """Take what was fitted on validation.
 
         Raises:
