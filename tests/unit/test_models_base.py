@@ -45,7 +45,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> P
     folder = Path(shutil.copytree(tiny_base, module / "model"))
     sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     monkeypatch.syspath_prepend(tmp_path / "site")
-    packed = Wheel(package="acme-packed", module="acme_packed", folder="model", sha256=sha256)
+    packed = Wheel(package="acme-packed", module="acme_packed", file="model/model.safetensors", sha256=sha256)
     monkeypatch.setitem(base_module.WHEELS, "acme/packed", packed)
     return folder
 
@@ -68,7 +68,7 @@ def test_then_the_wheel(cache, wheel):
 
 
 def test_a_wheel_that_is_not_installed_is_passed_over(cache, wheel, monkeypatch):
-    absent = Wheel(package="acme-packed", module="acme_packed_absent", folder="model", sha256="0")
+    absent = Wheel(package="acme-packed", module="acme_packed_absent", file="model/model.safetensors", sha256="0")
     monkeypatch.setitem(base_module.WHEELS, "acme/packed", absent)
     assert find_base("acme/packed") is None
 
