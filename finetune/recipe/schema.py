@@ -12,6 +12,7 @@ from finetune.recipe.adapter import AdapterSection as AdapterSection  # as: part
 from finetune.recipe.applications import AssistantSection as AssistantSection
 from finetune.recipe.applications import MonitorSection as MonitorSection
 from finetune.recipe.defaults import CLASS_BASELINES, CLASS_METRICS, fill_in_defaults
+from finetune.recipe.prompt import list_columns
 from finetune.recipe.reference import SCRATCH_BASE
 from finetune.recipe.section import Ratio, raise_all
 from finetune.recipe.section import Section as Section
@@ -152,9 +153,17 @@ class TaskSection(Section):
     """One problem: its shape, its data and its labels."""
 
     type: Literal[
-        "text_classification", "causal_lm", "masked_lm", "seq2seq", "retrieval", "reranking", "question_answering"
+        "text_classification",
+        "causal_lm",
+        "masked_lm",
+        "seq2seq",
+        "completion",
+        "retrieval",
+        "reranking",
+        "question_answering",
     ]
-    """The problem shape: one class per text; the next token; masked tokens; a text for a text; the entries that answer
+    """The problem shape: one class per text; the next token; masked tokens; a text for a text, by an encoder and
+    a decoder; the same by a decoder that goes on with a prompt, of which only the text behind it is learned; the entries that answer
     a question, found among all; the same, looked at again one by one; a question's answer, or that there is none, in a
     passage."""
     data: str = Field(min_length=1)
@@ -162,7 +171,8 @@ class TaskSection(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     """Role -> column of the data; roles are named by the task type: `text`, and `label`, `target` or `entry`; for
     question_answering `passage` and `answer`, and `answer_start` where there is one. `context`: what was said before a
-    text, read where it is named."""
+    text, and for completion `passage`: what it is answered from, both read where they are named. Where a card has
+    entries and its rows name them, `title` and `passage` are columns too: those of the row's entries."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     out_of_scope: str | None = Field(default=None, min_length=1)
@@ -172,6 +182,10 @@ class TaskSection(Section):
     """Steps on each text before it is encoded: `html` decodes entities, `urls` removes links."""
     separator: str | None = None
     """What stands between two texts of a language model's stream; null: the tokenizer's end token."""
+    prompt: str = "{text}"
+    """What `completion` reads: words, and in braces roles or columns of the data, as in "Question: {text}". An instructed
+    base wants its chat template's words around them, special tokens included; in the rows' own texts these are
+    characters like any others."""
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens that `masked_lm` hides, arXiv:1810.04805."""
     knowledge: str | None = None
@@ -201,6 +215,14 @@ class TaskSection(Section):
         if labels is not None:
             check_classes(labels)
         return labels
+
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt(cls, prompt: str) -> str:
+        if not list_columns(prompt):
+            raise ValueError(f"must name at least one column in braces, such as {{text}}, got {prompt!r}.")
+        return prompt
 
 
 class EarlyStopSection(Section):
@@ -444,6 +466,8 @@ class Recipe(Section):
                 problems.append(f"{where}.stride: must be left out for {task.type}, got {task.stride}.")
             if task.separator is not None and task.type != "causal_lm":
                 problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
+            if task.prompt != "{text}" and task.type != "completion":
+                problems.append(f"{where}.prompt: must be left out unless the type is completion, got {task.type}.")
             problems += self._list_search_problems(where, task)
         others = [task.type for task in self.tasks.values() if task.type != "text_classification"]
         if len(others) == len(self.tasks):
