@@ -211,8 +211,8 @@ KINDS: dict[str, TaskKind] = {
         ("no_answer", "bm25_sentence"),
     ),
 }
-"""By what the metrics look at: class scores, next tokens, hidden tokens, written texts and their references (for a text,
-or behind a prompt), the places of what was looked for, or answers in passages."""
+"""By what the metrics look at: class scores, next tokens, hidden tokens, written texts and their references (for a
+text, or behind a prompt), the places of what was looked for, or answers in passages."""
 
 
 def list_foreign_names(kind: str, kinds: Iterable[str]) -> set[str]:

@@ -8,8 +8,8 @@ import torch
 
 from finetune.data.batches import Examples, collate, plan_prediction
 from finetune.models.base import BaseModel
-from finetune.models.quiet import quiet_transformers
 from finetune.models.classifier import choose_attention
+from finetune.models.quiet import quiet_transformers
 
 TOKENS_PER_BATCH = 4096
 

@@ -40,7 +40,8 @@ def generate_texts(  # noqa: PLR0913  (a model, what it reads, and how it writes
     Args:
         model: with Hugging Face's `generate`; left in the mode that it came in.
         tokenizer: the model's; must have an end token, at which it stops.
-        texts: any number, or their tokens where a task encodes them itself. Of what is too long, a causal model reads the end and the other kind the beginning.
+        texts: any number, or their tokens where a task encodes them itself. Of what is too long, a causal model reads
+            the end and the other kind the beginning.
         section: how tokens are chosen, and how many at most.
         kind: `causal_lm` and `completion` go on with a text; `seq2seq` answers it.
         max_length: tokens that fit into the model. A causal model that has filled them goes on from the last half of
@@ -78,7 +79,8 @@ def stream_text(  # noqa: PLR0913  (as above)
         emit: takes each piece, of whole characters. What it raises ends the writing.
     """
     writer = _Writer(model, tokenizer, section, kind == "seq2seq", max_length)
-    (prompt,) = writer.encode([text] if isinstance(text, str) else [text])
+    texts: Any = [text]  # of either kind
+    (prompt,) = writer.encode(texts)
     if section.beams > 1:
         (written,) = writer.write([prompt], seed)
         emit(writer.decode(prompt, written))
@@ -102,8 +104,9 @@ class _Writer:
         """What the model reads of each text, as it was trained: a causal model on a bare stream."""
         if not texts:
             return []
-        if not isinstance(texts[0], str):
-            encoded = [list(ids)[-self.max_length :] for ids in texts]
+        given = [text for text in texts if not isinstance(text, str)]
+        if given:
+            encoded = [ids[-self.max_length :] for ids in given]
         elif self.answers:
             encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
         else:

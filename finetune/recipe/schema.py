@@ -163,8 +163,8 @@ class TaskSection(Section):
         "question_answering",
     ]
     """The problem shape: one class per text; the next token; masked tokens; a text for a text, by an encoder and
-    a decoder; the same by a decoder that goes on with a prompt, of which only the text behind it is learned; the entries that answer
-    a question, found among all; the same, looked at again one by one; a question's answer, or that there is none, in a
+    a decoder; the text behind a prompt, by a decoder that learns nothing of the prompt; the entries that answer a
+    question, found among all; the same, looked at again one by one; a question's answer, or that there is none, in a
     passage."""
     data: str = Field(min_length=1)
     """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`."""
@@ -183,9 +183,9 @@ class TaskSection(Section):
     separator: str | None = None
     """What stands between two texts of a language model's stream; null: the tokenizer's end token."""
     prompt: str = "{text}"
-    """What `completion` reads: words, and in braces roles or columns of the data, as in "Question: {text}". An instructed
-    base wants its chat template's words around them, special tokens included; in the rows' own texts these are
-    characters like any others."""
+    """What `completion` reads: words, and in braces roles or columns of the data, as in "Question: {text}". A base that
+    was instructed wants its chat template's words around them, special tokens included; in the rows' own texts these
+    are characters like any others."""
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens that `masked_lm` hides, arXiv:1810.04805."""
     knowledge: str | None = None
@@ -215,7 +215,6 @@ class TaskSection(Section):
         if labels is not None:
             check_classes(labels)
         return labels
-
 
     @field_validator("prompt")
     @classmethod

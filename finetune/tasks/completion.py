@@ -23,9 +23,9 @@ from finetune.evaluation.corpus_scoring import SystemOutput
 from finetune.models.base import BaseModel
 from finetune.models.generation import generate_texts
 from finetune.models.language import build_language_model, build_language_model_shape, load_saved_language_model
+from finetune.recipe.messages import suggest
 from finetune.recipe.prompt import list_columns, parse_prompt
 from finetune.recipe.schema import GenerateSection, ModelSection, TaskSection, TextStep
-from finetune.recipe.messages import suggest
 from finetune.tasks import language
 from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.task import HeldOut, Judgement, Outputs
@@ -257,7 +257,8 @@ class Completion:
         Raises:
             DataError: `bm25_sentence` without passages.
         """
-        texts, found = [row.values["text"] for row in rows], {}
+        texts = [row.values["text"] for row in rows]
+        found: dict[str, SystemOutput] = {}
         for name in held_out.section.baselines:
             if name != "bm25_sentence":
                 found[name] = copy_or_find(name, held_out, texts)

@@ -74,9 +74,7 @@ def copy_or_find(name: str, held_out: HeldOut, texts: Sequence[str]) -> SystemOu
     if name == "copy":
         return copy_source(texts)
     train = held_out.rows["train"]
-    return nearest_translation(
-        [row.values["text"] for row in train], [row.values["target"] for row in train], texts
-    )
+    return nearest_translation([row.values["text"] for row in train], [row.values["target"] for row in train], texts)
 
 
 def _show_samples(rows: Sequence[Row], written: Sequence[str], count: int) -> list[dict[str, Any]]:
