@@ -6,7 +6,6 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from finetune.applications.support.quotes import split_sentences
 from finetune.data.ranking import split_words
@@ -14,6 +13,10 @@ from finetune.data.ranking import split_words
 MIN_SHARED = 2 / 3
 """The share of a claim's content words that its source must have."""
 
+MAX_CLAUSES = 4
+
+# Where a denial ends: "no American Express, cheques or cash" goes over commas, "no box needed; all parts" not further.
+_CLAUSE_END = re.compile(r"(?<=[;:])\s|,?\s(?=but\b|without\b)")
 _ADDRESS = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+|\b[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b(?:/\S*)?", re.IGNORECASE)
 _MONEY = r"[$\u20ac\u00a3\u00a5\u20b9]|usd\b|eur\b|gbp\b|chf\b|dollars?\b|euros?\b|pounds?\b|cents?\b"
 _NUMBER = re.compile(
@@ -71,10 +74,10 @@ class Claim:
 def check_claims(answer: str, passage: str) -> list[Claim]:
     """Hold each sentence of an answer against the passage that it was written from.
 
-    A sentence is supported by one sentence of the passage, or two neighbouring ones, when they hold each of its numbers
+    A sentence is supported by up to four neighbouring clauses of the passage, when they hold each of its numbers
     (with its currency, percent, or half of the day), dates, addresses, codes and names, at least two thirds of its
     other content words, and a denial if and only if it denies. The first sentence, an entry's title, stands beside each
-    of the others. Sentences that claim nothing are left out: questions, and those without a content word or fact, such
+    of them. Sentences that claim nothing are left out: questions, and those without a content word or fact, such
     as "Yes, they do.".
 
     It finds what was invented. It does not find words of the passage that were put together to another meaning.
@@ -115,11 +118,13 @@ def _find_problem(said: _Said, windows: list[_Said]) -> str:
 
 
 def _list_windows(passage: str) -> Iterator[_Said]:
-    """Each sentence and each two neighbours, beside the first."""
+    """Each run of up to `MAX_CLAUSES` clauses, beside the first sentence."""
     sentences = split_sentences(_normalize(passage))
     title = _read(sentences[0]) if sentences else None
-    for text in (*sentences, *map(" ".join, pairwise(sentences))):
-        yield _join(title, _read(text))
+    clauses = [part for sentence in sentences for part in _CLAUSE_END.split(sentence) if part.strip()]
+    for first in range(len(clauses)):
+        for last in range(first + 1, min(first + MAX_CLAUSES, len(clauses)) + 1):
+            yield _join(title, _read(" ".join(clauses[first:last])))
 
 
 def _join(title: _Said | None, said: _Said) -> _Said:
