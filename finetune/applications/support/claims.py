@@ -13,7 +13,7 @@ from finetune.data.ranking import split_words
 MIN_SHARED = 2 / 3
 """The share of a claim's content words that its source must have."""
 
-MAX_CLAUSES = 4
+MAX_CLAUSES = 3
 
 # Where a denial ends: "no American Express, cheques or cash" goes over commas, "no box needed; all parts" not further.
 _CLAUSE_END = re.compile(r"(?<=[;:])\s|,?\s(?=but\b|without\b)")
@@ -74,7 +74,7 @@ class Claim:
 def check_claims(answer: str, passage: str) -> list[Claim]:
     """Hold each sentence of an answer against the passage that it was written from.
 
-    A sentence is supported by up to four neighbouring clauses of the passage, when they hold each of its numbers
+    A sentence is supported by up to three neighbouring clauses of the passage, when they hold each of its numbers
     (with its currency, percent, or half of the day), dates, addresses, codes and names, at least two thirds of its
     other content words, and a denial if and only if it denies. The first sentence, an entry's title, stands beside each
     of them. Sentences that claim nothing are left out: questions, and those without a content word or fact, such
