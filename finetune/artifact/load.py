@@ -279,7 +279,7 @@ class Predictor:
                 replace(row, values={**more, **row.values})
                 for row, more in zip(self._build_rows(texts), columns or [{}] * len(texts), strict=True)
             ]
-            self.task.check_columns(rows, "generate")
+            self.task.check_columns(rows, "generate", "Add --with {column}=TEXT.")
             rows = self.task.prepare_rows(rows)
             return self.task.encode_for_writing(rows, self.tokenizer, self.max_length, section)
         beginning = getattr(self.task, "separator", None) or ""

@@ -77,12 +77,13 @@ class Completion:
         """What the prompt names."""
         return list_columns(self.prompt)
 
-    def check_columns(self, rows: Sequence[Row], where: str) -> None:
+    def check_columns(self, rows: Sequence[Row], where: str, fix: str = "") -> None:
         """Every row must have what the prompt names.
 
         Args:
             rows: any number.
             where: begins the message.
+            fix: ends it; `{column}` is the one that lacks.
 
         Raises:
             DataError: one has not.
@@ -90,9 +91,9 @@ class Completion:
         for row in rows:
             for column in self.columns:
                 if column not in row.values:
-                    hint = suggest(column, row.values)
+                    end = suggest(column, row.values) or (f" {fix.format(column=column)}" if fix else "")
                     raise DataError(
-                        f"{where}: must find the column {column!r} in {row.id}, got {', '.join(row.values)}.{hint}"
+                        f"{where}: must find the column {column!r} in {row.id}, got {', '.join(row.values)}.{end}"
                     )
 
     def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:

@@ -39,7 +39,7 @@ def write_gguf(path: Path) -> None:
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<unk>", "<end>", *sorted(ByteLevel.alphabet()), "op"])
+    writer.add_token_list(["<|endoftext|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "op"])
     writer.add_token_types([3, 3, *[1] * 257])
     writer.add_token_merges(["o p"])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
