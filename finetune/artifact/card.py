@@ -33,6 +33,7 @@ SHAPES = {
     "causal_lm": ("text-generation", "ForCausalLM", "A language model."),
     "masked_lm": ("fill-mask", "ForMaskedLM", "A masked language model."),
     "seq2seq": ("text-generation", "ForSeq2SeqLM", "A model that writes a text for a text."),
+    "completion": ("text-generation", "ForCausalLM", "A language model that completes prompts."),
     "retrieval": ("sentence-similarity", "ForSentenceEmbedding", "A sentence encoder that finds entries."),
     "reranking": ("text-ranking", "ForSequenceClassification", "A model that ranks entries for a question."),
     "question_answering": (

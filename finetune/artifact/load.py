@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,12 +24,12 @@ from finetune.models.generation import generate_texts, stream_text
 from finetune.models.multi_task import OneHead
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import GenerateSection
-from finetune.tasks import MultiTask, QuestionAnswering, Reranking, Retrieval, Task, TextClassification
+from finetune.tasks import Completion, MultiTask, QuestionAnswering, Reranking, Retrieval, Task, TextClassification
 from finetune.tasks.encoding import Side, encode_texts, join_context
 from finetune.tasks.question_answering import Answer
 from finetune.tasks.reranking import encode_pairs
 
-WRITING = ("causal_lm", "seq2seq")
+WRITING = ("causal_lm", "seq2seq", "completion")
 """Task types whose models write text."""
 USE_AS_BASE = "It is a base for other recipes: set model.base to this run, and train a task on it."
 USES = {
@@ -37,6 +37,7 @@ USES = {
     "multi_task": "Use finetune predict.",
     "causal_lm": "Use finetune generate.",
     "seq2seq": "Use finetune generate.",
+    "completion": "Use finetune generate.",
     "retrieval": "Use its `embed` from Python.",
     "reranking": "Use its `score_pairs` from Python.",
     "question_answering": "In Python: finetune.load(RUN).answer(question, passage).",
@@ -187,14 +188,16 @@ class Predictor:
         texts: Sequence[str],
         section: GenerateSection | None = None,
         *,
+        columns: Sequence[Mapping[str, str]] | None = None,
         seed: int = 0,
         advance: Callable[[int], None] = lambda _rows: None,
     ) -> list[str]:
-        """Translate texts, or go on with them.
+        """Translate texts, go on with them, or complete the prompts that they belong to.
 
         Args:
             texts: any number, as they come; the cleaning of the recipe is applied.
             section: how tokens are chosen; default the recipe's `evaluate.generate`.
+            columns: what else of each row the recipe's prompt names: column -> text.
             seed: of the sampling.
             advance: called with the number of texts after each batch.
         """
@@ -203,7 +206,7 @@ class Predictor:
         return generate_texts(
             self.model,
             self.tokenizer,
-            self._prepare_prompts(texts),
+            self._prepare_prompts(texts, section or self.writing, columns),
             section or self.writing,
             kind=self.task.type,
             max_length=self.max_length,
@@ -212,7 +215,13 @@ class Predictor:
         )
 
     def stream(
-        self, text: str, emit: Callable[[str], None], section: GenerateSection | None = None, *, seed: int = 0
+        self,
+        text: str,
+        emit: Callable[[str], None],
+        section: GenerateSection | None = None,
+        *,
+        columns: Mapping[str, str] | None = None,
+        seed: int = 0,
     ) -> None:
         """Hand on what `generate` writes to one text piece by piece, as it comes.
 
@@ -220,8 +229,9 @@ class Predictor:
             text: as it comes; the cleaning of the recipe is applied.
             emit: takes each piece. What it raises ends the writing.
             section, seed: as in `generate`.
+            columns: of its row, as there.
         """
-        (prompt,) = self._prepare_prompts([text])
+        (prompt,) = self._prepare_prompts([text], section or self.writing, [columns or {}])
         stream_text(
             self.model,
             self.tokenizer,
@@ -259,16 +269,30 @@ class Predictor:
         spans = task.find_spans(self.model, self.tokenizer, rows, self.max_length, advance=advance)
         return [span.decide(self.fitted.get("threshold", 0.0)) for span in spans]
 
-    def _prepare_prompts(self, texts: Sequence[str]) -> list[str]:
+    def _prepare_prompts(
+        self, texts: Sequence[str], section: GenerateSection, columns: Sequence[Mapping[str, str]] | None
+    ) -> list[str] | list[list[int]]:
         """Cleaned texts; one that goes on with nothing begins where one does in training: behind what separates two."""
         _check_writes(self.task)
+        if isinstance(self.task, Completion):
+            rows = [
+                replace(row, values={**more, **row.values})
+                for row, more in zip(self._build_rows(texts), columns or [{}] * len(texts), strict=True)
+            ]
+            self.task.check_columns(rows, "generate", "Add --with {column}=TEXT.")
+            rows = self.task.prepare_rows(rows)
+            return self.task.encode_for_writing(rows, self.tokenizer, self.max_length, section)
         beginning = getattr(self.task, "separator", None) or ""
         return [row.values["text"] or beginning for row in self.clean(texts)]
 
     def clean(self, texts: Sequence[str]) -> list[Row]:
         """The rows that a task makes of texts."""
-        rows = [Row(id=str(i), split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)]
-        return self.task.prepare_rows(rows)
+        return self.task.prepare_rows(self._build_rows(texts))
+
+    def _build_rows(self, texts: Sequence[str]) -> list[Row]:
+        return [
+            Row(id=f"row {i}", split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)
+        ]
 
     def _classify(self) -> TextClassification:
         """The task; UsageError unless it gives labels."""

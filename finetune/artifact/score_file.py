@@ -75,15 +75,20 @@ def generate_file(
     """Write every row of `source` with what a model writes to its text, as column `generated`.
 
     Args:
-        generate: (texts, advance=...) -> what is written to each, such as a `Predictor`'s.
+        generate: (texts, columns=..., advance=...) -> what is written to each, such as a `Predictor`'s.
         source, output, column, quiet: as in `score_file`, with what it returns and raises.
     """
     records, texts = _read(source, output, column)
     _check_free(source, records[0], ["generated"])
     with _show_progress("generate", len(texts), quiet) as advance:
-        written = generate(texts, advance=advance)
+        columns = [{name: _write_value(value) for name, value in record.items()} for record in records]
+        written = generate(texts, columns=columns, advance=advance)
     write_records([record | {"generated": text} for record, text in zip(records, written, strict=True)], output)
     return len(records)
+
+
+def _write_value(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def _list_columns(predictor: Predictor) -> list[str]:

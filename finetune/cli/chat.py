@@ -37,6 +37,12 @@ def chat_command(
     knowledge: Annotated[
         Path | None, typer.Option("--knowledge", help="Answer from this file of entries (id, title, text) instead.")
     ] = None,
+    reply: Annotated[
+        str | None, typer.Option("--reply", help="extract quotes an entry, generate writes an answer out of it.")
+    ] = None,
+    writer: Annotated[
+        str | None, typer.Option("--writer", help="The run that writes, such as runs/support_writer.")
+    ] = None,
     replay: Annotated[
         Path | None, typer.Option("--replay", help="Answer the customer's turns of recorded dialogues, one a line.")
     ] = None,
@@ -59,7 +65,7 @@ def chat_command(
         print_note("building the assistant: index, thresholds on validation, the test questions end to end")
         build_assistant(run)
     with nullcontext() if log is None else TurnLog(log) as turns:
-        assistant = load_assistant(run, knowledge)
+        assistant = load_assistant(run, knowledge, reply=reply, writer=writer)
         if replay is not None:
             _replay(assistant, replay, turns, as_json)
         elif as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,6 @@ import typer
 from finetune.cli.output import AsJson, RunArgument, print_json, print_text
 
 if TYPE_CHECKING:
-    from finetune.artifact.load import Predictor
     from finetune.recipe.schema import GenerateSection
 
 
@@ -35,6 +35,10 @@ def generate_command(
     top_k: Annotated[int | None, typer.Option("--top-k", help="Sample among so many likeliest tokens.")] = None,
     beams: Annotated[int | None, typer.Option("--beams", help="Search with so many beams.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seeds the sampling.")] = 0,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="COLUMN=TEXT beside --prompt, where the recipe's prompt names more; repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Let a finished run write: go on with a prompt, or answer it. The recipe says how; options change that."""
@@ -47,6 +51,9 @@ def generate_command(
         raise UsageError(f"generate: --input must come with --output, got none. Add --output generated{source.suffix}")
     if output and not source:
         raise UsageError("generate: --output must come with --input, got none. Add --input FILE, or leave it out.")
+    if values and source:
+        raise UsageError("generate: --with must come with --prompt, got --input, whose columns are read. Leave it out.")
+    columns = dict(_read_value(value) for value in values or [])
     from finetune.artifact.load import load_writer
     from finetune.artifact.score_file import generate_file
 
@@ -55,7 +62,9 @@ def generate_command(
     given = {name: value for name, value in options.items() if value is not None}
     section = _build_section(predictor.writing, given)
     if not (source and output):
-        _answer_prompts(predictor, prompts or [], section, seed, as_json)
+        generate = partial(predictor.generate, section=section, columns=[columns], seed=seed)
+        stream = partial(predictor.stream, emit=_show, section=section, columns=columns, seed=seed)
+        _answer_prompts(predictor.task.type, prompts or [], generate, stream, as_json)
         return
     generate = partial(predictor.generate, section=section, seed=seed)
     rows = generate_file(generate, source, output, column=column, quiet=as_json)
@@ -65,24 +74,37 @@ def generate_command(
         print_text(f"{output}: {rows:,} rows written.")
 
 
+def _read_value(value: str) -> tuple[str, str]:
+    from finetune.errors import UsageError
+
+    column, equals, text = value.partition("=")
+    if not (column and equals):
+        raise UsageError(f"generate: --with must be COLUMN=TEXT, got {value!r}.")
+    return column, text
+
+
 def _answer_prompts(
-    predictor: Predictor, prompts: list[str], section: GenerateSection, seed: int, as_json: bool
+    kind: str,
+    prompts: list[str],
+    generate: Callable[[list[str]], list[str]],
+    stream: Callable[[str], None],
+    as_json: bool,
 ) -> None:
     """One after another: a sampled text depends on what shares its batch."""
     from finetune.errors import UsageError
 
-    goes_on = predictor.task.type == "causal_lm"
+    goes_on = kind == "causal_lm"
     if not goes_on and not all(prompts):
         raise UsageError("generate: --prompt must hold a text to answer, got an empty one.")
     if as_json:
-        written = [predictor.generate([prompt], section, seed=seed)[0] for prompt in prompts]
+        written = [generate([prompt])[0] for prompt in prompts]
         print_json([{"prompt": prompt, "generated": text} for prompt, text in zip(prompts, written, strict=True)])
         return
     for number, prompt in enumerate(prompts):
         if goes_on:
             _show("\n" * (number > 0) + prompt)
         try:
-            predictor.stream(prompt, _show, section, seed=seed)
+            stream(prompt)
         finally:
             _show("\n")
 

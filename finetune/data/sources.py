@@ -24,10 +24,14 @@ from finetune.data.files import (
     read_table,
     to_records,
 )
+from finetune.data.knowledge import load_card_knowledge
 from finetune.data.rows import SPLITS, Row
 from finetune.errors import DataError
 from finetune.recipe.card import Card, HubSource
 from finetune.recipe.messages import suggest
+
+ENTRY_COLUMNS = ("title", "passage")
+"""Columns that rows have of the entries which they name, where a recipe reads them."""
 
 _ALIASES = {name: name for name in SPLITS} | {"valid": "validation", "val": "validation", "dev": "validation"}
 _HUB_REFERENCE = re.compile(r"hub:(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w./-]+)")
@@ -96,6 +100,8 @@ def load_rows(
         name, origin = (path.name if path.is_dir() else _stem(path)), reference
         parts = _load_folder(path) if path.is_dir() else [_Part(None, _stem(path), str(path), read_table(path))]
     named = (card.roles if card else {}) | dict(columns)
+    if card is not None and card.knowledge is not None and set(columns.values()) & set(ENTRY_COLUMNS):
+        _add_entry_columns(parts, card, named.get("entry", "entry"))
     chosen = {role: named.get(role) or role for role in roles} | {
         role: named[role] for role in optional if role in named
     }
@@ -116,6 +122,20 @@ def load_texts(path: Path, column: str) -> tuple[list[Record], list[str]]:
         raise DataError(f"{path}: column {column!r} must exist, got {there}.{suggest(column, records[0])} {fix}")
     where = (f"{path}: row {number}: column {column!r}" for number in range(1, len(records) + 1))
     return records, [_to_text(record[column], place) for record, place in zip(records, where, strict=True)]
+
+
+def _add_entry_columns(parts: Sequence[_Part], card: Card, column: str) -> None:
+    """Give records of a card that lack them the titles and passages of the entries that they name, a line each."""
+    entries = {entry.id: entry for entry in load_card_knowledge(card)}
+    for part in parts:
+        for number, record in enumerate(part.records, start=1):
+            names = _to_text(record.get(column), part.where).split()
+            if unknown := [name for name in names if name not in entries]:
+                raise DataError(
+                    f"{part.where}: row {number}: {column} must name entries of {card.knowledge}, got {unknown[0]!r}."
+                )
+            texts = ["\n".join(getattr(entries[name], key) for name in names) for key in ENTRY_COLUMNS]
+            part.records[number - 1] = dict(zip(ENTRY_COLUMNS, texts, strict=True)) | record
 
 
 # Paths

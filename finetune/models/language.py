@@ -25,13 +25,14 @@ from finetune.recipe.schema import ModelSection
 LANGUAGE_SHAPES = {
     "causal_lm": ("decoder", ModelClass("TriadForCausalLM", "AutoModelForCausalLM", "a causal language model")),
     "masked_lm": ("encoder", ModelClass("TriadForMaskedLM", "AutoModelForMaskedLM", "a masked language model")),
+    "completion": ("decoder", ModelClass("TriadForCausalLM", "AutoModelForCausalLM", "a causal language model")),
     "seq2seq": (
         "encoder_decoder",
         ModelClass("TriadForSeq2SeqLM", "AutoModelForSeq2SeqLM", "a sequence-to-sequence model"),
     ),
 }
 # What a tokenizer must have: the token that hides others, or the one at which a text ends.
-NEEDED_TOKENS = {"causal_lm": "eos_token", "masked_lm": "mask_token", "seq2seq": "eos_token"}
+NEEDED_TOKENS = {"causal_lm": "eos_token", "masked_lm": "mask_token", "completion": "eos_token", "seq2seq": "eos_token"}
 
 
 def build_language_config(kind: str, base: BaseModel, section: ModelSection, tokenizer: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,11 @@ class AssistantSection(Section):
     templates: str | None = None
     """A JSONL file of intents: `intent`, `description`, `template` with slots in braces or null, `slots`. null: the
     card's own."""
+    reply: Literal["extract", "generate"] = "extract"
+    """What is said of an entry: `extract` quotes it; with `generate` a `writer` answers out of it, and where the entry
+    does not support what it wrote, the entry is quoted all the same."""
+    writer: str | None = None
+    """The run that writes, of type `completion`, such as `runs/support_writer`."""
     wrong_cost: float = Field(default=5.0, ge=0)
     """What a wrong answer costs; what it costs against a hand-over decides how sure the assistant must be."""
     handover_cost: float = Field(default=1.0, ge=0)
@@ -32,10 +37,20 @@ class AssistantSection(Section):
 
     def list_problems(self, tasks: Mapping[str, TaskSection]) -> list[str]:
         """What keeps it from being built on these tasks."""
+        problems = []
+        if self.reply == "generate" and self.writer is None:
+            problems.append(
+                "assistant.writer: must name a run of type completion where reply is generate, got nothing."
+            )
+        if self.reply == "extract" and self.writer is not None:
+            problems.append(f"assistant.writer: must be left out unless reply is generate, got {self.writer!r}.")
         types = sorted(task.type for task in tasks.values())
         if types == sorted(ASSISTANT_TYPES):
-            return []
-        return [f"assistant: must have one task each of {', '.join(ASSISTANT_TYPES)}, got {', '.join(types)}."]
+            return problems
+        return [
+            *problems,
+            f"assistant: must have one task each of {', '.join(ASSISTANT_TYPES)}, got {', '.join(types)}.",
+        ]
 
 
 class MonitorSection(Section):

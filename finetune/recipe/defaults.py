@@ -51,6 +51,10 @@ TYPE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "generate": {"beams": 5},
         },
     },
+    "completion": {
+        "train": _LIKELIHOOD,
+        "evaluate": {"metrics": ["chrf", "bleu", "loss", "perplexity"], "baselines": ["nearest"], "calibrate": "none"},
+    },
     "question_answering": {
         # BERT's for SQuAD: long enough that most passages are read in one window (arXiv:1810.04805).
         "model": {"max_length": 384},

@@ -12,17 +12,12 @@ from finetune.recipe.adapter import AdapterSection as AdapterSection  # as: part
 from finetune.recipe.applications import AssistantSection as AssistantSection
 from finetune.recipe.applications import MonitorSection as MonitorSection
 from finetune.recipe.defaults import CLASS_BASELINES, CLASS_METRICS, fill_in_defaults
-from finetune.recipe.reference import SCRATCH_BASE
+from finetune.recipe.prompt import list_columns
 from finetune.recipe.section import Ratio, raise_all
 from finetune.recipe.section import Section as Section
+from finetune.recipe.together import list_problems
 
 SCHEMA_VERSION = 1
-SEARCHING = ("retrieval", "reranking")
-"""Task types that look for entries of a knowledge file."""
-TYPED = ("text_classification", *SEARCHING)
-"""Task types whose texts are what people type."""
-WITH_HEAD = ("text_classification", "question_answering")
-"""Task types whose models are a pretrained base and a head."""
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -154,17 +149,26 @@ class TaskSection(Section):
     """One problem: its shape, its data and its labels."""
 
     type: Literal[
-        "text_classification", "causal_lm", "masked_lm", "seq2seq", "retrieval", "reranking", "question_answering"
+        "text_classification",
+        "causal_lm",
+        "masked_lm",
+        "seq2seq",
+        "completion",
+        "retrieval",
+        "reranking",
+        "question_answering",
     ]
-    """The problem shape: one class per text; the next token; masked tokens; a text for a text; the entries that answer
-    a question, found among all; the same, looked at again one by one; a question's answer, or that there is none, in a
+    """The problem shape: one class per text; the next token; masked tokens; a text for a text, by an encoder and
+    a decoder; the text behind a prompt, by a decoder that learns nothing of the prompt; the entries that answer a
+    question, found among all; the same, looked at again one by one; a question's answer, or that there is none, in a
     passage."""
     data: str = Field(min_length=1)
     """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Role -> column of the data; roles are named by the task type: `text`, and `label`, `target` or `entry`; for
     question_answering `passage` and `answer`, and `answer_start` where there is one. `context`: what was said before a
-    text, read where it is named."""
+    text, and for completion `passage`: what it is answered from, both read where they are named. Where a card has
+    entries and its rows name them, `title` and `passage` are columns too: those of the row's entries."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     out_of_scope: str | None = Field(default=None, min_length=1)
@@ -174,6 +178,10 @@ class TaskSection(Section):
     """Steps on each text before it is encoded: `html` decodes entities, `urls` removes links."""
     separator: str | None = None
     """What stands between two texts of a language model's stream; null: the tokenizer's end token."""
+    prompt: str = "{text}"
+    """What `completion` reads: words, and in braces roles or columns of the data, as in "Question: {text}". A base that
+    was instructed wants its chat template's words around them, special tokens included; in the rows' own texts these
+    are characters like any others."""
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens that `masked_lm` hides, arXiv:1810.04805."""
     knowledge: str | None = None
@@ -206,6 +214,13 @@ class TaskSection(Section):
         if labels is not None:
             check_classes(labels)
         return labels
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt(cls, prompt: str) -> str:
+        if not list_columns(prompt):
+            raise ValueError(f"must name at least one column in braces, such as {{text}}, got {prompt!r}.")
+        return prompt
 
 
 class EarlyStopSection(Section):
@@ -378,191 +393,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
-        checks = (self._check_base, self._check_tasks, self._check_several, self._check_outside_gates)
-        raise_all([problem for check in (*checks, self._check_applications) for problem in check()])
+        raise_all(list_problems(self))
         return self
-
-    def _check_base(self) -> list[str]:
-        problems = []
-        types = {task.type for task in self.tasks.values()}
-        if self.model.normalize_features and self.model.architecture != "triad":
-            problems.append(
-                "model.normalize_features: must be false when model.architecture is native, got true: the family's own "
-                "class reads its features as they are."
-            )
-        if self.model.base == SCRATCH_BASE:
-            if pretrained := types & {*WITH_HEAD, *SEARCHING}:
-                problems.append(
-                    f"model.base: must be a pretrained base for {max(pretrained)}, got 'scratch'. Pretrain one first: "
-                    "finetune run pretrain_mlm, then set model.base to that run."
-                )
-            if self.adapter.method != "full":
-                problems.append(
-                    f"adapter.method: must be full when model.base is scratch, got {self.adapter.method!r}: random "
-                    "weights need training."
-                )
-            if self.model.architecture != "triad":
-                problems.append(
-                    f"model.architecture: must be triad when model.base is scratch, got {self.model.architecture!r}."
-                )
-        if self.model.quantize != "none" and self.adapter.method != "lora":
-            problems.append(
-                f"model.quantize: must be none unless adapter.method is lora, got {self.model.quantize!r} with "
-                f"{self.adapter.method!r}."
-            )
-        elif self.model.quantize != "none" and (self.adapter.dora or self.adapter.init != "default"):
-            given = "dora" if self.adapter.dora else f"init {self.adapter.init}"
-            problems.append(
-                f"model.quantize: must be none with adapter.{given}, which reads the base's weights in full; got "
-                f"{self.model.quantize!r}."
-            )
-        if self.model.adapters and self.adapter.method == "full":
-            problems.append(
-                "model.adapters: must be left out when adapter.method is full, got "
-                f"{len(self.model.adapters)}: nothing would take their place."
-            )
-        if self.adapter.method == "head" and (without := types - set(WITH_HEAD)):
-            headless = min(without)
-            problems.append(
-                f"adapter.method: must change the base for {headless}, got 'head': the task has no head of its own."
-            )
-        if "masked_lm" in types and self.adapter.method != "full":
-            problems.append(
-                f"adapter.method: must be full for masked_lm, got {self.adapter.method!r}: what it trains becomes the "
-                "base of other recipes."
-            )
-        return problems
-
-    def _check_tasks(self) -> list[str]:
-        problems = []
-        for name, task in self.tasks.items():
-            where = f"tasks.{name}"
-            if task.type != "text_classification" and task.labels is not None:
-                problems.append(f"{where}.labels: must be left out for {task.type}, got {len(task.labels)} labels.")
-            if task.type != "text_classification" and task.out_of_scope is not None:
-                problems.append(f"{where}.out_of_scope: must be left out for {task.type}, got {task.out_of_scope!r}.")
-            problems += self._list_few_shot_problems(where, task)
-            if task.type != "text_classification" and self.model.normalize_features:
-                problems.append(f"model.normalize_features: must be false for {task.type}, got true.")
-            if task.type == "question_answering":
-                problems += self._list_window_problems(where, task)
-            elif task.stride is not None:
-                problems.append(f"{where}.stride: must be left out for {task.type}, got {task.stride}.")
-            if task.separator is not None and task.type != "causal_lm":
-                problems.append(f"{where}.separator: must be left out unless the type is causal_lm, got {task.type}.")
-            problems += self._list_search_problems(where, task)
-            if task.typos and task.type not in TYPED:
-                problems.append(f"{where}.typos: must be 0 for {task.type}, got {task.typos:g}.")
-        others = [task.type for task in self.tasks.values() if task.type != "text_classification"]
-        if len(others) == len(self.tasks):
-            if self.train.class_weights != "none":
-                problems.append(f"train.class_weights: must be none for {others[0]}, got {self.train.class_weights!r}.")
-            if self.evaluate.calibrate != "none":
-                problems.append(f"evaluate.calibrate: must be none for {others[0]}, got {self.evaluate.calibrate!r}.")
-        return problems
-
-    def _list_search_problems(self, where: str, task: TaskSection) -> list[str]:
-        if task.type not in SEARCHING:
-            given = task.knowledge
-            return [f"{where}.knowledge: must be left out for {task.type}, got {given!r}."] if given else []
-        problems = []
-        if task.type == "retrieval" and self.train.micro_steps > 1:
-            problems.append(
-                f"train.micro_steps: must be 1 for {task.type}, which compares the rows of a batch, got "
-                f"{self.train.micro_steps}."
-            )
-        if task.type == "retrieval" and self.model.architecture != "triad":
-            problems.append(
-                f"model.architecture: must be triad for retrieval, got {self.model.architecture}: a family's own class "
-                "does not pool."
-            )
-        if task.type == "reranking" and task.negatives == 0:
-            problems.append(f"{where}.negatives: must be at least 1 for reranking, got 0: nothing could be compared.")
-        return problems
-
-    def _list_window_problems(self, where: str, task: TaskSection) -> list[str]:
-        problems = []
-        if task.clean:
-            problems.append(
-                f"{where}.clean: must be left out for question_answering, got {', '.join(task.clean)}: an answer is a "
-                "place in the passage as it stands."
-            )
-        if task.stride is not None and task.stride >= self.model.max_length // 2:
-            problems.append(
-                f"{where}.stride: must be below half of model.max_length, {self.model.max_length // 2}, got "
-                f"{task.stride}."
-            )
-        return problems
-
-    def _list_few_shot_problems(self, where: str, task: TaskSection) -> list[str]:
-        train = self.train
-        if task.type != "text_classification":
-            given = {
-                f"{where}.class_names: must be ignore": task.class_names if task.class_names != "ignore" else None,
-                f"{where}.split.shots: must be left out": task.split.shots,
-                "train.few_shot: must be none": train.few_shot if train.few_shot != "none" else None,
-            }
-            because = f"for {task.type}, which has no classes"
-            return [f"{what} {because}, got {value!r}." for what, value in given.items() if value is not None]
-        if train.few_shot == "none":
-            return []
-        because = "when train.few_shot is contrastive, which compares the rows of a batch"
-        tests = {
-            f"{where}.split.shots: must be at least 2 {because}, got {task.split.shots}.": task.split.shots == 1,
-            f"train.micro_steps: must be 1 {because}, got {train.micro_steps}.": train.micro_steps > 1,
-            f"train.label_smoothing: must be 0 {because}, got {train.label_smoothing:g}.": train.label_smoothing > 0,
-            "adapter.method: must change the base when train.few_shot is contrastive, got 'head'.": self.adapter.method
-            == "head",
-        }
-        return [problem for problem, is_there in tests.items() if is_there]
-
-    def _check_several(self) -> list[str]:
-        """Several tasks on one base."""
-        if len(self.tasks) == 1:
-            return []
-        problems = [
-            f"tasks.{name}.type: must be text_classification, {' or '.join(SEARCHING)} where a recipe has several "
-            f"tasks, got {task.type}. Give it a recipe of its own."
-            for name, task in self.tasks.items()
-            if task.type not in ("text_classification", *SEARCHING)
-        ]
-        problems += [
-            f"tasks.{name}: must have no dot in its name where a recipe has several tasks; it names a head."
-            for name in self.tasks
-            if "." in name
-        ]
-        if self.model.architecture != "triad":
-            problems.append(
-                "model.architecture: must be triad for several tasks, got native: Hugging Face's own classes have one "
-                "head."
-            )
-        if self.train.few_shot != "none":
-            problems.append(f"train.few_shot: must be none for several tasks, got {self.train.few_shot!r}.")
-        elif self.model.normalize_features:
-            problems.append("model.normalize_features: must be false for several tasks, got true.")
-        known = {gate for gate in self.evaluate.gates if "." in gate}
-        problems += [
-            f"evaluate.gates.{gate}: must begin with a task of this recipe ({', '.join(self.tasks)}) and a dot."
-            for gate in sorted(known)
-            if gate.partition(".")[0] not in self.tasks
-        ]
-        return problems
-
-    def _check_outside_gates(self) -> list[str]:
-        """A gate on rows of no class needs tasks that have them."""
-        problems = []
-        for gate in self.evaluate.gates:
-            owner, _, metric = gate.rpartition(".")
-            without = [name for name, task in self.tasks.items() if owner in ("", name) and task.out_of_scope is None]
-            if metric.startswith("outside_") and without:
-                problems.append(
-                    f"evaluate.gates.{gate}: must be for tasks with `out_of_scope`, got {', '.join(without)} without."
-                )
-        return problems
-
-    def _check_applications(self) -> list[str]:
-        sections = [section for section in (self.assistant, self.monitor) if section is not None]
-        return [problem for section in sections for problem in section.list_problems(self.tasks)]
 
     def evaluate_for(self, name: str) -> EvaluateSection:
         """`evaluate` as it holds for one of the tasks: gates called `<task>.<metric>` are for that task alone."""

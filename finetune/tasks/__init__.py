@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.tasks.causal_lm import CausalLM
+from finetune.tasks.completion import Completion
 from finetune.tasks.masked_lm import MaskedLM
 from finetune.tasks.multi_task import MultiTask
 from finetune.tasks.question_answering import QuestionAnswering
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
     CausalLM.type: CausalLM,
     MaskedLM.type: MaskedLM,
     Seq2Seq.type: Seq2Seq,
+    Completion.type: Completion,
     Retrieval.type: Retrieval,
     Reranking.type: Reranking,
     QuestionAnswering.type: QuestionAnswering,
@@ -36,6 +38,7 @@ def load_task(config: Mapping[str, Any]) -> Task | MultiTask:
 __all__ = [
     "TASKS",
     "CausalLM",
+    "Completion",
     "HeldOut",
     "Judgement",
     "MaskedLM",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import Batch, Examples, Indices, list_inputs
+from finetune.data.batches import Batch, Examples, Indices
 from finetune.data.cleaning import clean_text
 from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
@@ -109,7 +109,7 @@ class CausalLM:
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Mean over the tokens of each block, (B,)."""
-        logits = _run(model, batch)
+        logits = language.compute_causal_logits(model, batch)
         return language.compute_mean_losses(logits, batch["labels"], batch, label_smoothing)
 
     def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
@@ -128,7 +128,7 @@ class CausalLM:
         """Likelihoods, (N, 4)."""
 
         def measure(batch: Batch, _rows: Indices) -> torch.Tensor:
-            return language.measure_tokens(_run(model, batch), batch["labels"])
+            return language.measure_tokens(language.compute_causal_logits(model, batch), batch["labels"])
 
         return language.compute_likelihoods(model, examples, pad_token_id, measure, share=share, advance=advance)
 
@@ -243,9 +243,3 @@ class CausalLM:
             {"input": prompt, "output": text, "reference": rest, "note": "", "continues": True}
             for prompt, text, rest in zip(prompts, written, rests, strict=True)
         ]
-
-
-def _run(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Logits of each token, (B, T, V), without those of virtual tokens in front of the rows."""
-    logits: torch.Tensor = model(**list_inputs(batch)).logits
-    return logits[:, -batch["labels"].shape[1] :]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import IGNORED, Batch, Examples, Indices, Tokens
+from finetune.data.batches import IGNORED, Batch, Examples, Indices, Tokens, list_inputs
 from finetune.evaluation.corpus_metrics import CORPUS_METRICS, compute_corpus_metric
 from finetune.models.base import BaseModel, load_tokenizer
 from finetune.models.prediction import compute_by_row, scatter_rows
@@ -74,6 +74,12 @@ def sum_by_row(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     return values.new_zeros(int(rows[-1]) + 1).index_add_(0, rows, values[0])
 
 
+def compute_causal_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits of each token, (B, T, V), without those of virtual tokens in front of the rows."""
+    logits: torch.Tensor = model(**list_inputs(batch)).logits
+    return logits[:, -batch["labels"].shape[1] :]
+
+
 def compute_mean_losses(
     logits: torch.Tensor, labels: torch.Tensor, batch: Batch, label_smoothing: float
 ) -> torch.Tensor:
@@ -128,8 +134,8 @@ def compute_metrics(outputs: Outputs, names: Sequence[str]) -> dict[str, float]:
 
 
 def count_target_tokens(examples: Examples) -> npt.NDArray[np.float32]:
-    """Weight of each row in the loss, (N,): its tokens, so that a batch's loss is the mean over tokens."""
-    return examples.target_lengths.astype(np.float32)
+    """Weight of each row in the loss, (N,): its scored tokens, so that a batch's loss is the mean over tokens."""
+    return np.array([len(ids) for ids in list_scored(examples)], dtype=np.float32)
 
 
 def count_bytes(tokenizer: Any, rows: Sequence[Tokens]) -> npt.NDArray[np.float64]:
@@ -143,6 +149,11 @@ def list_targets(examples: Examples) -> list[npt.NDArray[np.int32]]:
     if examples.target_ids is None or examples.target_starts is None:
         return []
     return list_tokens(examples.target_ids, examples.target_starts)
+
+
+def list_scored(examples: Examples) -> list[npt.NDArray[np.int32]]:
+    """The targets of each row that are scored."""
+    return [ids[ids != IGNORED] for ids in list_targets(examples)]
 
 
 def list_tokens(flat: npt.NDArray[np.int32], starts: Indices) -> list[npt.NDArray[np.int32]]:

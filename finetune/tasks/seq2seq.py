@@ -16,16 +16,14 @@ from finetune.data.batches import IGNORED, Batch, Examples, Indices, list_inputs
 from finetune.data.cleaning import clean_text
 from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
-from finetune.evaluation.corpus_baselines import copy_source, nearest_translation
-from finetune.evaluation.corpus_metrics import compute_text_scores
-from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, score_corpus
+from finetune.evaluation.corpus_scoring import SystemOutput
 from finetune.models.base import BaseModel
-from finetune.models.classifier import get_padding
 from finetune.models.generation import generate_texts
 from finetune.models.language import build_language_model, build_language_model_shape, load_saved_language_model
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks import language
 from finetune.tasks.task import HeldOut, Judgement, Outputs
+from finetune.tasks.written import copy_or_find, judge_written
 
 
 @dataclass(frozen=True)
@@ -138,44 +136,24 @@ class Seq2Seq:
 
     def judge(self, held_out: HeldOut) -> Judgement:
         """Write validation and test, and score what was written."""
-        pad_token_id = get_padding(held_out.model, held_out.tokenizer)
-        scored, written = {}, {}
-        for name in held_out.judged:
-            rows, examples = held_out.rows[name], held_out.examples[name]
-            texts = [row.values["text"] for row in rows]
-            likelihood = self.compute_outputs(held_out.model, examples, pad_token_id).astype(np.float64)
-            likelihood[:, 3] = language.count_bytes(held_out.tokenizer, language.list_targets(examples))
-            written[name] = generate_texts(
-                held_out.model,
-                held_out.tokenizer,
-                texts,
-                held_out.section.generate,
-                kind=self.type,
-                max_length=held_out.max_length,
-                seed=held_out.seed,
-            )
-            split = CorpusSplit(
-                name=name,
-                model=SystemOutput(likelihood=likelihood, texts=written[name]),
-                references=[row.values["target"] for row in rows],
-                inputs=texts,
-                values=[row.values for row in rows],
-                baselines=self._compute_baselines(held_out, texts),
-                opened=held_out.opened if name == "test" else None,
-            )
-            scored[name] = score_corpus(split, held_out.section, held_out.seed)
-        rows = held_out.rows["test"]
-        return Judgement(
-            scored=scored,
-            predictions={
-                "id": [row.id for row in rows],
-                "text": [row.values["text"] for row in rows],
-                "reference": [row.values["target"] for row in rows],
-                "prediction": written["test"],
-            },
-            samples=_show_samples(rows, written["test"], held_out.section.samples),
-            samples_title="Translations",
+        return judge_written(self, held_out, "Translations")
+
+    def write(self, held_out: HeldOut, rows: Sequence[Row]) -> list[str]:
+        """A text for each row, as `evaluate.generate` says."""
+        return generate_texts(
+            held_out.model,
+            held_out.tokenizer,
+            [row.values["text"] for row in rows],
+            held_out.section.generate,
+            kind=self.type,
+            max_length=held_out.max_length,
+            seed=held_out.seed,
         )
+
+    def compute_baselines(self, held_out: HeldOut, rows: Sequence[Row]) -> dict[str, SystemOutput]:
+        """The text itself, and the nearest pair in train."""
+        texts = [row.values["text"] for row in rows]
+        return {name: copy_or_find(name, held_out, texts) for name in held_out.section.baselines}
 
     def to_config(self) -> dict[str, Any]:
         """What prediction needs beside the weights."""
@@ -185,18 +163,6 @@ class Seq2Seq:
     def from_config(cls, config: Mapping[str, Any]) -> Seq2Seq:
         """Inverse of `to_config`."""
         return cls(tuple(config["clean"]))
-
-    def _compute_baselines(self, held_out: HeldOut, texts: Sequence[str]) -> dict[str, SystemOutput]:
-        train = held_out.rows["train"]
-        found: dict[str, SystemOutput] = {}
-        for name in held_out.section.baselines:
-            if name == "copy":
-                found[name] = copy_source(texts)
-            else:
-                found[name] = nearest_translation(
-                    [row.values["text"] for row in train], [row.values["target"] for row in train], texts
-                )
-        return found
 
 
 def _run(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -208,19 +174,3 @@ def _run(model: nn.Module, batch: Batch) -> torch.Tensor:
         **list_inputs(batch), decoder_input_ids=shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
     ).logits
     return logits
-
-
-def _show_samples(rows: Sequence[Row], written: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """Rows from the worst to the best translation."""
-    references = [row.values["target"] for row in rows]
-    scores = compute_text_scores("chrf", written, references)
-    order = np.argsort(scores, kind="stable")
-    return [
-        {
-            "input": rows[i].values["text"],
-            "output": written[i],
-            "reference": references[i],
-            "note": f"chrF {scores[i]:.0f}",
-        }
-        for i in (int(order[place]) for place in language.spread_rows(rows, count))
-    ]

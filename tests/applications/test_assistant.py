@@ -10,7 +10,7 @@ from finetune.applications.support.assistant import HAND_OVER, MAX_CHARACTERS, N
 from finetune.applications.support.dialogue import Session
 from finetune.applications.support.index import KnowledgeIndex
 from finetune.applications.support.links import Links
-from finetune.applications.support.quotes import find_unsupported, quote_answer, split_sentences
+from finetune.applications.support.quotes import quote_answer, split_sentences
 from finetune.applications.support.relevance import Relevance
 from finetune.data.knowledge import Entry
 
@@ -195,30 +195,3 @@ def test_sentences_also_end_without_spaces():
     assert split_sentences("It costs 1.5 euros. Fine! \u597d\u7684\u3002\u518d\u89c1") == [
         *("It costs 1.5 euros.", "Fine!", "\u597d\u7684\u3002", "\u518d\u89c1"),
     ]
-
-
-def test_what_a_writer_adds_is_found():
-    passage = "You can return shoes within 30 days. We pay the postage."
-    assert find_unsupported("You can return shoes within 30 days.", passage) == []
-    assert find_unsupported("You can return shoes within 90 days.", passage) == ["You can return shoes within 90 days."]
-    assert find_unsupported("We pay the postage. Vouchers double every Friday.", passage) == [
-        "Vouchers double every Friday."
-    ]
-
-
-@pytest.mark.parametrize(
-    ("written", "said"),
-    [
-        ("Within thirty days you can return shoes.", "Within thirty days you can return shoes."),
-        ("You can return shoes within ninety long years.", "You can return shoes within thirty days."),
-        ("", "You can return shoes within thirty days."),
-    ],
-)
-def test_a_writer_is_believed_only_as_far_as_the_entry_goes(assistant, session, written, said):
-    class Writer:
-        def write(self, text, context, passage):
-            return written
-
-    assistant.writer = Writer()
-    reply = assistant.reply("how do returns of shoes work", session)
-    assert (reply.text, reply.sources[0].quote) == (said, "You can return shoes within thirty days.")

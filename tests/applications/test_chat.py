@@ -20,6 +20,15 @@ from finetune.artifact.run_folder import RunFolder, save_json
 from finetune.errors import UsageError
 
 THRESHOLDS = {"outside": 0.5, "intent": 0.8, "passage": 0.6, "pair": 0.3}
+RECIPE = """
+recipe: 1
+name: support
+tasks:
+  intent: {type: text_classification, data: rows.csv}
+  answer: {type: retrieval, data: rows.csv}
+  rerank: {type: reranking, data: rows.csv}
+assistant: {}
+"""
 QUESTIONS = [
     {"text": "cancel order 12345", "intent": "cancel_order"},
     {"text": "how do returns of shoes work", "intent": "returns", "entry": "returns-01"},
@@ -34,6 +43,7 @@ def run(tmp_path, reader, entries, intents_file, monkeypatch):
     folder = tmp_path / "runs" / "support" / "one"
     folder.mkdir(parents=True)
     (folder / "status.json").write_text('{"state": "finished"}')
+    (folder / "recipe.resolved.yaml").write_text(RECIPE)
     monkeypatch.setattr(loading, "build_reader", lambda run: reader)
     questions = build_questions(QUESTIONS, reader.intents)
     support = loading.find_support_folder(RunFolder(folder))
@@ -200,3 +210,24 @@ def test_an_index_of_another_model_is_refused_and_can_be_built_again(chat, reade
     knowledge = tmp_path / "new.jsonl"
     knowledge.write_text('{"id": "v-01", "text": "A refund goes to vouchers."}\n')
     assert chat("who won", options=["--knowledge", knowledge]).code == 0
+
+
+def test_a_writer_answers_and_the_options_say_which(chat, monkeypatch):
+    class Writer:
+        def write(self, text, context, passage):
+            return "Within thirty days you can return shoes."
+
+    asked = []
+    monkeypatch.setattr(loading, "load_reply_writer", lambda run: asked.append(run) or Writer())
+    options = ["--json", "--reply", "generate", "--writer", "runs/w"]
+    (reply,) = read_lines(chat('{"text": "how do returns of shoes work"}', options=options))
+    assert (asked, reply["text"], reply["is_composed"]) == (
+        ["runs/w"],
+        "Within thirty days you can return shoes.",
+        True,
+    )
+    assert [source["id"] for source in reply["sources"]] == ["returns-01"]
+    refused = chat(options=["--reply", "generate"])
+    assert (refused.code, refused.err.partition(", got")[0]) == (
+        *(2, "finetune: --reply generate: must have a run that writes"),
+    )

@@ -18,12 +18,14 @@ from finetune.models.language import LANGUAGE_SHAPES
 from finetune.models.tokenizer import train_tokenizer
 from finetune.models.triad import TriadConfig
 from finetune.recipe.schema import GenerateSection
-from finetune.tasks import CausalLM, MaskedLM, Seq2Seq
+from finetune.tasks import CausalLM, Completion, MaskedLM, Seq2Seq
 
 MAX_LENGTH = 16
 ALPHABET = "".join(chr(code) for code in range(32, 127)) + "\n价格上涨"
 TASKS = {"causal_lm": CausalLM(separator="\n\n"), "seq2seq": Seq2Seq(clean=("urls",)), "masked_lm": MaskedLM()}
+TASKS["completion"] = Completion("{text}|{passage}>")
 WRITING = {"causal_lm": {"max_new_tokens": 20}, "seq2seq": {"beams": 3, "max_new_tokens": 6}, "masked_lm": {}}
+WRITING["completion"] = {"max_new_tokens": 5}
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +200,11 @@ def test_the_seed_decides_what_is_sampled(command, causal):
             ["--prompt", "a", "--top-k", "3"],
             "generate: --top-k must come with --temperature, got none. Add --temperature 1.",
         ),
+        (["--prompt", "a", "--with", "passage"], "generate: --with must be COLUMN=TEXT, got 'passage'."),
+        (
+            ["--input", "a.csv", "--output", "b.csv", "--with", "a=b"],
+            "generate: --with must come with --prompt, got --input, whose columns are read. Leave it out.",
+        ),
         (["--prompt", "a", "--seed", "-1"], "Invalid value for '--seed'"),
     ],
 )
@@ -230,8 +237,8 @@ def test_a_classifier_does_not_write(command, finished_run, tmp_path):
         done = command("generate", finished_run, *options)
         assert (done.code, done.out) == (2, "")
         assert done.err == (
-            "finetune: generate: must get a run that writes text (causal_lm, seq2seq), got text_classification. "
-            "Use finetune predict.\n"
+            "finetune: generate: must get a run that writes text (causal_lm, seq2seq, completion), got "
+            "text_classification. Use finetune predict.\n"
         )
 
 
@@ -250,7 +257,7 @@ def test_a_model_that_writes_does_not_classify(command, models, tmp_path, kind):
 @pytest.mark.parametrize(
     ("verb", "options", "must"),
     [
-        ("generate", ["--prompt", "a"], "writes text (causal_lm, seq2seq)"),
+        ("generate", ["--prompt", "a"], "writes text (causal_lm, seq2seq, completion)"),
         ("predict", ["a <mask>"], "gives labels"),
     ],
 )
@@ -323,3 +330,24 @@ def test_refusals_touch_nothing(command, causal, tmp_path, monkeypatch, source, 
     assert (done.code, done.out) == (code, "")
     assert words in done.err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_prompt_of_several_columns(command, models, tmp_path):
+    """As the model goes on with the whole prompt, from the command line and from a file."""
+    run = models("completion")
+    model = finetune.load(run)
+    ids = model.tokenizer("why|so>", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    output = model.model.generate(ids, max_length=12, do_sample=False, eos_token_id=3, pad_token_id=0)
+    expected = model.tokenizer.decode(output[0, 7:], skip_special_tokens=True)
+    done = command("generate", run, "--prompt", "why", "--with", "passage=so", "--json")
+    assert json.loads(done.out) == [{"prompt": "why", "generated": expected}]
+    assert command("generate", run, "--prompt", "why", "--with", "passage=so").out == f"{expected}\n"
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text('{"text": "why", "passage": "so"}\n')
+    assert command("generate", run, "--input", rows, "--output", out).code == 0
+    assert json.loads(out.read_text())["generated"] == expected
+    refused = command("generate", run, "--prompt", "why")
+    assert (refused.code, refused.err) == (
+        3,
+        "finetune: generate: must find the column 'passage' in row 1, got text. Add --with passage=TEXT.\n",
+    )

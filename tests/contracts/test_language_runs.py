@@ -272,7 +272,7 @@ def test_a_language_model_gives_no_labels(get_run: Callable[[str], Run], name: s
 
 def test_a_masked_language_model_does_not_write(get_run: Callable[[str], Run]) -> None:
     with pytest.raises(
-        UsageError, match=r"generate: must get a run that writes text \(causal_lm, seq2seq\), got masked"
+        UsageError, match=r"generate: must get a run that writes text \(causal_lm, seq2seq, completion\), got masked"
     ):
         get_run("masked").load().generate(PROMPTS)
 

@@ -21,7 +21,8 @@ from finetune.models.classifier import build_classifier
 from finetune.models.language import build_language_model
 from finetune.models.question_answering import build_answerer
 from finetune.models.tokenizer import train_tokenizer
-from finetune.recipe.schema import WITH_HEAD, Recipe
+from finetune.recipe.schema import Recipe
+from finetune.recipe.together import WITH_HEAD
 
 TEXTS = ["some text and some more", "another text", "more text than some"]
 STATUS = {

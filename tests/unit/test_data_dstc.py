@@ -155,7 +155,11 @@ def test_shipped_cards_read_such_files(tmp_path, monkeypatch, both):
     }.items():
         write(folder / name, content)
     source = load_rows(card.name, {}, roles=tuple(card.roles))
-    assert set(source.rows[0].values) == set(card.columns)
+    joined = {"title", "passage"}  # of the entries, where a recipe asks for them
+    assert set(source.rows[0].values) == set(card.columns) - joined
+    columns = {"text": "title", "passage": "passage", "target": "response"}
+    written = load_rows(card.name, columns, roles=("text", "target"), optional=("passage",)).rows[0].values
+    assert (written["text"], written["passage"]) == ("H0: Is there wifi?", "H0: Is there wifi? Free wifi.")
     assert source.notes == ("all: the card says 367 rows, got 30.",)
     section = SplitSection(by="group", column="entity")
     splits = split_rows(source.rows, section, seed=1, columns=source.columns)
@@ -164,3 +168,6 @@ def test_shipped_cards_read_such_files(tmp_path, monkeypatch, both):
     entries = load_knowledge(card.name)
     assert entries[0] == Entry("hotel/0/0", "H0: Is there wifi?", "Free wifi.", "hotel/0")
     assert {row.values["entry"] for row in source.rows} == {entry.id for entry in entries}
+    write(folder / "knowledge.json", {"hotel": {"0": {"name": "H", "faqs": FAQS}}})
+    with pytest.raises(DataError, match=r"row 4: entry must name entries of knowledge\.json, got 'hotel/1/0'\.$"):
+        load_rows(card.name, columns, roles=("text", "target"), optional=("passage",))

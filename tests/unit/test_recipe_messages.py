@@ -116,7 +116,7 @@ CASES: list[tuple[str, str]] = [
     # missing keys
     (
         "tasks: {s: {data: d}}",
-        "tasks.s.type: must be given, as one of text_classification, causal_lm, masked_lm, seq2seq, "
+        "tasks.s.type: must be given, as one of text_classification, causal_lm, masked_lm, seq2seq, completion, "
         "retrieval, reranking, question_answering.",
     ),
     ("tasks: {s: {type: text_classification}}", "tasks.s.data: must be given. A card in the catalog or the samples,"),

@@ -10,12 +10,13 @@ import numpy as np
 
 from finetune.applications.support.dialogue import Pending, Session
 from finetune.applications.support.index import Found, KnowledgeIndex
-from finetune.applications.support.quotes import Writer, compose_answer, quote_answer
+from finetune.applications.support.quotes import quote_answer
 from finetune.applications.support.reader import Reader, Reading
 from finetune.applications.support.relevance import Relevance
 from finetune.applications.support.slots import MAX_FREE_CHARACTERS, describe_slot, find_pattern, find_values
 from finetune.applications.support.templates import Intent, Intents, fill_slots, fill_template
 from finetune.applications.support.thresholds import Signals, Thresholds, decide
+from finetune.applications.support.writer import Writer, compose_answer
 from finetune.data.ranking import split_words
 
 Kind = Literal["template", "passage", "question", "handover"]
@@ -67,7 +68,9 @@ class Reply:
     intent: str | None = None
     """The intent of a template, or of a question that asks for its slots."""
     sources: tuple[Source, ...] = ()
-    """What the text quotes; empty but for passages."""
+    """What the text quotes or was written from; empty but for passages."""
+    is_composed: bool = False
+    """Whether a writer wrote the text, rather than that it is quoted."""
     choices: tuple[str, ...] = ()
     """The intents that a question back names."""
     missing: tuple[str, ...] = ()
@@ -207,10 +210,21 @@ class Assistant:
     def _answer_passage(self, found: Found, text: str, context: str) -> Reply:
         entry = found.entry
         quote = quote_answer(entry, text, context, self.reader)
-        said = compose_answer(self.writer, entry, text, context) if self.writer else None
-        reason = f"Entry {entry.id} answers this."
-        source = Source(entry.id, entry.title, found.score, quote)
-        return Reply("passage", said or quote, found.score, reason, sources=(source,))
+        reply = Reply(
+            "passage",
+            quote,
+            found.score,
+            f"Entry {entry.id} answers this.",
+            sources=(Source(entry.id, entry.title, found.score, quote),),
+        )
+        if self.writer is None:
+            return reply
+        said, problem = compose_answer(self.writer, entry, text, context)
+        if said is None:
+            return replace(
+                reply, reason=f"{reply.reason} It is quoted, for the written answer did not stand: {problem}."
+            )
+        return replace(reply, text=said, is_composed=True, reason=f"{reply.reason} It supports what was written.")
 
     def _hand_over(self, signals: Signals) -> Reply:
         if signals.outside > self.thresholds.outside:

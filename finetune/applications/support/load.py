@@ -27,24 +27,31 @@ from finetune.applications.support.thresholds import (
     save_thresholds,
 )
 from finetune.applications.support.trained import build_reader
+from finetune.applications.support.writer import Writer, load_reply_writer
 from finetune.artifact.run_folder import RunFolder, find_run
 from finetune.data.knowledge import Entry, load_knowledge
 from finetune.errors import FinetuneError, UsageError
+from finetune.recipe import load_recipe
 from finetune.recipe.files import write_file_atomically
 
 _INDEX, _INTENTS, _THRESHOLDS, _RELEVANCE = "index", "intents.jsonl", "thresholds.json", "relevance.json"
 
 
-def load_assistant(run: str | Path, knowledge: Path | None = None) -> Assistant:
+def load_assistant(
+    run: str | Path, knowledge: Path | None = None, *, reply: str | None = None, writer: str | Path | None = None
+) -> Assistant:
     """The assistant of a finished run.
 
     Args:
         run: the run's folder, or runs/<name> for its latest finished run.
         knowledge: a file of entries to answer from instead of the run's own; it is read by the model now, and nothing
             is trained or written.
+        reply: extract or generate; None for what the recipe says.
+        writer: the run that writes where `reply` is generate; None for the recipe's.
 
     Raises:
-        UsageError: no such run, one that trained no assistant, or one whose index belongs to another model.
+        UsageError: no such run, one that trained no assistant, one whose index belongs to another model, or no run that
+            can write.
         DataError: a file of entries or intents that cannot be trusted.
         ResourceError: a file is missing or damaged.
     """
@@ -59,7 +66,8 @@ def load_assistant(run: str | Path, knowledge: Path | None = None) -> Assistant:
         index = KnowledgeIndex.build(load_knowledge(str(knowledge)), reader, _load_own_index(support, reader))
     intents = load_intents(support / _INTENTS, reader.intents)
     relevance = load_relevance(support / _RELEVANCE)
-    return Assistant(reader, index, intents, load_thresholds(support / _THRESHOLDS), relevance)
+    author = _load_writer(folder, reply, writer)
+    return Assistant(reader, index, intents, load_thresholds(support / _THRESHOLDS), relevance, author)
 
 
 def save_assistant(
@@ -105,6 +113,25 @@ def save_assistant(
 def find_support_folder(run: RunFolder) -> Path:
     """Where the assistant of a run lies."""
     return run.path / "support"
+
+
+def _load_writer(folder: RunFolder, reply: str | None, writer: str | Path | None) -> Writer | None:
+    """The writer that was asked for, or that the recipe has."""
+    if reply not in (None, "extract", "generate"):
+        raise UsageError(f"--reply: must be extract or generate, got {reply!r}.")
+    section = load_recipe(folder.recipe).assistant
+    said = reply or ("generate" if writer else section.reply if section else "extract")
+    if said == "extract":
+        if writer is not None:
+            raise UsageError("--writer: must come with --reply generate, got extract. Leave one of them out.")
+        return None
+    run = writer or (section.writer if section else None)
+    if run is None:
+        raise UsageError(
+            "--reply generate: must have a run that writes, got none. Add --writer RUN; finetune run support_writer "
+            "trains one."
+        )
+    return load_reply_writer(run)
 
 
 def _load_own_index(support: Path, reader: Reader) -> KnowledgeIndex | None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from finetune.errors import ModelError
-from finetune.models.base import quiet_transformers
+from finetune.models.quiet import quiet_transformers
 from finetune.models.triad.configuration_triad import TriadConfig
 from finetune.models.triad.families import FAMILIES, Family, Names, State
 from finetune.models.triad.modeling_triad import (
