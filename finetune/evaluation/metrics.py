@@ -297,7 +297,7 @@ def _explain_unknown(name: str, known: Sequence[str], kind: str) -> str | None:
         return " It comes by itself with tasks.<name>.out_of_scope; evaluate.gates may name it."
     others = [other.words for other in KINDS.values() if name in other.metrics]
     if others:
-        return f" It is for {others[0]}."
+        return f" It is for {' or '.join(others)}."
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     if kind != "labels":

@@ -208,7 +208,7 @@ def _check_baselines(section: EvaluateSection, kind: str) -> None:
         if name not in known:
             problems.append(
                 f"evaluate.baselines: must name baselines out of {', '.join(known)}, got {name!r}. "
-                f"It is for {others[0]}."
+                f"It is for {' or '.join(others)}."
             )
     headline = CORPUS_METRICS.get(section.metrics[0])
     if section.gates.get(BEATS_BASELINES) and kind == "texts" and headline and headline.needs != "texts":

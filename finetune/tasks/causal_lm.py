@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
 
-from finetune.data.batches import Batch, Examples, Indices
+from finetune.data.batches import Examples
 from finetune.data.cleaning import clean_text
 from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
@@ -22,17 +19,17 @@ from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, score_
 from finetune.models.base import BaseModel
 from finetune.models.classifier import get_padding
 from finetune.models.generation import generate_texts
-from finetune.models.language import build_language_model, build_language_model_shape, load_saved_language_model
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks import language
-from finetune.tasks.task import HeldOut, Judgement, Outputs
+from finetune.tasks.shapes import OnLanguageModel
+from finetune.tasks.task import HeldOut, Judgement
 
 PROMPT_SHARE = 4
 """A sample's prompt is the first quarter of a block."""
 
 
 @dataclass(frozen=True)
-class CausalLM:
+class CausalLM(OnLanguageModel):
     """The shape of text generation: rows are one stream of tokens, cut into blocks.
 
     Args:
@@ -72,10 +69,6 @@ class CausalLM:
         texts = [row.values["text"] for row in rows] + [self.separator or ""]
         return language.build_tokenizer(base, texts, section, appends_end=False, pads_with_end=True)
 
-    def bind(self, tokenizer: Any) -> CausalLM:
-        """Nothing is left to the tokenizer."""
-        return self
-
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
         """Blocks of `max_length` tokens of the stream, each with the tokens that follow; the last may be shorter.
 
@@ -87,56 +80,6 @@ class CausalLM:
             raise DataError(f"causal_lm: each split must hold at least 2 tokens, got {len(stream)}. Add text.")
         cuts = np.arange(max_length, len(stream) - 1, max_length)
         return Examples.build(np.split(stream[:-1], cuts), targets=np.split(stream[1:], cuts))
-
-    def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
-        """A decoder."""
-        return build_language_model(self.type, base, section, tokenizer, seed=seed)
-
-    def build_shape(self, base: BaseModel, section: ModelSection, tokenizer: Any) -> nn.Module:
-        """The same without weights."""
-        return build_language_model_shape(self.type, base, section, tokenizer)
-
-    def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
-        """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
-        return load_saved_language_model(self.type, folder, base)
-
-    def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """Nothing stands beside the base."""
-        return [], []
-
-    def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
-        """Nothing to start."""
-
-    def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
-        """Mean over the tokens of each block, (B,)."""
-        logits = language.compute_causal_logits(model, batch)
-        return language.compute_mean_losses(logits, batch["labels"], batch, label_smoothing)
-
-    def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
-        """Tokens of each block."""
-        return language.count_target_tokens(examples)
-
-    def compute_outputs(
-        self,
-        model: nn.Module,
-        examples: Examples,
-        pad_token_id: int | None,
-        *,
-        share: tuple[int, int] = (0, 1),
-        advance: Callable[[int], None] = lambda _rows: None,
-    ) -> Outputs:
-        """Likelihoods, (N, 4)."""
-
-        def measure(batch: Batch, _rows: Indices) -> torch.Tensor:
-            return language.measure_tokens(language.compute_causal_logits(model, batch), batch["labels"])
-
-        return language.compute_likelihoods(model, examples, pad_token_id, measure, share=share, advance=advance)
-
-    def compute_metrics(
-        self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
-    ) -> dict[str, float]:
-        """Loss, and the named metrics."""
-        return language.compute_metrics(outputs, names)
 
     def judge(self, held_out: HeldOut) -> Judgement:
         """Score blocks of validation and test; the n-gram model is tuned on validation."""

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import nn
-
-from finetune.data.batches import IGNORED, Batch, Examples, Indices
+from finetune.data.batches import IGNORED, Examples
 from finetune.data.cleaning import clean_text
 from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
@@ -22,13 +16,13 @@ from finetune.evaluation.answer_baselines import find_sentences
 from finetune.evaluation.corpus_scoring import SystemOutput
 from finetune.models.base import BaseModel
 from finetune.models.generation import generate_texts
-from finetune.models.language import build_language_model, build_language_model_shape, load_saved_language_model
 from finetune.recipe.messages import suggest
 from finetune.recipe.prompt import list_columns, parse_prompt
 from finetune.recipe.schema import GenerateSection, ModelSection, TaskSection, TextStep
 from finetune.tasks import language
 from finetune.tasks.encoding import CONTEXT
-from finetune.tasks.task import HeldOut, Judgement, Outputs
+from finetune.tasks.shapes import OnLanguageModel
+from finetune.tasks.task import HeldOut, Judgement
 from finetune.tasks.written import copy_or_find, judge_written
 
 PASSAGE = "passage"
@@ -36,7 +30,7 @@ PASSAGE = "passage"
 
 
 @dataclass(frozen=True)
-class Completion:
+class Completion(OnLanguageModel):
     """The shape of instruction tuning: a prompt, and what should be written behind it; only that is learned.
 
     Args:
@@ -116,10 +110,6 @@ class Completion:
         texts = [text for row in rows for text in ("".join(self._list_parts(row)), row.values["target"])]
         return language.build_tokenizer(base, texts, section, appends_end=False, pads_with_end=True)
 
-    def bind(self, tokenizer: Any) -> Completion:
-        """Nothing is left to the tokenizer."""
-        return self
-
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
         """Prompt and target as one row, and the token that follows each: -100 within the prompt.
 
@@ -177,56 +167,6 @@ class Completion:
             prompt = list(chain.from_iterable(chain(*pair) for pair in zip(words, cut, strict=True)))
             prompts.append(prompt or [tokenizer.eos_token_id])  # something must stand before the first token
         return prompts
-
-    def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
-        """A decoder."""
-        return build_language_model(self.type, base, section, tokenizer, seed=seed)
-
-    def build_shape(self, base: BaseModel, section: ModelSection, tokenizer: Any) -> nn.Module:
-        """The same without weights."""
-        return build_language_model_shape(self.type, base, section, tokenizer)
-
-    def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
-        """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
-        return load_saved_language_model(self.type, folder, base)
-
-    def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """Nothing stands beside the base."""
-        return [], []
-
-    def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
-        """Nothing to start."""
-
-    def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
-        """Mean over the tokens of each target, (B,)."""
-        logits = language.compute_causal_logits(model, batch)
-        return language.compute_mean_losses(logits, batch["labels"], batch, label_smoothing)
-
-    def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
-        """Tokens of each target."""
-        return language.count_target_tokens(examples)
-
-    def compute_outputs(
-        self,
-        model: nn.Module,
-        examples: Examples,
-        pad_token_id: int | None,
-        *,
-        share: tuple[int, int] = (0, 1),
-        advance: Callable[[int], None] = lambda _rows: None,
-    ) -> Outputs:
-        """Likelihoods of the targets, (N, 4)."""
-
-        def measure(batch: Batch, _rows: Indices) -> torch.Tensor:
-            return language.measure_tokens(language.compute_causal_logits(model, batch), batch["labels"])
-
-        return language.compute_likelihoods(model, examples, pad_token_id, measure, share=share, advance=advance)
-
-    def compute_metrics(
-        self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
-    ) -> dict[str, float]:
-        """Loss, and those of the named metrics that need no written text: writing takes too long while training."""
-        return language.compute_metrics(outputs, names)
 
     def judge(self, held_out: HeldOut) -> Judgement:
         """Write validation and test, and score what was written."""

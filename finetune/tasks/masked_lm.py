@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,9 +20,9 @@ from finetune.evaluation.corpus_baselines import compute_unigram
 from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, score_corpus
 from finetune.models.base import BaseModel
 from finetune.models.classifier import get_padding
-from finetune.models.language import build_language_model, build_language_model_shape, load_saved_language_model
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks import language
+from finetune.tasks.shapes import OnLanguageModel
 from finetune.tasks.task import HeldOut, Judgement, Outputs
 
 MASKED, RANDOM = 0.8, 0.1
@@ -33,7 +32,7 @@ EVALUATION_SEED = 0
 
 
 @dataclass(frozen=True)
-class MaskedLM:
+class MaskedLM(OnLanguageModel):
     """The shape of pre-training an encoder on texts without labels.
 
     Args:
@@ -101,25 +100,10 @@ class MaskedLM:
         targets = [[IGNORED if token in special else token for token in ids] for ids in windows]
         return Examples.build(windows, targets=targets)
 
-    def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
-        """An encoder with a head over the vocabulary."""
-        return build_language_model(self.type, base, section, tokenizer, seed=seed)
-
-    def build_shape(self, base: BaseModel, section: ModelSection, tokenizer: Any) -> nn.Module:
-        """The same without weights."""
-        return build_language_model_shape(self.type, base, section, tokenizer)
-
-    def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
-        """A whole model as `save_pretrained` wrote it."""
-        return load_saved_language_model(self.type, folder, base)
-
     def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
         """The layer between base and vocabulary, which sentence encoders such as MiniLM come without."""
         new = [name for name, _ in model.named_children() if name.startswith("transform")]
         return new, new
-
-    def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
-        """Nothing to start."""
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Mean over the chosen tokens of each row, (B,); they are drawn anew each time, from torch's generator."""
@@ -182,12 +166,6 @@ class MaskedLM:
     def count_chosen(self, counts: torch.Tensor) -> torch.Tensor:
         """How many tokens are chosen of so many that may be, (B,)."""
         return torch.minimum((counts.double() * self.mask_ratio).round().clamp(min=1), counts.double())
-
-    def compute_metrics(
-        self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
-    ) -> dict[str, float]:
-        """Loss, and the named metrics."""
-        return language.compute_metrics(outputs, names)
 
     def judge(self, held_out: HeldOut) -> Judgement:
         """Score hidden tokens of validation and test."""

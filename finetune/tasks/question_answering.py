@@ -22,8 +22,8 @@ from finetune.evaluation.answer_baselines import Questions, compute_answer_basel
 from finetune.evaluation.answer_metrics import build_answer_statistics, compute_answer_f1, tune_threshold
 from finetune.evaluation.corpus_metrics import compute_corpus_metric
 from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, score_corpus
-from finetune.models.base import BaseModel, load_tokenizer
-from finetune.models.classifier import get_padding, list_head_modules, list_new_modules
+from finetune.models.base import BaseModel
+from finetune.models.classifier import get_padding
 from finetune.models.prediction import compute_by_row, scatter_rows
 from finetune.models.question_answering import (
     build_answerer,
@@ -35,6 +35,7 @@ from finetune.models.question_answering import (
 )
 from finetune.recipe.schema import ModelSection, TaskSection
 from finetune.tasks import language
+from finetune.tasks.shapes import OnBase
 from finetune.tasks.task import HeldOut, Judgement, Outputs
 
 TARGETS = 4
@@ -85,7 +86,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class QuestionAnswering:
+class QuestionAnswering(OnBase):
     """The shape of SQuAD 2.0 (arXiv:1806.03822): some questions have no answer in their passage.
 
     An example is a window of a row's passage; its label is the number of the row in its split.
@@ -138,10 +139,6 @@ class QuestionAnswering:
         """
         return find_answers(rows, self.start_column)
 
-    def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
-        """The base's."""
-        return load_tokenizer(base)
-
     def bind(self, tokenizer: Any) -> QuestionAnswering:
         """Nothing is left to the tokenizer.
 
@@ -185,13 +182,6 @@ class QuestionAnswering:
     def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
         """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
         return load_saved_answerer(folder, base)
-
-    def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """The head."""
-        return list_new_modules(model), list_head_modules(model)
-
-    def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
-        """Nothing to start."""
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Mean cross-entropy of the first and the last token of each window's answer, (B,)."""

@@ -17,19 +17,18 @@ from finetune.data.batches import Batch, Examples, list_inputs
 from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.evaluation.ranking_baselines import Rankings, find_places
-from finetune.models.base import BaseModel, load_tokenizer
+from finetune.models.base import BaseModel
 from finetune.models.classifier import (
     build_classifier,
     build_classifier_shape,
     get_padding,
-    list_head_modules,
-    list_new_modules,
     load_saved_classifier,
 )
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks.encoding import CONTEXT, read_question
 from finetune.tasks.entries import ENTRY, Library, compute_mean_metrics
+from finetune.tasks.shapes import OnBase
 from finetune.tasks.task import HeldOut, Judgement, Outputs
 
 RELEVANT = "relevant"
@@ -37,7 +36,7 @@ RELEVANT = "relevant"
 
 
 @dataclass(frozen=True)
-class Reranking:
+class Reranking(OnBase):
     """The shape of a second look at what a first search found: a cross-encoder (arXiv:1901.04085).
 
     A question is trained on with its right entries and with entries that look right and are not. The label of a pair is
@@ -107,14 +106,6 @@ class Reranking:
         """Clean the questions; what no entry answers is left out."""
         return self.library.prepare(rows, self.clean)
 
-    def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
-        """The base's."""
-        return load_tokenizer(base)
-
-    def bind(self, tokenizer: Any) -> Reranking:
-        """Nothing is left to the tokenizer."""
-        return self
-
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
         """Pairs, question by question; where a pair is too long, the longer text is cut."""
         questions: list[str] = []
@@ -140,13 +131,6 @@ class Reranking:
     def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
         """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
         return load_saved_classifier(folder, base)
-
-    def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """The head; saved are also layers between base and head."""
-        return list_new_modules(model), list_head_modules(model)
-
-    def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
-        """Nothing to start."""
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Loss of each pair, (B,)."""

@@ -18,18 +18,19 @@ from finetune.data.knowledge import Entry
 from finetune.data.ranking import COSINE_SCALE
 from finetune.data.rows import Row
 from finetune.evaluation.ranking_baselines import find_places
-from finetune.models.base import BaseModel, load_tokenizer
+from finetune.models.base import BaseModel
 from finetune.models.classifier import get_padding
 from finetune.models.encoder import build_encoder, build_encoder_shape, load_saved_encoder, read_features
 from finetune.models.prediction import compute_by_row, scatter_rows
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks.encoding import CONTEXT, encode_texts
 from finetune.tasks.entries import ENTRY, Library, compute_mean_metrics
+from finetune.tasks.shapes import OnBase
 from finetune.tasks.task import HeldOut, Judgement, Outputs
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(OnBase):
     """The shape of finding answers and products.
 
     A question is trained on beside its right entries, and entries that look right and are not. The label of an entry is
@@ -100,14 +101,6 @@ class Retrieval:
         """Clean the questions; what no entry answers is left out."""
         return self.library.prepare(rows, self.clean)
 
-    def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
-        """The base's."""
-        return load_tokenizer(base)
-
-    def bind(self, tokenizer: Any) -> Retrieval:
-        """Nothing is left to the tokenizer."""
-        return self
-
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
         """The questions, each with its right entries and wrong ones as companions, and behind them these entries; of a
         long question the end stays."""
@@ -142,9 +135,6 @@ class Retrieval:
     def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
         """Nothing stands beside the base."""
         return [], []
-
-    def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
-        """Nothing to start."""
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Loss of each question, (B,); 0 for entries."""

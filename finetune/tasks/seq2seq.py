@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import IGNORED, Batch, Examples, Indices, list_inputs
+from finetune.data.batches import IGNORED, Batch, Examples, list_inputs
 from finetune.data.cleaning import clean_text
 from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.evaluation.corpus_scoring import SystemOutput
 from finetune.models.base import BaseModel
 from finetune.models.generation import generate_texts
-from finetune.models.language import build_language_model, build_language_model_shape, load_saved_language_model
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks import language
-from finetune.tasks.task import HeldOut, Judgement, Outputs
+from finetune.tasks.shapes import OnLanguageModel
+from finetune.tasks.task import HeldOut, Judgement
 from finetune.tasks.written import copy_or_find, judge_written
 
 
 @dataclass(frozen=True)
-class Seq2Seq:
+class Seq2Seq(OnLanguageModel):
     """The shape of translation.
 
     Args:
@@ -71,10 +68,6 @@ class Seq2Seq:
         texts = [row.values[role] for row in rows for role in self.roles]
         return language.build_tokenizer(base, texts, section, appends_end=True)
 
-    def bind(self, tokenizer: Any) -> Seq2Seq:
-        """Nothing is left to the tokenizer."""
-        return self
-
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
         """Encode both sides, each cut at `max_length` tokens."""
         if not rows:
@@ -85,54 +78,9 @@ class Seq2Seq:
         )
         return Examples.build(sources["input_ids"], targets=targets["input_ids"])
 
-    def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
-        """An encoder and a decoder."""
-        return build_language_model(self.type, base, section, tokenizer, seed=seed)
-
-    def build_shape(self, base: BaseModel, section: ModelSection, tokenizer: Any) -> nn.Module:
-        """The same without weights."""
-        return build_language_model_shape(self.type, base, section, tokenizer)
-
-    def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
-        """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
-        return load_saved_language_model(self.type, folder, base)
-
-    def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """Nothing stands beside the base."""
-        return [], []
-
-    def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
-        """Nothing to start."""
-
-    def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
-        """Mean over the tokens of each target, (B,)."""
-        return language.compute_mean_losses(_run(model, batch), batch["labels"], batch, label_smoothing)
-
-    def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
-        """Tokens of each target."""
-        return language.count_target_tokens(examples)
-
-    def compute_outputs(
-        self,
-        model: nn.Module,
-        examples: Examples,
-        pad_token_id: int | None,
-        *,
-        share: tuple[int, int] = (0, 1),
-        advance: Callable[[int], None] = lambda _rows: None,
-    ) -> Outputs:
-        """Likelihoods of the targets, (N, 4)."""
-
-        def measure(batch: Batch, _rows: Indices) -> torch.Tensor:
-            return language.measure_tokens(_run(model, batch), batch["labels"])
-
-        return language.compute_likelihoods(model, examples, pad_token_id, measure, share=share, advance=advance)
-
-    def compute_metrics(
-        self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
-    ) -> dict[str, float]:
-        """Loss, and those of the named metrics that need no written text: writing takes too long while training."""
-        return language.compute_metrics(outputs, names)
+    def compute_token_logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Logits of the target, (B, T, V)."""
+        return _run(model, batch)
 
     def judge(self, held_out: HeldOut) -> Judgement:
         """Write validation and test, and score what was written."""

@@ -30,14 +30,12 @@ from finetune.evaluation.outside import (
     fit_outside,
 )
 from finetune.evaluation.scoring import ScoredSplit, score_split
-from finetune.models.base import BaseModel, load_tokenizer
+from finetune.models.base import BaseModel
 from finetune.models.centroids import start_at_centroids
 from finetune.models.classifier import (
     build_classifier,
     build_classifier_shape,
     get_padding,
-    list_head_modules,
-    list_new_modules,
     load_saved_classifier,
 )
 from finetune.models.embedding import compute_embeddings
@@ -45,13 +43,14 @@ from finetune.models.prediction import compute_logits
 from finetune.recipe.messages import suggest
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks.encoding import CONTEXT, encode_texts, read_question
+from finetune.tasks.shapes import OnBase
 from finetune.tasks.task import HeldOut, Judgement, Outputs
 
 MISTAKES = 50
 
 
 @dataclass(frozen=True)
-class TextClassification:
+class TextClassification(OnBase):
     """The shape of sentiment, intents and topics.
 
     Args:
@@ -120,20 +119,12 @@ class TextClassification:
         """Clean each text, and put class names where the data hold codes."""
         return [replace(row, values={**row.values, **self._prepare_values(row.values)}) for row in rows]
 
-    def bind(self, tokenizer: Any) -> TextClassification:
-        """Nothing is left to the tokenizer."""
-        return self
-
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
         """Encode prepared rows, cut at `max_length` tokens; labels are -100 where a row has no class."""
         texts = [read_question(row, self.reads_context) for row in rows]
         encoded = encode_texts(texts, tokenizer, max_length, keep="end" if self.reads_context else "start")
         index: dict[Any, int] = {label: i for i, label in enumerate(self.labels)}
         return Examples.build(encoded, [index.get(row.values.get("label"), IGNORED) for row in rows])
-
-    def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
-        """The base's."""
-        return load_tokenizer(base)
 
     def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
         """The base with a new classification head, in float32."""
@@ -146,10 +137,6 @@ class TextClassification:
     def load_model(self, folder: Path, base: BaseModel | None = None) -> nn.Module:
         """A whole model as `save_pretrained` wrote it, or the base with a saved adapter's configuration."""
         return load_saved_classifier(folder, base)
-
-    def list_modules(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """The head; saved are also layers between base and head."""
-        return list_new_modules(model), list_head_modules(model)
 
     def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
         """Start the head at the classes' centroids."""

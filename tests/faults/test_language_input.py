@@ -185,13 +185,18 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
     "an answerer's baseline for a translation": (
         "seq2seq",
         {"evaluate": {"baselines": ["bm25_sentence"]}},
-        "evaluate.baselines: must name baselines out of copy, nearest, got 'bm25_sentence'. It is for tasks that find "
-        "answers in passages.",
+        "evaluate.baselines: must name baselines out of copy, nearest, got 'bm25_sentence'. "
+        "It is for tasks that complete a prompt or tasks that find answers in passages.",
     ),
     "a separator between sentences of a translation": (
         "seq2seq",
         {"tasks": {"tone": {"separator": "\n"}}},
         "tasks.tone.separator: must be left out unless the type is causal_lm, got seq2seq.",
+    ),
+    "mistakes of typing in a translation": (
+        "seq2seq",
+        {"tasks": {"tone": {"typos": 0.5}}},
+        "tasks.tone.typos: must be 0 for seq2seq, got 0.5.",
     ),
 }
 
@@ -324,8 +329,8 @@ def test_text_from_a_classifier(command: Callable[..., Any], finished_run: Path)
     done = command("generate", finished_run, "--prompt", "shares")
     assert (done.code, done.out) == (2, "")
     assert done.err == (
-        "finetune: generate: must get a run that writes text (causal_lm, seq2seq), got text_classification. "
-        "Use finetune predict.\n"
+        "finetune: generate: must get a run that writes text (causal_lm, seq2seq, completion), "
+        "got text_classification. Use finetune predict.\n"
     )
 
 
