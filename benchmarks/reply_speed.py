@@ -26,7 +26,8 @@ def grow(index: KnowledgeIndex, size: int, seed: int) -> KnowledgeIndex:
     made = [Entry(f"made-{i}", "", " ".join(generator.choice(words, n))) for i, n in enumerate(lengths)]
     features = generator.standard_normal((count, index.features.shape[1]), dtype=np.float32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    return KnowledgeIndex([*index.entries, *made], np.concatenate([index.features, features]), index.fingerprint)
+    features = np.concatenate([index.features, features])
+    return KnowledgeIndex([*index.entries, *made], features, index.fingerprint, index.links)
 
 
 def main() -> None:

@@ -140,11 +140,12 @@ def _show_assistant(figures: dict[str, Any]) -> None:
     from finetune.evaluation.wording import format_score
 
     outcomes = ("right", "wrong", "handed_over", "asked_back")
-    parts = [name for name in ("in_scope", "out_of_scope") if name in figures]
-    rows = [
-        [name.replace("_", " "), f"{figures[name]['questions']:,}", *(format_score(figures[name][o]) for o in outcomes)]
-        for name in parts
-    ]
+    rows = []
+    for name in ("in_scope", "out_of_scope"):
+        if part := figures.get(name):
+            said, count = name.replace("_", " "), f"{part['questions']:,}"
+            rows.append([said, count, *(format_score(part[outcome]) for outcome in outcomes)])
+            rows.append([f"{said}, in the end", "", *(format_score(part["in_the_end"][each]) for each in outcomes)])
     print_table(["", "questions", *(o.replace("_", " ") for o in outcomes)], rows, title="assistant, test, end to end")
 
 
