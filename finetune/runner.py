@@ -43,7 +43,7 @@ from finetune.artifact.starting import check_adapters, compute_fingerprints, set
 from finetune.data.batches import Batch, Examples
 from finetune.data.checks import findings_to_json
 from finetune.errors import DataError, GateError, Interrupted, ResourceError, UsageError
-from finetune.evaluation.gates import raise_on_failed_gates
+from finetune.evaluation.gates import join_gates, raise_on_failed_gates
 from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.scoring import check_early_stop, check_section
 from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
@@ -416,14 +416,8 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, 
 
 
 def _check_gates(folder: RunFolder, scored: Mapping[str, dict[str, Any]]) -> None:
-    several = len(scored) > 1
-    results = {
-        f"{name}.{gate}" if several else gate: result
-        for name, test in scored.items()
-        for gate, result in test["gates"].items()
-    }
     try:
-        raise_on_failed_gates(results)
+        raise_on_failed_gates(join_gates(scored))
     except GateError as error:
         reports = ", ".join(str(place / "report.html") for place in folder.evaluations().values())
         raise GateError(f"{error}\n  Everything was written; see {reports}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ SHAPES = {
     ),
 }
 SEVERAL = ("ForMultiTask", "A model with several heads.")
+NO_AUTO_CLASS = ("ForSentenceEmbedding", SEVERAL[0])
+"""Classes that transformers has no Auto class of: theirs is `AutoModel`."""
+UNKNOWN_LICENCES = ("", "unknown", "other", "none")
 TRANSLATION = ("translation", "ForSeq2SeqLM", "A translation model.")
 
 
@@ -83,12 +86,45 @@ class _Part:
         ]
 
 
+@dataclass(frozen=True)
+class Publication:
+    """How a run is published, where it is.
+
+    Args:
+        repo: what `from_pretrained` finds it by.
+        merged: whether its adapter is folded into the base's weights.
+        adapter_place: the folder in it that holds the adapter alone, beside merged weights.
+        missed: gates that it missed, in words.
+    """
+
+    repo: str
+    merged: bool = False
+    adapter_place: str | None = None
+    missed: Sequence[str] = ()
+
+
+def warn_of_licences(recipe: Recipe, data: Mapping[str, Card | None]) -> list[str]:
+    """What the licences of a recipe's data leave open or forbid, a sentence for each data set."""
+    warnings = []
+    for name, section in recipe.tasks.items():
+        card = data[name]
+        if card is None:
+            title = Path(section.data).name
+            warnings.append(f"The licence of {title} is not known: who passes on the model must know it.")
+        elif card.non_commercial:
+            warnings.append(f"{card.title} is for non-commercial use only (licence: {card.licence}).")
+        elif card.licence.lower() in UNKNOWN_LICENCES:
+            warnings.append(f"The licence of {card.title} is not known: who passes on the model must know it.")
+    return list(dict.fromkeys(warnings))
+
+
 def build_model_card(
     recipe: Recipe,
     data: Mapping[str, Card | None],
     tests: Mapping[str, Mapping[str, Any]],
     status: Mapping[str, Any],
     lock: Mapping[str, Any],
+    publication: Publication | None = None,
 ) -> str:
     """Write the card of a run.
 
@@ -98,6 +134,7 @@ def build_model_card(
         tests: task name -> the content of its test.json.
         status: the content of status.json.
         lock: the content of run.lock.
+        publication: None for the card in the run's own folder.
     """
     parts = [_Part(name, section, data[name], tests[name]) for name, section in recipe.tasks.items()]
     cards = [part.data for part in parts if part.data]
@@ -111,7 +148,8 @@ def build_model_card(
     if len(parts) > 1:
         head, shape = SEVERAL
     description = recipe.description or shape
-    is_peft = METHODS[recipe.adapter.method].build is not None
+    is_merged = publication is not None and publication.merged
+    is_peft = METHODS[recipe.adapter.method].build is not None and not is_merged
     hub_sets = dict.fromkeys(card.hub.id for card in cards if card.hub)
     header = ModelCardData(
         model_name=recipe.name,
@@ -134,6 +172,12 @@ def build_model_card(
         kind=kind,
         kinds={part.section.type for part in parts},
         head=head,
+        auto="" if head in NO_AUTO_CLASS else head,
+        place=publication.repo if publication else "model",
+        merged=is_merged,
+        adapter_place=publication.adapter_place if publication else None,
+        missed=publication.missed if publication else [],
+        licence_warnings=warn_of_licences(recipe, data) if publication else [],
         description=description if description.endswith(".") else f"{description}.",
         scratch=recipe.model.scratch if is_scratch else None,
         base=base if is_hub_base else Path(base).name,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.adapters.attach import read_adapter_base
-from finetune.artifact.run_folder import find_run, load_json
+from finetune.artifact.run_folder import RUNS_FOLDER, find_run, load_json
 from finetune.artifact.save import FORMAT, SETTINGS
 from finetune.errors import ModelError, UsageError
-from finetune.models.base import BaseModel, resolve_base
+from finetune.models.base import BaseModel, download_model, resolve_base
 from finetune.recipe.files import compute_sha256
+from finetune.recipe.reference import split_revision
+from finetune.recipe.schema import REPO_PATTERN
 from finetune.tasks import MultiTask, Task, load_task
 
 # What two models on one base may differ in: their classes, and what says where and how they were made.
@@ -41,15 +44,21 @@ class Saved:
 
 
 def open_saved(reference: str | Path) -> Saved:
-    """Find a run's `model/` (`runs/name`, its latest finished one), or take such a folder, and check its files.
+    """Find a run's `model/` (`runs/name`, its latest finished one), take such a folder, or one from the Hub, and check
+    its files.
 
     Raises:
         UsageError: no such run, or a folder of a newer toolkit.
-        ModelError: a damaged folder.
+        ModelError: a damaged folder, or a model that the Hub does not give.
     """
     folder = Path(reference)
     if not (folder / SETTINGS).exists():
-        folder = find_run(reference).model
+        folder = fetch_folder(str(reference)) if is_hub_reference(reference) else find_run(reference).model
+    if not (folder / SETTINGS).exists():
+        raise ModelError(
+            f"{reference}: must be a model that this toolkit pushed, got one without {SETTINGS}. "
+            "To train on it, set model.base; to score it: finetune evaluate --model."
+        )
     settings = load_json(folder / SETTINGS)
     if settings.get("format") != FORMAT:
         raise UsageError(
@@ -58,6 +67,33 @@ def open_saved(reference: str | Path) -> Saved:
         )
     _check_files(folder, settings.get("files", {}))
     return Saved(folder, settings, load_task(settings["task"]), read_adapter_base(folder))
+
+
+def is_hub_reference(reference: str | Path) -> bool:
+    """Whether something that is no folder may be `org/name` on the Hub: `runs/typo` is not, where there is `runs`."""
+    name = split_revision(str(reference))[0]
+    owner = name.partition("/")[0]
+    return (
+        isinstance(reference, str)
+        and re.fullmatch(REPO_PATTERN, name) is not None
+        and owner not in (str(RUNS_FOLDER), ".", "..")
+        and not Path(owner).exists()
+    )
+
+
+def fetch_folder(reference: str) -> Path:
+    """The folder of `org/name` from the Hub, or its cache.
+
+    Raises:
+        ModelError: the Hub does not give it.
+    """
+    try:
+        return download_model(reference)
+    except ModelError as error:
+        raise ModelError(
+            f"{reference}: must be a run, a saved model's folder or a model on the Hub; {error}. "
+            "Check the name, and HF_TOKEN where it is private."
+        ) from error
 
 
 def compute_model_fingerprint(folder: Path) -> str:
@@ -107,6 +143,8 @@ def _check_files(folder: Path, files: Mapping[str, str]) -> None:
     """Compare each file with its sha256 from the time it was saved."""
     for name, sha256 in files.items():
         path = folder / name
+        if path.suffix == ".py" and not path.exists():
+            continue  # code stays on the Hub: the classes here are this toolkit's own
         found = compute_sha256(path) if path.is_file() else "no file"
         if found != sha256:
             raise ModelError(

@@ -10,7 +10,7 @@ from torch import nn
 from finetune.adapters.attach import attach_adapter, read_adapter_base
 from finetune.artifact.run_folder import find_run, is_run, load_json
 from finetune.artifact.save import SETTINGS
-from finetune.artifact.saved import open_saved
+from finetune.artifact.saved import fetch_folder, is_hub_reference, open_saved
 from finetune.data.batches import Examples
 from finetune.errors import RecipeError
 from finetune.models.base import BaseModel, resolve_base
@@ -23,7 +23,7 @@ def settle_adapters(references: Sequence[str]) -> list[str]:
     """Folders of adapters, in full: the name of a run may mean another run tomorrow.
 
     Args:
-        references: runs, their `model/` folders or folders that PEFT wrote.
+        references: runs, their `model/` folders, folders that PEFT wrote, or `org/name` of such on the Hub.
 
     Raises:
         RecipeError: none of these, or a model that was tuned whole.
@@ -33,6 +33,8 @@ def settle_adapters(references: Sequence[str]) -> list[str]:
     folders = []
     for reference in references:
         path = Path(reference).expanduser()
+        if is_hub_reference(reference):
+            path = fetch_folder(reference)
         folder = find_run(path).model if is_run(path) else path
         if (folder / SETTINGS).exists() and open_saved(folder).base is None:
             raise RecipeError(

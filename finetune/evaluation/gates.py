@@ -71,16 +71,34 @@ def check_gates(gates: Mapping[str, str | bool], scored: Mapping[str, Any]) -> d
 
 def raise_on_failed_gates(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise GateError with each missed gate, its condition and its value; nothing if all passed."""
-    missed = [
-        f"  {name}: must be {result['condition']}, got {_format(result['value'])}."
+    if missed := list_missed_gates(results):
+        raise GateError(
+            f"evaluate.gates: {len(missed)} of {len(results)} missed on test\n"
+            + "".join(f"  {words}.\n" for words in missed)
+            + "Improve the model on validation, or lower evaluate.gates if the bar was wrong."
+        )
+
+
+def list_missed_gates(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Each missed gate in words."""
+    return [
+        f"{name}: must be {result['condition']}, got {_format(result['value'])}"
         for name, result in results.items()
         if not result["passed"]
     ]
-    if missed:
-        raise GateError(
-            f"evaluate.gates: {len(missed)} of {len(results)} missed on test\n" + "\n".join(missed) + "\n"
-            "Improve the model on validation, or lower evaluate.gates if the bar was wrong."
-        )
+
+
+def join_gates(tests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The gates of all tasks, under `task.gate` where there are several.
+
+    Args:
+        tests: task name -> the content of its test.json.
+    """
+    return {
+        f"{name}.{gate}" if len(tests) > 1 else gate: result
+        for name, test in tests.items()
+        for gate, result in test["gates"].items()
+    }
 
 
 def _format(value: float | None) -> str:

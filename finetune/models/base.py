@@ -25,7 +25,7 @@ for _name in ("torchao", "torch.utils._pytree"):
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Only data: configuration, tokenizer and safetensors; nothing that could run.
-DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")
+DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -116,15 +116,32 @@ def resolve_base(reference: str) -> BaseModel:
     base = find_base(reference)
     if base is not None:
         return base
+    try:
+        folder = download_model(reference)
+    except ModelError as error:
+        raise ModelError(_describe_missing(reference, str(error))) from error
+    return BaseModel(reference, _check_folder(folder, reference), "download")
+
+
+def download_model(reference: str) -> Path:
+    """The folder of a Hub model's data, fetched where it is not cached; nothing in it can run.
+
+    Args:
+        reference: `org/name` or `org/name@revision`.
+
+    Raises:
+        ModelError: why it cannot be had, as the end of a sentence.
+    """
     hub_id, revision = split_revision(reference)
     try:
-        folder = snapshot_download(hub_id, revision=revision, allow_patterns=list(DOWNLOADED))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(DOWNLOADED)))
+    except HFValidationError:
+        raise ModelError("it is neither a folder nor a Hub id") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         # HfHubHTTPError is an OSError: the Hub answered, so its own words say more than "no network".
         answered = isinstance(error, HfHubHTTPError) and error.response is not None
         reason = f"the Hub answered {error.response.status_code}" if answered else "the Hub cannot be reached"  # type: ignore[attr-defined]  # narrowed above
-        raise ModelError(_describe_missing(reference, reason)) from error
-    return BaseModel(reference, _check_folder(Path(folder), reference), "download")
+        raise ModelError(reason) from error
 
 
 def load_config(base: BaseModel, **changes: Any) -> Any:
@@ -201,7 +218,7 @@ def _check_folder(folder: Path, reference: str | None = None) -> Path:
     if (folder / "adapter_model.safetensors").exists():
         raise ModelError(
             f"{where}: must hold whole weights in model.safetensors, got an adapter alone. A base for others must be "
-            "trained with adapter: {method: full}."
+            "trained with adapter: {method: full}, or pushed with --merge. To train an adapter on: model.adapters."
         )
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
