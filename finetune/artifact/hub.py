@@ -169,6 +169,8 @@ def _check_rights(account: Mapping[str, Any], repo: str) -> list[str]:
     token = account.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
         return [f"token: must be allowed to write, got one that may only read. Make another at {TOKEN_PAGE}"]
+    if check_name(repo):  # told elsewhere
+        return []
     organizations = {org["name"].lower(): org.get("roleInOrg") for org in account.get("orgs", [])}
     if owner.lower() not in {user.lower(), *organizations}:
         others = f" and {', '.join(sorted(organizations))}" if organizations else ""

@@ -221,11 +221,10 @@ def _scan(request: _Request, files: Mapping[str, Path]) -> list[str]:
 
 def _ask_hub(request: _Request) -> tuple[hub.Repository, list[FinetuneError]]:
     """What lies under the name, and what forbids a push: token, owner, kind, privacy."""
-    if hub.check_name(request.repo):
-        return hub.Repository(), []
     api = HfApi()
     try:
-        if problems := hub.check_account(api, request.repo):
+        problems = hub.check_account(api, request.repo)
+        if problems or hub.check_name(request.repo):
             return hub.Repository(), [ResourceError(words) for words in problems]
         found, problems = hub.look_up(api, request.repo)
     except Exception as error:  # the client's own, and those of two libraries under it
