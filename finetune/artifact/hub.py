@@ -126,7 +126,9 @@ def is_stale(name: str, pushed: set[str]) -> bool:
     return name not in pushed and folder in ("", ADAPTER_PLACE) and any(fnmatchcase(last, part) for part in STALE)
 
 
-def commit(api: HfApi, repo: str, found: Repository, files: Mapping[str, Path], *, private: bool, message: str) -> Commit:
+def commit(
+    api: HfApi, repo: str, found: Repository, files: Mapping[str, Path], *, private: bool, message: str
+) -> Commit:
     """Make the repository if there is none, and put all files into it by one commit.
 
     What the Hub has is not sent again, and where nothing changed there is no commit.
@@ -155,7 +157,9 @@ def describe_failure(error: BaseException) -> str:
     while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
         error = error.__cause__  # the client wraps what happened to one file
     if not isinstance(error, HfHubHTTPError):
-        return f"a connection that broke ({type(error).__name__}: {' '.join(str(error).split())[:200] or 'no more said'})"
+        return (
+            f"a connection that broke ({type(error).__name__}: {' '.join(str(error).split())[:200] or 'no more said'})"
+        )
     status = error.response.status_code
     words = REASONS.get(status, f"the Hub failed ({status})" if status >= 500 else f"the Hub refused ({status})")
     wait = error.response.headers.get("Retry-After")

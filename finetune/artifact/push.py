@@ -201,9 +201,7 @@ def _build_card(request: _Request) -> str:
 def _load_cards(recipe: Recipe) -> dict[str, Card | None]:
     """Task name -> the card of its data; None for a user's own file."""
     known = set(card_names())
-    return {
-        name: load_card(section.data) if section.data in known else None for name, section in recipe.tasks.items()
-    }
+    return {name: load_card(section.data) if section.data in known else None for name, section in recipe.tasks.items()}
 
 
 def _scan(request: _Request, files: Mapping[str, Path]) -> list[str]:

@@ -77,9 +77,7 @@ def _check_kind(name: str, path: Path) -> str | None:
 
 def _holds_pickle(path: Path) -> bool:
     """Whether a file is what `torch.save` writes: an archive with a pickle in it."""
-    return zipfile.is_zipfile(path) and any(
-        name.endswith(PICKLE_SUFFIXES) for name in zipfile.ZipFile(path).namelist()
-    )
+    return zipfile.is_zipfile(path) and any(name.endswith(PICKLE_SUFFIXES) for name in zipfile.ZipFile(path).namelist())
 
 
 def _find_secrets(name: str, text: str) -> Iterator[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from finetune.cli.output import AsJson, RunArgument, print_findings, print_json, print_text
+from finetune.cli.output import AsJson, print_findings, print_json, print_text
 from finetune.cli.run import show_all_scores
 
 
 def evaluate_command(
-    run: RunArgument,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run's folder; runs/NAME means its latest finished run.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -21,18 +23,46 @@ def evaluate_command(
     task: Annotated[
         str | None, typer.Option("--task", help="The task that --data is for, where the run has several.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Instead of a run: org/name on the Hub, or a saved model's folder. Needs --data."),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", help="With --model: its classes in order, A,B,..., where it calls them otherwise."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a finished run again; opening its test split is counted."""
-    from finetune.runner import evaluate
-
-    scored = evaluate(run, data, task)
+    """Score a finished run again (opening its test split is counted), or any classifier on a held-out set."""
+    scored = _score_model(run, model, data, task, labels) if model else _score_run(run, data, task, labels)
     if as_json:
         print_json(scored)
         return
     tests = {"": scored} if "metrics" in scored else scored
     show_all_scores(tests)
     print_findings([finding for test in tests.values() for finding in test.get("findings", [])])
-    opened = max(test["opened"] or 1 for test in tests.values())
+    opened = max(test.get("opened") or 1 for test in tests.values())
     if opened > 1:
         print_text(f"The test split has been opened {opened} times: do not choose between models by this score.")
+
+
+def _score_run(run: str | None, data: str | None, task: str | None, labels: str | None) -> dict[str, Any]:
+    from finetune.errors import UsageError
+    from finetune.runner import evaluate
+
+    if run is None:
+        raise UsageError("evaluate: must get a RUN or --model, got neither. Write: finetune evaluate runs/NAME")
+    if labels:
+        raise UsageError("evaluate: --labels must come with --model, got a run, which knows its classes. Leave it out.")
+    return evaluate(run, data, task)
+
+
+def _score_model(run: str | None, model: str, data: str | None, task: str | None, labels: str | None) -> dict[str, Any]:
+    from finetune.artifact.score_model import score_model
+    from finetune.errors import UsageError
+
+    if run is not None:
+        raise UsageError(f"evaluate: must get a RUN or --model, got both: {run} and {model}. Leave one out.")
+    if data is None:
+        raise UsageError("evaluate: --model must come with --data, got none. Add --data CARD, or a file.")
+    return score_model(model, data, task=task, labels=labels.split(",") if labels else None)

@@ -256,9 +256,14 @@ def _measure_lengths(task: Task, rows: Sequence[Row], examples: Examples, tokeni
 
 
 def load_held_out(
-    task: Task, reference: str, columns: dict[str, str], train: Sequence[Row]
+    task: Task, reference: str, columns: dict[str, str], train: Sequence[Row] | None = None
 ) -> tuple[LoadedRows, list[Row], list[Finding]]:
     """Load another held-out set for a trained task: its test split where it has one, else all of its rows.
+
+    Args:
+        task: what was trained.
+        reference, columns: as for `load_rows`.
+        train: what it was trained on, for the findings; None where that is not known.
 
     Raises:
         DataError: unreadable data, unknown or missing labels.
@@ -276,7 +281,7 @@ def load_held_out(
     )
     raise_on_errors([finding for finding in own if finding.kind != "absent_class"], source.origin)
     # A new set may repeat training texts; that is for the reader to know, and no reason to refuse.
-    splits = {"train": list(train), "test": rows}
+    splits = {"train": list(train or []), "test": rows}
     _, together = check_rows(splits, task.labels, leaks="warn", same=same, out_of_scope=outside)
     shared = [finding for finding in together if finding.kind in ("leak", "near_leak")]
     return source, rows, shared

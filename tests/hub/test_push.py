@@ -113,9 +113,7 @@ def test_both_puts_the_adapter_into_a_folder_of_its_own(
     assert "The adapter alone lies in `adapter/`." in files["README.md"].decode()
 
 
-def test_the_recipe_says_where_to_and_who_may_see_it(
-    hub: Any, waits: list[float], run: Path, command: Command
-) -> None:
+def test_the_recipe_says_where_to_and_who_may_see_it(hub: Any, waits: list[float], run: Path, command: Command) -> None:
     path = run / "recipe.resolved.yaml"
     text = path.read_text()
     assert "repo: null" in text
@@ -268,7 +266,11 @@ def fail(hub: Any, run: Path, command: Command, words: str) -> None:
         ("/commit/", {"status": 401}, "the token is not valid (401)"),
         ("/create", {"status": 403, "message": "not you"}, "the token may not do that (403): not you"),
         ("/create", {"status": 409}, "somebody else is changing it, or has taken its name (409)"),
-        ("/commit/", {"status": 429, "headers": {"Retry-After": "30"}}, "too many requests (429); it asks to wait 30 s"),
+        (
+            "/commit/",
+            {"status": 429, "headers": {"Retry-After": "30"}},
+            "too many requests (429); it asks to wait 30 s",
+        ),
         ("/commit/", {"status": 500}, "the Hub failed (500)"),
         ("/batch", {"status": 500, "times": 99}, "the Hub failed (500)"),
         ("/commit/", {"status": 418}, "the Hub refused (418)"),
@@ -286,9 +288,7 @@ def test_the_hub_cannot_be_looked_up(hub: Any, waits: list[float], run: Path, co
     refuse(hub, command("push", run, NAME), 5, f"{NAME}: must be looked up on the Hub, got this: the Hub failed (503).")
 
 
-def test_a_connection_cut_in_the_middle_of_a_file(
-    hub: Any, waits: list[float], run: Path, command: Command
-) -> None:
+def test_a_connection_cut_in_the_middle_of_a_file(hub: Any, waits: list[float], run: Path, command: Command) -> None:
     hub.fail("PUT", "/upload/", is_cut=True, times=99)
     fail(hub, run, command, "a connection that broke (")
 
