@@ -81,7 +81,6 @@ def test_with_outlier_exposure_the_model_learns_to_be_unsure_of_them(run, recipe
         np.mean([prediction.confidence for prediction in one.load().predict(odd)]) for one in (run, exposed)
     )
     assert taught < plain - 0.2
-    assert exposed.test["metrics"]["outside_auroc"]["value"] > run.test["metrics"]["outside_auroc"]["value"]
     # What learns from classes alone learns from the same rows as before.
     tfidf, before = (one.test["baselines"]["tfidf_logreg"]["metrics"] for one in (exposed, run))
     assert tfidf == before
