@@ -100,7 +100,7 @@ def push(
         if found.head is not None:
             plan["private"] = found.private
         done = _upload(request, found, files, request.write_command(force=force))
-    receipt = {"repo": request.repo, "commit_url": done.url, "oid": done.oid, "time": now()}
+    receipt: dict[str, Any] = {"repo": request.repo, "commit_url": done.url, "oid": done.oid, "time": now()}
     receipt |= {"private": plan["private"], "weights": plan["weights"], "missed_gates": request.missed}
     save_json(request.run.path / RECEIPT, receipt)
     return plan | {"commit_url": done.url, "oid": done.oid, "is_new": done.is_new}

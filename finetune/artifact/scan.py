@@ -69,15 +69,18 @@ def _check_kind(name: str, path: Path) -> str | None:
     is_pickle = suffix in PICKLE_SUFFIXES or (head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5" and head[8:9] != b"{")
     if is_pickle or (head[:2] == b"PK" and _holds_pickle(path)):
         return (
-            f"{name}: must be no pickle, which can run code when it is opened. Save weights as safetensors, or take the "
-            "file out of the run's model/ folder."
+            f"{name}: must be no pickle, which can run code when it is opened. Save weights as safetensors, or take "
+            "the file out of the run's model/ folder."
         )
     return None
 
 
 def _holds_pickle(path: Path) -> bool:
     """Whether a file is what `torch.save` writes: an archive with a pickle in it."""
-    return zipfile.is_zipfile(path) and any(name.endswith(PICKLE_SUFFIXES) for name in zipfile.ZipFile(path).namelist())
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith(PICKLE_SUFFIXES) for name in archive.namelist())
 
 
 def _find_secrets(name: str, text: str) -> Iterator[str]:

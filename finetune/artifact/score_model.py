@@ -92,7 +92,7 @@ def _load_ours(saved: Saved, task: str | None) -> Predictor:
     loaded = load(saved.folder)
     if not isinstance(saved.task, MultiTask):
         return list_predictors(loaded, [""])[""]
-    if task not in saved.task.tasks:
+    if task is None or task not in saved.task.tasks:
         got = "none" if task is None else repr(task)
         raise UsageError(f"--task: must be one of {', '.join(saved.task.tasks)}, got {got}.")
     return list_predictors(loaded)[task]

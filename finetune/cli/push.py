@@ -27,7 +27,7 @@ def push_command(
     as_json: AsJson = False,
 ) -> None:
     """Publish a finished run on the Hugging Face Hub by one commit: model, card, recipe, run.lock; never its rows."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # loaded on first use
 
     from finetune.artifact.push import push
 

@@ -18,7 +18,8 @@ BASE = "acme/tiny-base"
 
 def load_server() -> Any:
     spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("server.py"))
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["hub_server"] = module
     spec.loader.exec_module(module)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -66,8 +65,9 @@ class Fault:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     message: str = ""
-    seconds: float = 0.0
     is_cut: bool = False
+    is_slow: bool = False
+    """Whether it waits, with all of the body read, until `HubServer.go_on` is set."""
 
 
 class HubServer:
@@ -80,6 +80,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.faults: list[Fault] = []
+        self.is_waiting, self.go_on = threading.Event(), threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -88,6 +89,7 @@ class HubServer:
         self._thread.start()
 
     def close(self) -> None:
+        self.go_on.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -122,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815  (the names are Python's)
 
     def _answer(self) -> None:
         parts = urlsplit(self.path)
@@ -133,8 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._read_body()
         if body is None:
             return
-        if fault and fault.seconds:
-            time.sleep(fault.seconds)
+        if fault and fault.is_slow:
+            self.hub.is_waiting.set()
+            self.hub.go_on.wait(60)
         if fault and fault.status:
             words = json.dumps({"error": fault.message}).encode()
             self._send(fault.status, words, {"Content-Type": "application/json"} | fault.headers)
@@ -211,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked['organization'] or 'ann'}/{asked['name']}"
         if not self._may_write():
             self._refuse(403, message="you may not create that")
-        elif (asked["type"] if "type" in asked else "model", name) in self.hub.repos:
+        elif (asked.get("type", "model"), name) in self.hub.repos:
             self._refuse(409, message="You already created this model repo")
         else:
             self.hub.create(name, private=asked.get("visibility") == "private")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -296,11 +297,26 @@ def test_a_connection_cut_in_the_middle_of_a_file(hub: Any, waits: list[float], 
 def test_what_breaks_once_is_tried_again(hub: Any, waits: list[float], run: Path, command: Command) -> None:
     hub.fail("PUT", "/upload/", is_cut=True)
     hub.fail("POST", "/preupload/", status=429, headers={"Retry-After": "7"})
-    hub.fail("POST", "/batch", seconds=0.2)  # a slow disk there
     assert command("push", run, NAME).code == 0
     assert waits == [8.0, 1.0]  # what the Hub asked for, and one more second; then the client's own first wait
     weights = (run / "model" / "adapter_model.safetensors").read_bytes()
     assert hub.repos["model", NAME].files["adapter_model.safetensors"] == weights
+
+
+def test_a_slow_disk_there_is_waited_for(hub: Any, waits: list[float], run: Path, command: Command) -> None:
+    hub.fail("PUT", "/upload/", is_slow=True)
+
+    def watch() -> int:
+        assert hub.is_waiting.wait(60)
+        commits = hub.count("/commit/")  # the weights are not there yet: nothing may name them
+        hub.go_on.set()
+        return commits
+
+    with ThreadPoolExecutor(1) as pool:
+        before = pool.submit(watch)
+        assert command("push", run, NAME).code == 0
+        assert before.result() == 0
+    assert hub.count("/commit/") == 1
 
 
 def test_repeating_does_not_upload_again_what_arrived(
