@@ -85,6 +85,7 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.elsewhere = self.url.replace("127.0.0.1", "localhost")
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
 
@@ -302,9 +303,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound", "no such file")
             return
         content, headers = files[path], {"X-Repo-Commit": oid}
-        if is_large(path):  # large files lie elsewhere
+        if is_large(path):  # large files lie on another host, to which the client does not send its token
             linked = {"X-Linked-Etag": f'"{sha256(content)}"', "X-Linked-Size": str(len(content))}
-            self._send(302, b"", headers | linked | {"Location": f"{self.hub.url}/elsewhere/{sha256(content)}"})
+            self._send(302, b"", headers | linked | {"Location": f"{self.hub.elsewhere}/elsewhere/{sha256(content)}"})
             return
         self._send(200, content, headers | {"ETag": f'"{git_oid(content)}"'})
 

@@ -1,0 +1,185 @@
+"""What was pushed comes back: in a process without the toolkit, as a toolkit's model, as a base and as an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+
+import finetune
+
+ADAPTER, WHOLE, BASE = "acme/tone", "acme/whole", "acme/tiny-base"
+TEXTS = ["profit falls on loss", "the board names a new chair", "acme wins and raises its forecast after strong sales"]
+TOLERANCE = 1e-5
+Command = Callable[..., Any]
+
+CLEAN = """
+import json, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "finetune":
+            raise ImportError("the toolkit is not here")
+sys.meta_path.insert(0, Refuse())
+import torch
+torch.set_num_threads(1)
+codes, texts = json.loads(sys.argv[1])
+found = []
+for code in codes:
+    names = {}
+    exec(code, names)
+    tokens = names["tokenizer"](texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found.append(names["model"].eval()(**tokens).logits.tolist())
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def pulled(hub: Any, waits: list[float], tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hub with the base of the runs, and an empty cache in front of it."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    hub.create(BASE, files={path.name: path.read_bytes() for path in tiny_base.iterdir()})
+    return cache
+
+
+@pytest.fixture
+def adapter(pulled: Path, run: Path, command: Command) -> str:
+    """The name of an adapter that was pushed."""
+    assert command("push", run, ADAPTER).code == 0
+    return ADAPTER
+
+
+@pytest.fixture
+def whole(pulled: Path, run: Path, command: Command) -> str:
+    """The name of the same, merged into its base."""
+    assert command("push", run, WHOLE, "--merge").code == 0
+    return WHOLE
+
+
+def compute_logits(reference: str | Path) -> Any:
+    return finetune.load(reference).compute_text_logits(TEXTS)
+
+
+def test_a_process_without_the_toolkit_gets_the_same_logits(
+    hub: Any, adapter: str, whole: str, finished_run: Path, tmp_path: Path
+) -> None:
+    cards = [hub.repos["model", name].files["README.md"].decode() for name in (adapter, whole)]
+    codes = [re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0] for card in cards]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.reader}
+    hub.fail("GET", "/elsewhere/", is_cut=True)  # weights that break off are gone on with
+    done = subprocess.run(
+        [sys.executable, "-c", CLEAN, json.dumps([codes, TEXTS])],
+        stdin=subprocess.DEVNULL,  # nobody is there to answer a question
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = compute_logits(finished_run)
+    assert np.ptp(expected) > 0.1
+    for logits in json.loads(done.stdout.splitlines()[-1]):
+        np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    assert not any(fault.times for fault in hub.faults)
+
+
+def test_the_toolkit_loads_it_by_name_and_again_without_the_hub(
+    hub: Any, adapter: str, whole: str, finished_run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = compute_logits(finished_run)
+    for name in (adapter, whole):
+        np.testing.assert_allclose(compute_logits(name), expected, atol=TOLERANCE)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.requests)
+    np.testing.assert_allclose(compute_logits(adapter), expected, atol=TOLERANCE)
+    said = json.loads(command("predict", adapter, TEXTS[0], "--json").out)
+    assert said == json.loads(command("predict", finished_run, TEXTS[0], "--json").out)
+    assert len(hub.requests) == asked
+
+
+def test_a_run_trains_on_from_it(
+    whole: str, write_recipe: Callable[..., Path], tmp_path: Path, command: Command
+) -> None:
+    from safetensors.torch import load_file
+
+    # Steps of no length: what comes out is what went in.
+    train = {"epochs": 1, "learning_rate": 1e-12, "ema_decay": None}
+    recipe = write_recipe(tmp_path / "on", model={"base": whole}, adapter={"method": "full"}, train=train)
+    done = command("run", recipe, "--runs", tmp_path / "on" / "runs", "--json")
+    assert done.code == 0, done.err
+    folder = Path(json.loads(done.out)["run"])
+    assert json.loads((folder / "run.lock").read_text())["base"]["reference"] == whole
+    before = load_file(next((tmp_path / "cache").glob("models--acme--whole/snapshots/*/model.safetensors")))
+    after = load_file(folder / "model" / "model.safetensors")
+    shared = [name for name in before if "encoder" in name]
+    assert len(shared) > 10
+    for name in shared:
+        np.testing.assert_allclose(after[name], before[name], atol=1e-6)
+
+
+def test_an_adapter_trains_on_from_it(
+    adapter: str, write_recipe: Callable[..., Path], tmp_path: Path, command: Command
+) -> None:
+    recipe = write_recipe(tmp_path / "on", model={"base": BASE, "adapters": [adapter]}, train={"epochs": 1})
+    done = command("run", recipe, "--runs", tmp_path / "on" / "runs", "--json")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "acme/nothing",
+            "acme/nothing: must be a run, a saved model's folder or a model on the Hub; the Hub answered 404. "
+            "Check the name, and HF_TOKEN where it is private.",
+        ),
+        (
+            BASE,
+            f"{BASE}: must be a model that this toolkit pushed, got one without finetune.json. "
+            "To train on it, set model.base; to score it: finetune evaluate --model.",
+        ),
+    ],
+)
+def test_what_cannot_be_pulled(pulled: Path, command: Command, name: str, words: str) -> None:
+    outcome = command("predict", name, "anything")
+    assert outcome.code != 0
+    assert words in outcome.err
+
+
+def test_a_private_model_without_a_token(
+    hub: Any, adapter: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    outcome = command("predict", adapter, "anything")
+    assert outcome.code != 0
+    assert "the Hub answered 401. Check the name, and HF_TOKEN where it is private." in outcome.err
+
+
+def test_weights_that_are_not_those_that_were_pushed(hub: Any, adapter: str, command: Command) -> None:
+    files = hub.repos["model", adapter].files
+    weights = bytearray(files["adapter_model.safetensors"])
+    weights[-1] ^= 1
+    files["adapter_model.safetensors"] = bytes(weights)
+    outcome = command("predict", adapter, "anything")
+    assert outcome.code != 0
+    assert "adapter_model.safetensors" in outcome.err
+
+
+def test_an_adapter_is_no_base(
+    adapter: str, write_recipe: Callable[..., Path], tmp_path: Path, command: Command
+) -> None:
+    outcome = command("check", write_recipe(tmp_path / "on", model={"base": adapter}))
+    assert outcome.code != 0
+    assert "or pushed with --merge. To train an adapter on: model.adapters." in outcome.err
