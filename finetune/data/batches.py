@@ -284,8 +284,9 @@ def _lay_end_to_end(rows: Sequence[Tokens]) -> tuple[npt.NDArray[np.int32], Indi
 
 
 def _take(flat: npt.NDArray[np.int32], starts: Indices, lengths: Indices) -> npt.NDArray[np.int32]:
-    """The chosen rows, end to end."""
-    return np.concatenate([flat[start : start + length] for start, length in zip(starts, lengths, strict=True)])
+    """The chosen rows, end to end; there may be none."""
+    chosen = [flat[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    return np.concatenate([flat[:0], *chosen])
 
 
 def _pad(tokens: npt.NDArray[np.int32], lengths: Indices, value: int) -> Indices:
