@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -31,10 +32,17 @@ def evaluate_command(
         str | None,
         typer.Option("--labels", help="With --model: its classes in order, A,B,..., where it calls them otherwise."),
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column", metavar="ROLE=NAME", help="With --model: the data's column, such as label=intent; repeatable."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run again (opening its test split is counted), or any classifier on a held-out set."""
-    scored = _score_model(run, model, data, task, labels) if model else _score_run(run, data, task, labels)
+    options = {"--labels": labels, "--column": columns}
+    scored = _score_model(run, model, data, task, options) if model else _score_run(run, data, task, options)
     if as_json:
         print_json(scored)
         return
@@ -46,18 +54,20 @@ def evaluate_command(
         print_text(f"The test split has been opened {opened} times: do not choose between models by this score.")
 
 
-def _score_run(run: str | None, data: str | None, task: str | None, labels: str | None) -> dict[str, Any]:
+def _score_run(run: str | None, data: str | None, task: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     from finetune.errors import UsageError
     from finetune.runner import evaluate
 
     if run is None:
         raise UsageError("evaluate: must get a RUN or --model, got neither. Write: finetune evaluate runs/NAME")
-    if labels:
-        raise UsageError("evaluate: --labels must come with --model, got a run, which knows its classes. Leave it out.")
+    for name in filter(options.get, options):
+        raise UsageError(f"evaluate: {name} must come with --model, got a run, which knows its own. Leave it out.")
     return evaluate(run, data, task)
 
 
-def _score_model(run: str | None, model: str, data: str | None, task: str | None, labels: str | None) -> dict[str, Any]:
+def _score_model(
+    run: str | None, model: str, data: str | None, task: str | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
     from finetune.artifact.score_model import score_model
     from finetune.errors import UsageError
 
@@ -65,4 +75,14 @@ def _score_model(run: str | None, model: str, data: str | None, task: str | None
         raise UsageError(f"evaluate: must get a RUN or --model, got both: {run} and {model}. Leave one out.")
     if data is None:
         raise UsageError("evaluate: --model must come with --data, got none. Add --data CARD, or a file.")
-    return score_model(model, data, task=task, labels=labels.split(",") if labels else None)
+    columns = [column.partition("=") for column in options["--column"] or []]
+    if wrong := [role for role, sign, name in columns if not (role and sign and name)]:
+        raise UsageError(f"--column: must have the form ROLE=NAME, such as label=intent, got {wrong[0]!r}.")
+    labels = options["--labels"]
+    return score_model(
+        model,
+        data,
+        columns={role: name for role, _, name in columns},
+        task=task,
+        labels=labels.split(",") if labels else None,
+    )

@@ -122,6 +122,25 @@ def test_classes_are_named_in_the_order_of_the_logits(plain: Path, rows: Path, c
     assert found["metrics"]["macro_f1"]["value"] == pytest.approx(compute_macro_f1(plain, rows, names), abs=1e-6)
 
 
+def test_columns_may_have_other_names(plain: Path, rows: Path, tmp_path: Path, command: Command) -> None:
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(rows.read_text().replace("text,label", "headline,tone", 1))
+    options = ("--column", "text=headline", "--column", "label=tone")
+    found = score(command, "--model", plain, "--data", renamed, *options)
+    assert found["metrics"] == score(command, "--model", plain, "--data", rows)["metrics"]
+
+
+def test_a_model_that_gives_no_labels(run: Path, rows: Path, command: Command) -> None:
+    path = run / "model" / "finetune.json"
+    task = {"type": "masked_lm", "mask_ratio": 0.15, "clean": [], "mask_token_id": 4, "vocab_size": 800}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task": task}))
+    outcome = command("evaluate", "--model", run, "--data", rows)
+    assert outcome.code == 2
+    assert (
+        "--model: must be a model that labels texts, got masked_lm. Score its run: finetune evaluate RUN --data FILE"
+    ) in outcome.err
+
+
 def test_one_of_several_tasks(write_recipe: Callable[..., Path], tmp_path: Path, rows: Path, command: Command) -> None:
     task = {"type": "text_classification", "data": "rows.csv", "labels": LABELS, "split": {"leaks": "warn"}}
     recipe = write_recipe(tmp_path / "in", tasks={"tone": task, "mood": task}, train={"epochs": 1})
@@ -180,7 +199,15 @@ def test_classes_that_are_not_those_of_the_data(
         ([], "evaluate: must get a RUN or --model, got neither. Write: finetune evaluate runs/NAME"),
         (["run", "--model", "acme/tone"], "evaluate: must get a RUN or --model, got both: run and acme/tone."),
         (["--model", "acme/tone"], "evaluate: --model must come with --data, got none. Add --data CARD, or a file."),
-        (["run", "--labels", "a,b"], "evaluate: --labels must come with --model, got a run, which knows its classes."),
+        (
+            ["run", "--labels", "a,b"],
+            "evaluate: --labels must come with --model, got a run, which knows its own. Leave it out.",
+        ),
+        (["run", "--column", "text=t"], "evaluate: --column must come with --model, got a run, which knows its own."),
+        (
+            ["--model", "acme/tone", "--data", "x.csv", "--column", "label"],
+            "--column: must have the form ROLE=NAME, such as label=intent, got 'label'.",
+        ),
     ],
 )
 def test_what_does_not_go_together(command: Command, arguments: list[str], words: str) -> None:
