@@ -22,7 +22,7 @@ from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = [
-    *("run", "check", "resume", "evaluate", "predict", "generate", "chat", "monitor", "compare", "sweep"),
+    *("run", "check", "resume", "evaluate", "predict", "generate", "chat", "monitor", "compare", "sweep", "push"),
     *("recipes", "data", "adapters", "schema", "doctor"),
 ]
 COMMANDS = [
@@ -32,6 +32,7 @@ COMMANDS = [
     "evaluate",
     "compare",
     "predict",
+    "push",
     "generate",
     "chat",
     "monitor",
@@ -81,7 +82,8 @@ def test_help_lists_the_verbs_that_exist_and_no_other(command, monkeypatch):
 def test_help_lists_the_options_that_exist_and_no_other(command, monkeypatch, words):
     monkeypatch.setenv("COLUMNS", "200")
     done = command(*words.split(), "--help")
-    declared = {name for parameter in find_commands()[words].params for name in parameter.opts if name[0] == "-"}
+    parameters = find_commands()[words].params
+    declared = {name for one in parameters for name in (*one.opts, *one.secondary_opts) if name[0] == "-"}
     assert (done.code, done.err) == (0, "")
     assert set(re.findall(r"(?<![\w-])--[a-z-]+", done.out)) == declared | {"--help"}
     assert "--json" in declared
@@ -118,7 +120,7 @@ def test_help_imports_no_heavy_library():
         (["recipes"], ""),
         (["--nonsense"], "finetune: No such option: --nonsense. See finetune --help."),
         (["runn"], "finetune: No such command 'runn'. Did you mean 'run'? See finetune --help."),
-        (["push"], "finetune: No such command 'push'. See finetune --help."),
+        (["teach"], "finetune: No such command 'teach'. See finetune --help."),
         (["run"], "finetune: Missing argument 'RECIPE'. See finetune --help."),
         (
             ["run", "sentiment", "--processes", "0"],

@@ -130,6 +130,32 @@ def test_columns_may_have_other_names(plain: Path, rows: Path, tmp_path: Path, c
     assert found["metrics"] == score(command, "--model", plain, "--data", rows)["metrics"]
 
 
+def test_the_card_of_the_data_says_what_codes_mean(
+    finished_run: Path, rows: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data" / "twitter_fin_sentiment"
+    folder.mkdir(parents=True)
+    with rows.open(encoding="utf-8", newline="") as file:
+        header, *content = csv.reader(file)
+    codes = {"negative": "0", "positive": "1", "neutral": "2"}  # of that card
+    with (folder / "sent_valid.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *([text, codes[label]] for text, label in content)])
+    (folder / "sent_train.csv").write_text("text,label\nmore words about nothing,0\n")
+    monkeypatch.setenv("FINETUNE_DATA", str(folder.parent))
+    found = score(command, "--model", finished_run, "--data", f"{folder}/sent_valid.csv", "--labels", "0,2,1")
+    coded = score_by_card(command, finished_run, monkeypatch)
+    assert coded["metrics"]["macro_f1"] == found["metrics"]["macro_f1"]
+    assert found["metrics"] == score(command, "--model", finished_run, "--data", rows)["metrics"]
+
+
+def score_by_card(command: Command, run: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Without baselines, for which the one train row would not do."""
+    from finetune.artifact import score_model
+
+    monkeypatch.setattr(score_model, "_split", lambda *_: {"train": [], "validation": []})
+    return score(command, "--model", run, "--data", "twitter_fin_sentiment")
+
+
 def test_a_model_that_gives_no_labels(run: Path, rows: Path, command: Command) -> None:
     path = run / "model" / "finetune.json"
     task = {"type": "masked_lm", "mask_ratio": 0.15, "clean": [], "mask_token_id": 4, "vocab_size": 800}

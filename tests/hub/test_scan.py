@@ -1,0 +1,77 @@
+"""What the scan of a push finds in a text, and what it leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune.artifact.scan import scan_file, shorten_paths
+
+# Put together here, so that no file of the project looks as if it held one.
+SECRETS = {
+    "a Hugging Face token": "hf_" + "aB3" * 8,
+    "an AWS key": "AKIA" + "Q7" * 8,
+    "a GitHub token": "ghp_" + "x9" * 18,
+    "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "a password in an address": "https://ann:" + "s3cret@example.org/x",
+}
+
+
+def scan(tmp_path: Path, text: str, name: str = "notes.txt") -> list[str]:
+    path = tmp_path / name
+    path.write_text(text)
+    return scan_file(name, path, [str(tmp_path)])
+
+
+@pytest.mark.parametrize("what", SECRETS)
+def test_a_secret_is_named_and_not_repeated(tmp_path: Path, what: str) -> None:
+    (problem,) = scan(tmp_path, f"first\nsee {SECRETS[what]} there")
+    assert problem.startswith(f"notes.txt, line 2: must hold no secret, got {what}. Take it out, and make a new one")
+    assert SECRETS[what] not in problem
+
+
+def test_the_value_of_a_variable_that_is_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP_API_KEY", "plain-words-here")
+    monkeypatch.setenv("SHORT_TOKEN", "the")  # any text has it
+    (problem,) = scan(tmp_path, "the plain-words-here")
+    assert "got the value of $SHOP_API_KEY" in problem
+
+
+@pytest.mark.parametrize(
+    "path", ["/home/ann/rows.csv", "/Users/ann/rows.csv", "/root/rows.csv", r"C:\Users\ann\rows.csv"]
+)
+def test_a_path_of_somebody_is_found(tmp_path: Path, path: str) -> None:
+    (problem,) = scan(tmp_path, f'{{"data": "{path}"}}')
+    assert problem == (
+        f"notes.txt, line 1: must hold no path of this machine, got {path}. Write a relative path, or a name."
+    )
+
+
+def test_weights_are_read_up_to_the_end_of_their_header(tmp_path: Path) -> None:
+    header = b'{"__metadata__": {"made": "/home/ann/x"}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "got /home/ann/x" in scan_file(path.name, path)[0]
+    path.write_bytes((2).to_bytes(8, "little") + b"{}/home/ann/x")
+    assert scan_file(path.name, path) == []
+
+
+def test_words_of_a_tokenizer_are_left_alone(tmp_path: Path) -> None:
+    text = (
+        '{"/home": 1, "/root": 2, "hf_": 3, "https://a.b/c": 4, "ann@example.org": 5, "10:30@noon": 6, "~/rows.csv": 7}'
+    )
+    assert scan(tmp_path, text, "tokenizer.json") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("data: /srv/sets/rows.csv", "data: rows.csv"),
+        (r"data: D:\sets\rows.csv", "data: rows.csv"),
+        ("data: ../sets/rows.csv", "data: ../sets/rows.csv"),
+        ("base: acme/tiny # https://a.org/b/c", "base: acme/tiny # https://a.org/b/c"),
+    ],
+)
+def test_absolute_paths_are_cut_and_others_kept(text: str, short: str) -> None:
+    assert shorten_paths(text) == short
