@@ -242,6 +242,7 @@ def test_a_missed_gate_needs_force_and_stands_in_the_card(
     assert command("push", run, NAME, "--force").code == 0
     card = hub.repos["model", NAME].files["README.md"].decode()
     assert f"**It misses what its recipe asks of it, and was published all the same: {words}.**" in card
+    assert "\n\n\n" not in card
     assert json.loads((run / "push.json").read_text())["missed_gates"] == [words]
 
 
