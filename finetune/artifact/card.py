@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from finetune.adapters.methods import METHODS, describe
 from finetune.evaluation.wording import MEANINGS, OUTSIDE_SCORES, decimals_of, format_score
@@ -118,6 +119,15 @@ def warn_of_licences(recipe: Recipe, data: Mapping[str, Card | None]) -> list[st
     return list(dict.fromkeys(warnings))
 
 
+@cache
+def _load_template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("finetune", "artifact"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"score": format_score, "decimals": decimals_of}
+    return environment.get_template("model_card.md.j2")
+
+
 def build_model_card(
     recipe: Recipe,
     data: Mapping[str, Card | None],
@@ -161,12 +171,8 @@ def build_model_card(
         tags=["finetune-toolkit", "from-scratch" if is_scratch else recipe.adapter.method],
         eval_results=[result for part in parts for result in part.list_results(pipeline_tag)],
     )
-    environment = Environment(
-        loader=PackageLoader("finetune", "artifact"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"score": format_score, "decimals": decimals_of}
     names = dict.fromkeys(metric for part in parts for metric in part.test["metrics"])
-    body = environment.get_template("model_card.md.j2").render(
+    body = _load_template().render(
         recipe=recipe,
         parts=parts,
         kind=kind,

@@ -117,6 +117,7 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: the second of two would wait for word of the first
     hub: HubServer
 
     def log_message(self, *_: Any) -> None:
