@@ -16,6 +16,7 @@ from finetune.cli import (
     data,
     doctor,
     evaluate,
+    export,
     generate,
     monitor,
     predict,
@@ -45,6 +46,7 @@ app.command("resume")(run.resume_command)
 app.command("evaluate")(evaluate.evaluate_command)
 app.command("compare")(compare.compare_command)
 app.command("predict")(predict.predict_command)
+app.command("export")(export.export_command)
 app.command("generate")(generate.generate_command)
 app.command("chat")(chat.chat_command)
 app.command("monitor")(monitor.monitor_command)

@@ -1,0 +1,147 @@
+"""ONNX files, by torch's exporter, and ONNX Runtime, which runs them."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from finetune.artifact.export.engine import Arrays
+from finetune.artifact.export.graph import Graph, describe_failure
+from finetune.artifact.export.int8 import Scheme
+from finetune.errors import ModelError
+
+FILE = "model.onnx"
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch's exporter says which module a node comes from."""
+
+
+class OnnxEngine:
+    """A graph in ONNX Runtime, on the CPU.
+
+    Args:
+        folder: has `model.onnx`.
+        threads: that compute one batch.
+    """
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Arrays) -> dict[str, npt.NDArray[np.float32]]:
+        """Every output, by name."""
+        return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
+
+
+def write_onnx(graph: Graph, path: Path) -> None:
+    """Write a graph as one ONNX file.
+
+    Raises:
+        ModelError: an operator that ONNX does not have.
+    """
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it names each operator of libraries that are not installed
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            written = torch.onnx.export(
+                graph.program,
+                dynamo=True,
+                verbose=False,
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+            )
+    except Exception as error:  # the exporter's own classes are private
+        raise ModelError(f"export: {describe_failure(error)}") from error
+    finally:
+        logger.setLevel(level)
+    assert written is not None  # None only where it writes a file itself
+    written.save(path, external_data=False)
+
+
+def quantize_onnx(source: Path, target: Path, scheme: Scheme, float_layers: Sequence[str], batches: Sequence[Arrays]) -> None:
+    """Make an ONNX file's matrix products with weights 8-bit: weights by output channel, what goes in by tensor.
+
+    Args:
+        source: as `write_onnx` wrote it.
+        target: the new file.
+        scheme: `static`: ranges from `batches`; `dynamic`: from each batch as it comes.
+        float_layers: modules whose products stay as they are.
+        batches: of train rows.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # the library has no types
+        """The batches, one a call."""
+
+        def __init__(self) -> None:
+            self._batches = iter(batches)
+
+        def get_next(self) -> Any:
+            return next(self._batches, None)
+
+    chosen = list_products(onnx.load(source, load_external_data=False), float_layers)
+    shared = {"nodes_to_quantize": chosen, "per_channel": True, "weight_type": QuantType.QInt8}
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it recommends a pass that changes nothing here
+    try:
+        if scheme == "dynamic":
+            quantize_dynamic(source, target, op_types_to_quantize=["MatMul"], **shared)
+        else:
+            quantize_static(
+                source,
+                target,
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QUInt8,
+                op_types_to_quantize=["MatMul"],
+                **shared,
+            )
+    finally:
+        logger.setLevel(level)
+
+
+def list_products(model: Any, float_layers: Sequence[str]) -> list[str]:
+    """Names of the nodes that multiply with the weights of a layer below the heads, those left in float aside."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    left = set(_list_nodes(model, float_layers))
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in constants and node.name not in left
+    ]
+
+
+def list_nodes(path: Path, layers: Sequence[str]) -> list[str]:
+    """Names of the matrix products of some layers in an ONNX file."""
+    import onnx
+
+    return _list_nodes(onnx.load(path, load_external_data=False), layers)
+
+
+def _list_nodes(model: Any, layers: Sequence[str]) -> list[str]:
+    wanted = {f"model.{name}" for name in layers}  # the traced module holds the model as `model`
+    found = []
+    for node in model.graph.node:
+        scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+        if node.op_type == "MatMul" and wanted & set(ast.literal_eval(scopes)):
+            found.append(node.name)
+    return found
