@@ -90,12 +90,13 @@ def check_rows(
     return splits, sorted(findings, key=lambda finding: order.index(finding.severity))
 
 
-def set_apart(splits: Splits, out_of_scope: str | None) -> tuple[Splits, list[Finding]]:
+def set_apart(splits: Splits, out_of_scope: str | None, *, is_exposed: bool) -> tuple[Splits, list[Finding]]:
     """Take the rows that belong to no class out of train: what they have in common is only what they are not.
 
     Args:
         splits: rows whose `label` is a class name, or `out_of_scope`.
         out_of_scope: None where every row has a class.
+        is_exposed: leave them in train, where the loss takes them for what they are.
 
     Returns:
         The splits, validation and test as they were, and the findings.
@@ -104,7 +105,12 @@ def set_apart(splits: Splits, out_of_scope: str | None) -> tuple[Splits, list[Fi
         return splits, []
     outside = {name: [row for row in rows if row.values.get("label") == out_of_scope] for name, rows in splits.items()}
     findings = []
-    if left_out := [row.id for row in outside["train"]]:
+    if is_exposed and not outside["train"]:
+        message = (
+            f"train: must have rows labelled {out_of_scope!r} for outlier_exposure, got none. Add some, or set it to 0."
+        )
+        findings.append(Finding("out_of_scope", "error", "train", 0, message))
+    if not is_exposed and (left_out := [row.id for row in outside["train"]]):
         message = (
             f"train: left out {_rows(len(left_out))} labelled {out_of_scope!r}, which no class is learned from"
             f" ({_some(left_out)})."
@@ -117,7 +123,7 @@ def set_apart(splits: Splits, out_of_scope: str | None) -> tuple[Splits, list[Fi
         elif len(outside[split]) == len(splits[split]):
             message = f"{split}: must have rows with a class, got only rows labelled {out_of_scope!r}. Add some."
             findings.append(Finding("out_of_scope", "error", split, len(splits[split]), message))
-    train = [row for row in splits["train"] if row.values.get("label") != out_of_scope]
+    train = [row for row in splits["train"] if is_exposed or row.values.get("label") != out_of_scope]
     return splits | {"train": train}, findings
 
 

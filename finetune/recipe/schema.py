@@ -172,8 +172,11 @@ class TaskSection(Section):
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     out_of_scope: str | None = Field(default=None, min_length=1)
-    """The label of rows that belong to no class (text_classification). They are not trained on and count in no score of
-    the classes; on validation and test they show how well the model knows that it does not know."""
+    """The label of rows that belong to no class (text_classification). No class is learned from them, and they count in
+    no score of the classes; on validation and test they show how well the model knows that it does not know."""
+    outlier_exposure: float = Field(default=0.0, ge=0, le=10)
+    """What train rows labelled `out_of_scope` count in the loss, beside 1 for others: the model is to be as unsure of
+    them as it can (outlier exposure, arXiv:1812.04606). 0: they are left out of train."""
     clean: list[TextStep] = Field(default_factory=list)
     """Steps on each text before it is encoded: `html` decodes entities, `urls` removes links."""
     separator: str | None = None

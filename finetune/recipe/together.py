@@ -102,6 +102,8 @@ def _list_foreign_keys(where: str, task: TaskSection) -> list[str]:
         problems.append(f"{where}.labels: must be left out for {kind}, got {len(task.labels)} labels.")
     if kind != "text_classification" and task.out_of_scope is not None:
         problems.append(f"{where}.out_of_scope: must be left out for {kind}, got {task.out_of_scope!r}.")
+    if task.out_of_scope is None and task.outlier_exposure:
+        problems.append(f"{where}.outlier_exposure: must be 0 without out_of_scope, got {task.outlier_exposure:g}.")
     if kind != "question_answering" and task.stride is not None:
         problems.append(f"{where}.stride: must be left out for {kind}, got {task.stride}.")
     if kind != "causal_lm" and task.separator is not None:
@@ -164,6 +166,7 @@ def _list_few_shot_problems(recipe: Recipe, where: str, task: TaskSection) -> li
     tests = {
         f"{where}.split.shots: must be at least 2 {because}, got {task.split.shots}.": task.split.shots == 1,
         f"train.micro_steps: must be 1 {because}, got {train.micro_steps}.": train.micro_steps > 1,
+        f"{where}.outlier_exposure: must be 0 {because}, got {task.outlier_exposure:g}.": task.outlier_exposure > 0,
         f"train.label_smoothing: must be 0 {because}, got {train.label_smoothing:g}.": train.label_smoothing > 0,
         "adapter.method: must change the base when train.few_shot is contrastive, got 'head'.": recipe.adapter.method
         == "head",

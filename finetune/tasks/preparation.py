@@ -157,7 +157,7 @@ def _prepare_part(
     task = shape.build(known, _get_card_labels(source), source.rows, entries)
     rows = task.prepare_rows(source.rows)
     splits = split_rows(rows, section.split, seed=seed, columns=source.columns)
-    splits, apart = set_apart(splits, section.out_of_scope)
+    splits, apart = set_apart(splits, section.out_of_scope, is_exposed=section.outlier_exposure > 0)
     splits, findings = check_rows(
         splits,
         task.labels,

@@ -59,6 +59,7 @@ class TextClassification(OnBase):
         clean: steps on each text before it is encoded.
         reads_context: whether what was said before belongs to a text.
         out_of_scope: the label of rows that belong to none of `labels`; None where there are no such rows.
+        exposure: what such rows count in the loss; 0 where they are not trained on.
     """
 
     labels: list[str]
@@ -66,6 +67,7 @@ class TextClassification(OnBase):
     clean: tuple[TextStep, ...] = ()
     reads_context: bool = False
     out_of_scope: str | None = None
+    exposure: float = 0.0
 
     type: ClassVar[str] = "text_classification"
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
@@ -86,8 +88,8 @@ class TextClassification(OnBase):
 
     @property
     def codes(self) -> int:
-        """Labels of rows, K."""
-        return len(self.labels)
+        """Labels of rows: K, and one more for rows of no class that are trained on."""
+        return len(self.labels) + (self.exposure > 0)
 
     @classmethod
     def build(
@@ -113,17 +115,21 @@ class TextClassification(OnBase):
         classes = [name for name in dict.fromkeys(values.values() or labels or sorted(found)) if name != outside]
         if len(classes) < 2:
             raise DataError(f"{section.data}: the label column must hold at least 2 classes, got {classes}.")
-        return cls(classes, dict(values), tuple(section.clean), CONTEXT in section.columns, outside)
+        return cls(
+            classes, dict(values), tuple(section.clean), CONTEXT in section.columns, outside, section.outlier_exposure
+        )
 
     def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
         """Clean each text, and put class names where the data hold codes."""
         return [replace(row, values={**row.values, **self._prepare_values(row.values)}) for row in rows]
 
     def build_examples(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Examples:
-        """Encode prepared rows, cut at `max_length` tokens; labels are -100 where a row has no class."""
+        """Encode prepared rows, cut at `max_length` tokens; labels are -100, or K, where a row has no class."""
         texts = [read_question(row, self.reads_context) for row in rows]
         encoded = encode_texts(texts, tokenizer, max_length, keep="end" if self.reads_context else "start")
         index: dict[Any, int] = {label: i for i, label in enumerate(self.labels)}
+        if self.exposure:
+            index[self.out_of_scope] = len(self.labels)
         return Examples.build(encoded, [index.get(row.values.get("label"), IGNORED) for row in rows])
 
     def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
@@ -140,23 +146,30 @@ class TextClassification(OnBase):
 
     def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
         """Start the head at the classes' centroids."""
-        start_at_centroids(model, train, pad_token_id)
+        start_at_centroids(model, train.take(np.flatnonzero(self._has_class(train.labels))), pad_token_id)
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Cross-entropy of each row, (B,)."""
         return self.compute_loss(model(**list_inputs(batch)).logits, batch["labels"], label_smoothing)
 
     def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-        """Cross-entropy of each row, (B,), from its logits (B, K)."""
-        return nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
+        """Cross-entropy of each row, (B,), from its logits (B, K); of rows of no class, that of even probabilities."""
+        is_outside = labels == len(self.labels)
+        known = labels.masked_fill(is_outside, IGNORED)
+        losses = nn.functional.cross_entropy(logits.float(), known, reduction="none", label_smoothing=label_smoothing)
+        if not self.exposure:
+            return losses
+        even = -logits.float().log_softmax(-1).mean(-1)
+        return torch.where(is_outside, self.exposure * even, losses)
 
     def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
         """1 for every row, or the weight of its class: n / (K * count), or the root of that."""
         if scheme == "none":
             return np.ones(len(examples), dtype=np.float32)
-        counts = np.maximum(np.bincount(examples.labels, minlength=len(self.labels)), 1)
-        balanced = len(examples) / (len(self.labels) * counts)
-        weights = np.sqrt(balanced) if scheme == "sqrt_balanced" else balanced
+        known = self._has_class(examples.labels)
+        counts = np.maximum(np.bincount(examples.labels[known], minlength=len(self.labels)), 1)
+        balanced = known.sum() / (len(self.labels) * counts)
+        weights = np.append(np.sqrt(balanced) if scheme == "sqrt_balanced" else balanced, 1.0)
         return weights[examples.labels].astype(np.float32)
 
     def compute_outputs(
@@ -179,7 +192,7 @@ class TextClassification(OnBase):
         self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
     ) -> dict[str, float]:
         """Loss, and the named metrics of uncalibrated scores, of the rows that have a class."""
-        outputs, references = outputs[references != IGNORED], references[references != IGNORED]
+        outputs, references = outputs[self._has_class(references)], references[self._has_class(references)]
         scores = apply_temperature(outputs, 1.0)
         loss = nn.functional.cross_entropy(torch.from_numpy(outputs), torch.from_numpy(references)).item()
         return {"loss": loss} | {name: compute_metric(name, references, scores) for name in names}
@@ -219,7 +232,7 @@ class TextClassification(OnBase):
             outside = held_out.settings.get("outside")
             return float(held_out.settings["temperature"]), OutsideRule(**outside) if outside else None
         references = held_out.examples["validation"].labels
-        known, temperature = references != IGNORED, 1.0
+        known, temperature = self._has_class(references), 1.0
         if held_out.section.calibrate == "temperature":
             temperature = fit_temperature(logits["validation"][known], references[known])
         if self.out_of_scope is None:
@@ -236,14 +249,14 @@ class TextClassification(OnBase):
     ) -> ScoredSplit:
         """The rows of a split that have a class; those that have none beside them."""
         references = held_out.examples[name].labels
-        known = references != IGNORED
+        known = self._has_class(references)
         rows = [row for row, is_known in zip(held_out.rows[name], known, strict=True) if is_known]
         temperature, rule = fitted
         return ScoredSplit(
             name=name,
             labels=self.labels,
             references=references[known],
-            logits=logits[known],
+            logits=logits[known].astype(np.float64),
             texts=[row.values["text"] for row in rows],
             values=[row.values for row in rows],
             temperature=temperature,
@@ -264,10 +277,10 @@ class TextClassification(OnBase):
         baselines: Mapping[str, BaselineResult],
     ) -> OutsideRows:
         """How far outside each row of a split looks to the model and to the baselines."""
-        fitted_on = held_out.examples["validation"].labels != IGNORED
+        fitted_on = self._has_class(held_out.examples["validation"].labels)
         return OutsideRows(
             label=self.out_of_scope or "",
-            is_outside=held_out.examples[name].labels == IGNORED,
+            is_outside=~self._has_class(held_out.examples[name].labels),
             score=rule.score,
             model=OutsideScores(compute_outside_scores(logits, rule.score), rule.threshold),
             baselines={
@@ -288,6 +301,7 @@ class TextClassification(OnBase):
             "clean": list(self.clean),
             "reads_context": self.reads_context,
             "out_of_scope": self.out_of_scope,
+            "exposure": self.exposure,
         }
 
     @classmethod
@@ -299,7 +313,12 @@ class TextClassification(OnBase):
             tuple(config["clean"]),
             config.get("reads_context", False),  # models saved before there were such keys lack them
             config.get("out_of_scope"),
+            config.get("exposure", 0.0),
         )
+
+    def _has_class(self, references: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which rows belong to a class, (N,)."""
+        return (references >= 0) & (references < len(self.labels))
 
     def _prepare_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         label = values.get("label")
@@ -311,7 +330,9 @@ class TextClassification(OnBase):
 
     def _compute_baselines(self, held_out: HeldOut) -> dict[str, BaselineResult]:
         """Fit the recipe's baselines on train, tune them on validation, and score both held-out splits."""
-        examples = held_out.examples
+        taught = np.flatnonzero(self._has_class(held_out.examples["train"].labels))  # the others have no class to fit
+        rows = {**held_out.rows, "train": [held_out.rows["train"][i] for i in taught]}
+        examples = {**held_out.examples, "train": held_out.examples["train"].take(taught)}
         embedded: dict[str, npt.NDArray[np.float32]] = {}
 
         def embed(name: str) -> Callable[[], npt.NDArray[np.float32]]:
@@ -325,7 +346,7 @@ class TextClassification(OnBase):
 
         data = {
             name: BaselineData(
-                texts=[row.values["text"] for row in held_out.rows[name]],
+                texts=[row.values["text"] for row in rows[name]],
                 labels=None if name == "test" else examples[name].labels,
                 features=embed(name),
             )
@@ -346,7 +367,10 @@ class TextClassification(OnBase):
         return {
             "id": [row.id for row in rows],
             "text": [row.values["text"] for row in rows],
-            "reference": [self.out_of_scope if i == IGNORED else self.labels[i] for i in references],
+            "reference": [
+                self.labels[i] if has else self.out_of_scope
+                for i, has in zip(references, self._has_class(references), strict=True)
+            ],
             "prediction": [self.labels[i] for i in scores.argmax(axis=1)],
         } | {f"score_{label}": scores[:, i] for i, label in enumerate(self.labels)}
 
@@ -354,7 +378,7 @@ class TextClassification(OnBase):
         self, rows: Sequence[Row], references: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]
     ) -> list[dict[str, Any]]:
         predictions, confidences = scores.argmax(axis=1), scores.max(axis=1)
-        wrong = np.flatnonzero((predictions != references) & (references != IGNORED))
+        wrong = np.flatnonzero((predictions != references) & self._has_class(references))
         return [
             {
                 "id": rows[i].id,

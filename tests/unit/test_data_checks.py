@@ -263,7 +263,7 @@ def test_classes_with_too_few_rows_for_the_shots():
 
 def test_rows_of_no_class_leave_train_and_are_known_elsewhere():
     outside = {"train": [("hello there", "oos")], "validation": [("what is this", "oos")], "test": [("hum", "oos")]}
-    splits, findings = set_apart(clean_splits(**outside), "oos")
+    splits, findings = set_apart(clean_splits(**outside), "oos", is_exposed=False)
     assert splits["train"] == clean_splits()["train"]
     assert [len(splits[name]) for name in ("validation", "test")] == [3, 3]
     note = only(findings)
@@ -274,21 +274,32 @@ def test_rows_of_no_class_leave_train_and_are_known_elsewhere():
     assert {finding.kind for finding in findings} == {"unknown_label"}
 
 
+def test_rows_of_no_class_stay_in_train_where_they_are_learned_from():
+    outside = {"train": [("hello there", "oos")], "validation": [("what is this", "oos")], "test": [("hum", "oos")]}
+    splits = clean_splits(**outside)
+    assert set_apart(splits, "oos", is_exposed=True) == (splits, [])
+    _, findings = set_apart(clean_splits(**{**outside, "train": []}), "oos", is_exposed=True)
+    assert only(findings).severity == "error"
+    assert only(findings).message == (
+        "train: must have rows labelled 'oos' for outlier_exposure, got none. Add some, or set it to 0."
+    )
+
+
 def test_a_text_of_no_class_that_was_trained_on_is_a_leak():
-    splits, _ = set_apart(clean_splits(test=[("Alpha wins contract!", "oos")]), "oos")
+    splits, _ = set_apart(clean_splits(test=[("Alpha wins contract!", "oos")]), "oos", is_exposed=False)
     _, findings = check_rows(splits, ["neg", "pos"], leaks="fail", out_of_scope="oos")
     assert "leak" in {finding.kind for finding in findings if finding.severity == "error"}
 
 
 def test_rows_of_no_class_are_missed_and_may_not_be_all():
     splits = clean_splits(validation=[("what is this", "oos")]) | make_splits(test=[("hum", "oos")])
-    _, findings = set_apart(splits, "oos")
+    _, findings = set_apart(splits, "oos", is_exposed=False)
     assert only(findings).severity == "error"
     assert only(findings).message == "test: must have rows with a class, got only rows labelled 'oos'. Add some."
-    _, findings = set_apart(clean_splits(), "oos")
+    _, findings = set_apart(clean_splits(), "oos", is_exposed=False)
     must = "must have rows labelled 'oos' for out_of_scope, got none"
     assert [finding.message for finding in findings] == [
         f"validation: {must}: no probability can be fitted. Add some.",
         f"test: {must}: nothing says how well they are told. Add some.",
     ]
-    assert set_apart(splits, None) == (splits, [])
+    assert set_apart(splits, None, is_exposed=False) == (splits, [])

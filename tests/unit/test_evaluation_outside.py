@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
 from finetune.errors import RecipeError
@@ -20,6 +23,7 @@ from finetune.evaluation.outside import (
     compute_threshold,
     fit_outside,
 )
+from finetune.tasks.text_classification import TextClassification
 
 LOGITS = np.array([[math.log(1), math.log(3)], [math.log(10), math.log(30)], [0.0, 0.0]])
 
@@ -117,3 +121,14 @@ def test_gates_may_name_the_metrics_and_recipes_need_not():
         check_metric_names(["outside_auroc"])
     with pytest.raises(RecipeError, match="must name metrics out of"):
         check_gate_names({"outside_auroc": ">= 0.9"}, [], "texts")
+
+
+def test_the_loss_of_a_row_of_no_class_is_least_where_all_classes_are_alike():
+    task = TextClassification(["a", "b", "c"], {}, out_of_scope="none", exposure=0.5)
+    logits = torch.tensor([[2.0, 0.0, -1.0], [2.0, 0.0, -1.0], [0.3, 0.3, 0.3]], requires_grad=True)
+    losses = task.compute_loss(logits, torch.tensor([0, 3, 3]), 0.0)
+    logs = np.log(softmax([2.0, 0.0, -1.0]))
+    assert losses.tolist() == pytest.approx([-logs[0], -0.5 * logs.mean(), 0.5 * np.log(3)], rel=1e-6)
+    losses[2].backward()
+    assert logits.grad.abs().max() < 1e-7  # nothing to improve
+    assert (task.codes, replace(task, exposure=0.0).codes) == (4, 3)
