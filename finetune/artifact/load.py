@@ -14,8 +14,9 @@ from torch import nn
 
 from finetune.adapters.attach import can_merge, load_adapter, merge_adapter
 from finetune.artifact.export.engine import load_engine
-from finetune.artifact.export.opening import open_export
-from finetune.artifact.saved import Saved, open_saved
+from finetune.artifact.export.formats import get_format
+from finetune.artifact.export.opening import open_model
+from finetune.artifact.saved import Saved
 from finetune.data.batches import Examples
 from finetune.data.rows import Row
 from finetune.errors import UsageError
@@ -424,8 +425,9 @@ def load(
         ResourceError: the engine is not installed.
         ModelError: a damaged folder, or the base that an adapter needs is not at hand.
     """
-    saved = open_saved(reference) if engine is None else open_export(reference, engine)
-    if exported := saved.settings.get("engine"):
+    saved = open_model(reference, engine)
+    exported = saved.settings.get("engine")
+    if exported and get_format(exported["format"]).runtime != "transformers":
         return _build(saved, load_engine(saved.folder, exported, threads))
     if saved.base is None:
         model = saved.task.load_model(saved.folder)

@@ -51,9 +51,8 @@ class EngineModel(nn.Module):
             task: whose logits, where there are several; None for all.
             batch: tensors (B, T); what the graph does not read is left out, types that are not given are 0.
         """
-        given = {name: batch[name] for name in self.inputs if name in batch}
-        missing = {name: torch.zeros_like(batch["input_ids"]) for name in self.inputs if name not in given}
-        found = self.engine.run({name: tensor.numpy() for name, tensor in (given | missing).items()})
+        given = {"token_type_ids": torch.zeros_like(batch["input_ids"])} | batch
+        found = self.engine.run({name: given[name].numpy() for name in self.inputs})
         outputs = {name: torch.from_numpy(array) for name, array in found.items()}
         heads = {name.removeprefix(HEAD): tensor for name, tensor in outputs.items() if name.startswith(HEAD)}
         if not heads:
@@ -67,7 +66,7 @@ def load_engine(folder: Path, settings: Mapping[str, Any], threads: int | None =
     Args:
         folder: as `export_run` wrote it.
         settings: the content of its `engine` in finetune.json.
-        threads: that compute one answer; None for as many as torch uses.
+        threads: that compute one answer; None for as many as torch uses, which a graph in torch always does.
 
     Raises:
         ResourceError: the engine is not installed.
@@ -79,7 +78,7 @@ def load_engine(folder: Path, settings: Mapping[str, Any], threads: int | None =
     check_installed(format_, format_.reads)
     count = threads or torch.get_num_threads()
     try:
-        engine = _OPENERS[format_.runtime](folder, count)
+        engine = _OPENERS[format_.runtime](folder, count, settings)
     except ModelError:
         raise
     except Exception as error:  # each engine has its own
@@ -88,22 +87,22 @@ def load_engine(folder: Path, settings: Mapping[str, Any], threads: int | None =
     return EngineModel(engine, settings["inputs"], config)
 
 
-def _open_onnx(folder: Path, threads: int) -> Engine:
+def _open_onnx(folder: Path, threads: int, _settings: Mapping[str, Any]) -> Engine:
     from finetune.artifact.export.onnx_format import OnnxEngine
 
     return OnnxEngine(folder, threads)
 
 
-def _open_openvino(folder: Path, threads: int) -> Engine:
+def _open_openvino(folder: Path, threads: int, _settings: Mapping[str, Any]) -> Engine:
     from finetune.artifact.export.openvino_format import OpenVinoEngine
 
     return OpenVinoEngine(folder, threads)
 
 
-def _open_torch(folder: Path, threads: int) -> Engine:
+def _open_torch(folder: Path, _threads: int, settings: Mapping[str, Any]) -> Engine:
     from finetune.artifact.export.torch_format import TorchEngine
 
-    return TorchEngine(folder, threads)
+    return TorchEngine(folder, tuple(settings["outputs"]))
 
 
 _OPENERS = {"onnxruntime": _open_onnx, "openvino": _open_openvino, "torch": _open_torch}

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from finetune.artifact.assess import choose_evaluation
+from finetune.artifact.export import onnx_format, openvino_format
 from finetune.artifact.export.engine import load_engine
 from finetune.artifact.export.formats import Format, check_installed, check_task, get_format
 from finetune.artifact.export.graph import Graph, trace
@@ -34,9 +35,11 @@ from finetune.artifact.export.parity import (
     settle_max_drop,
 )
 from finetune.artifact.export.speed import describe_machine, measure
+from finetune.artifact.export.torch_format import write_torch
+from finetune.artifact.export.transformers_format import write_transformers
 from finetune.artifact.load import list_predictors, load
 from finetune.artifact.run_folder import RunFolder, find_run, now, save_json
-from finetune.artifact.save import SETTINGS, seal_folder
+from finetune.artifact.save import seal_folder
 from finetune.artifact.saved import Saved, compute_model_fingerprint, open_saved
 from finetune.data.batches import Examples
 from finetune.errors import UsageError
@@ -156,18 +159,20 @@ def _write(
     source: Source, format_: Format, temporary: Path, folder: Path, narrate: Callable[[str], None]
 ) -> dict[str, Any]:
     """Fill a folder, hold it against the run, and say what became of it: the content of parity.json."""
-    narrate(f"tracing {source.run.name}")
-    graph = trace(source.model, reads_types=source.examples.token_type_ids is not None)
-    source.model.config.save_pretrained(temporary)
+    engine: dict[str, Any] = {"format": format_.name, "source": compute_model_fingerprint(source.run.model)}
+    candidates: list[Candidate] = []
     source.tokenizer.save_pretrained(temporary)
-    engine = {
-        "format": format_.name,
-        "source": compute_model_fingerprint(source.run.model),
-        "inputs": list(graph.inputs),
-        "outputs": list(graph.outputs),
-    }
-    candidates = _write_graph(source, format_, graph, engine, temporary, narrate)
-    model = load_engine(temporary, engine)
+    if format_.runtime == "transformers":
+        narrate(f"writing {source.run.name} as a class of transformers")
+        write_transformers(source.model, temporary)
+        model = source.saved.task.load_model(temporary).eval()
+    else:
+        narrate(f"tracing {source.run.name}")
+        graph = trace(source.model, reads_types=source.examples.token_type_ids is not None)
+        engine |= {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}
+        source.model.config.save_pretrained(temporary)
+        candidates = _write_graph(source, format_, graph, engine, temporary, narrate)
+        model = load_engine(temporary, engine)
     narrate("holding it against the run on validation")
     tasks = source.compare(model)
     check_drop(str(source.run.path), list_excesses(tasks, source.max_drop), kept=(folder / PARITY).exists())
@@ -203,10 +208,9 @@ def _write_graph(  # noqa: PLR0913  (what, as what, where)
     narrate: Callable[[str], None],
 ) -> list[Candidate]:
     """Write the files of an engine; of an 8-bit one what was tried, the taken one first."""
-    from finetune.artifact.export import onnx_format, openvino_format
-
     if format_.runtime == "torch":
-        raise NotImplementedError
+        write_torch(graph, folder)
+        return []
     plain = folder / onnx_format.FILE
     onnx_format.write_onnx(graph, plain)
     if not format_.is_quantized:

@@ -9,7 +9,7 @@ from typing import Literal
 from finetune.errors import ResourceError, UsageError
 from finetune.recipe.messages import suggest
 
-Runtime = Literal["torch", "onnxruntime", "openvino"]
+Runtime = Literal["transformers", "torch", "onnxruntime", "openvino"]
 TASKS = ("text_classification", "multi_task", "retrieval", "reranking", "question_answering")
 """Task types whose models answer in one pass."""
 
@@ -20,7 +20,7 @@ class Format:
 
     Args:
         name: what the command line and `finetune.load` call it.
-        runtime: what computes its answers.
+        runtime: what computes its answers; `transformers`: a model as any other, which `load` reads itself.
         is_quantized: whether its matrix products are of 8-bit integers.
         extra: of this package, which brings `writes` and `reads`; None where nothing is needed.
         writes: modules that an export needs.
@@ -39,7 +39,7 @@ _ONNX = ("onnx", "onnxscript", "onnxruntime")
 FORMATS = {
     format_.name: format_
     for format_ in (
-        Format("transformers", "torch"),
+        Format("transformers", "transformers"),
         Format("onnx", "onnxruntime", extra="onnx", writes=_ONNX, reads=("onnxruntime",)),
         Format("onnx-int8", "onnxruntime", True, extra="onnx", writes=_ONNX, reads=("onnxruntime",)),
         Format("openvino", "openvino", extra="openvino", writes=("openvino",), reads=("openvino",)),
