@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.output import AsJson, RunArgument, print_json, print_table, print_text
+from finetune.cli.output import AsJson, Engine, RunArgument, print_json, print_table, print_text
 
 
 def predict_command(
@@ -20,9 +20,7 @@ def predict_command(
         Path | None, typer.Option("--output", help="Where the scored rows go: CSV, JSONL or Parquet.")
     ] = None,
     column: Annotated[str, typer.Option("--column", help="The text column of --input.")] = "text",
-    engine: Annotated[
-        str | None, typer.Option("--engine", help="A format that finetune export wrote of the run, such as onnx-int8.")
-    ] = None,
+    engine: Engine = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict with a finished run."""

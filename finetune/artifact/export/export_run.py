@@ -144,7 +144,13 @@ def _open_source(run: RunFolder, saved: Saved, recipe: Recipe) -> Source:
     loaded = load(run.model)
     predictors = list_predictors(loaded, list(recipe.tasks))
     judged = {
-        name: Judged(one.task, choose_evaluation(recipe, name), one.temperature, recipe.train.seed)
+        name: Judged(
+            one.task,
+            choose_evaluation(recipe, name),
+            one.temperature,
+            recipe.train.seed,
+            one.fitted.get("threshold", 0.0),
+        )
         for name, one in predictors.items()
     }
     max_drop = settle_max_drop(recipe.export.max_drop, judged)

@@ -36,14 +36,15 @@ class Format:
 
 
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
+_OPENVINO = ("onnx", "onnxscript", "openvino")  # it reads the ONNX file that torch writes
 FORMATS = {
     format_.name: format_
     for format_ in (
         Format("transformers", "transformers"),
         Format("onnx", "onnxruntime", extra="onnx", writes=_ONNX, reads=("onnxruntime",)),
         Format("onnx-int8", "onnxruntime", True, extra="onnx", writes=_ONNX, reads=("onnxruntime",)),
-        Format("openvino", "openvino", extra="openvino", writes=("openvino",), reads=("openvino",)),
-        Format("openvino-int8", "openvino", True, extra="openvino", writes=("openvino", "nncf"), reads=("openvino",)),
+        Format("openvino", "openvino", extra="openvino", writes=_OPENVINO, reads=("openvino",)),
+        Format("openvino-int8", "openvino", True, extra="openvino", writes=(*_OPENVINO, "nncf"), reads=("openvino",)),
         Format("torch-export", "torch"),
     )
 }

@@ -34,12 +34,14 @@ class Judged:
         section: `evaluate`, as it holds for the task.
         temperature: fitted when the run was judged.
         seed: of the resamples.
+        threshold: above which an answer is given, where one was fitted.
     """
 
     task: Task
     section: EvaluateSection
     temperature: float
     seed: int
+    threshold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def _split(task: MultiTask, outputs: Outputs, labels: npt.NDArray[np.int64]) -> 
         first += task.tasks[name].codes
 
 
-def decide(task: Task, outputs: Outputs) -> npt.NDArray[np.int64]:
+def decide(task: Task, outputs: Outputs, threshold: float) -> npt.NDArray[np.int64]:
     """What each row's answer is, (N,) or (N, 2): the class; whether a pair belongs together; of a vector the row that
     is nearest; where an answer begins and ends, -1 where none is given."""
     if isinstance(task, Reranking):
@@ -90,7 +92,7 @@ def decide(task: Task, outputs: Outputs) -> npt.NDArray[np.int64]:
         return np.concatenate([_find_nearest(outputs, start) for start in range(0, len(outputs), BLOCK)])
     if isinstance(task, QuestionAnswering):
         null, best = outputs[:, 1], outputs[:, 2]
-        return np.where((best > null)[:, None], outputs[:, 3:5], -1).astype(np.int64)
+        return np.where((best - null > threshold)[:, None], outputs[:, 3:5], -1).astype(np.int64)
     return np.asarray(outputs.argmax(axis=1), dtype=np.int64)
 
 
@@ -112,7 +114,7 @@ def compare_answers(judged: Judged, before: Answers, after: Answers) -> dict[str
     given, found = before.outputs[:, columns], after.outputs[:, columns]
     finite = np.isfinite(given) & np.isfinite(found)
     differences = np.abs(given - found)[finite]
-    equal = decide(task, before.outputs) == decide(task, after.outputs)
+    equal = decide(task, before.outputs, judged.threshold) == decide(task, after.outputs, judged.threshold)
     metrics = _compare_classes(judged, before, after) if isinstance(task, TextClassification) else {}
     if not metrics:
         metrics = _compare_points(judged, before, after)
