@@ -248,7 +248,8 @@ def test_each_kind_of_task_has_its_metrics_and_baselines(kind: str, metrics: lis
             {"metrics": ["bleu"], "baselines": ["nearest"]},
             [
                 "evaluate.metrics: must name metrics out of accuracy, auroc, brier, ece, log_loss, macro_f1, mcc, "
-                "weighted_f1, got 'bleu'. It is for tasks that write a text for a text or tasks that complete a prompt.",
+                "weighted_f1, got 'bleu'. It is for tasks that write a text for a text or tasks that complete a "
+                "prompt.",
                 "evaluate.baselines: must name baselines out of majority, tfidf_logreg, frozen_logreg, got 'nearest'. "
                 "It is for tasks that write a text for a text or tasks that complete a prompt.",
             ],

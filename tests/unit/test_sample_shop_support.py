@@ -82,14 +82,14 @@ def test_intents_are_the_labels_and_their_slots_are_the_braces(card, intents):
     assert len(descriptions) == 40
 
 
-def test_each_intent_is_in_each_split_in_like_shares(card, rows):
+def test_validation_and_test_are_drawn_alike(card, rows):
     by_label = defaultdict(Counter)
     for row in rows:
         by_label[row.values["label"]][row.split] += 1
     assert set(by_label) == {*card.labels, OUTSIDE}
     for counts in by_label.values():
-        shares = [counts[split] / counts.total() for split in SPLITS]
-        assert shares == pytest.approx([0.73, 0.16, 0.11], abs=0.06)
+        assert counts["validation"] / (counts["validation"] + counts["test"]) == pytest.approx(0.37, abs=0.03)
+        assert counts["train"] / counts.total() >= 0.7
         assert counts.total() >= 20
 
 
@@ -105,7 +105,7 @@ def test_entries_exist_and_each_is_asked_for_in_the_test_split(rows, entries, in
         asked[row.split].update(named)
     assert min(asked["test"][entry] for entry in entries) >= 2
     assert min(asked["train"][entry] for entry in entries) >= 25
-    assert min(asked["validation"][entry] for entry in entries) >= 5
+    assert min(asked["validation"][entry] for entry in entries) >= 2
 
 
 def test_an_entry_has_two_to_four_sentences(entries):
