@@ -40,9 +40,7 @@ def main() -> None:
     tokenizer = next(iter(list_predictors(loaded, [""]).values())).tokenizer
     models = {"run": loaded.model.cpu()} | {name: load(run.path, engine=name).model for name in made}
     saved, examples = open_saved(run.model), Examples.load(run.examples("validation"))
-    found = measure(
-        saved.task, models, tokenizer, examples, saved.settings["max_length"], rounds=arguments.rounds
-    )
+    found = measure(saved.task, models, tokenizer, examples, saved.settings["max_length"], rounds=arguments.rounds)
     print(f"{found['rows']} rows of {found['tokens_per_row']} tokens, {torch.get_num_threads()} threads")
     print(f"{'':16}{'rows/s':>10}{'times':>8}{'p50 ms':>10}{'p95 ms':>10}{'times':>8}")
     for name in ("pipeline", *models):

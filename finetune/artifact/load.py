@@ -407,9 +407,7 @@ def list_predictors(loaded: Predictor | MultiPredictor, names: Sequence[str] = (
     return dict.fromkeys(names, loaded)
 
 
-def load(
-    reference: str | Path, *, engine: str | None = None, threads: int | None = None
-) -> Predictor | MultiPredictor:
+def load(reference: str | Path, *, engine: str | None = None, threads: int | None = None) -> Predictor | MultiPredictor:
     """Load a run (`runs/name`, its latest finished one), or a `model/` folder, or one that `finetune export` wrote.
 
     Args:

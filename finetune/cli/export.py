@@ -15,9 +15,7 @@ def export_command(
     run: RunArgument,
     format_: Annotated[
         str,
-        typer.Option(
-            "--format", help="transformers, onnx, onnx-int8, openvino, openvino-int8 or torch-export."
-        ),
+        typer.Option("--format", help="transformers, onnx, onnx-int8, openvino, openvino-int8 or torch-export."),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", help="The folder; default export/FORMAT in the run's.")

@@ -92,6 +92,16 @@ def test_the_folder_of_transformers_loads_without_this_package(export, find_run)
     assert [one.label for one in again.predict(TEXTS)] == [one.label for one in run.predict(TEXTS)]
 
 
+def test_no_file_says_where_it_was_made(export):
+    import zipfile
+
+    folder = export("text_classification", "torch-export").folder
+    with zipfile.ZipFile(folder / "model.pt2") as archive:
+        contents = [archive.read(name) for name in archive.namelist()]
+    contents += [path.read_bytes() for path in folder.iterdir() if path.suffix != ".pt2"]
+    assert not [content for content in contents if b'modeling_triad.py", line' in content or b'File "' in content]
+
+
 def test_thresholds_and_labels_come_along(export, find_run):
     """Temperature and probability by class are those of the run, from the exported folder alone."""
     exported = export("text_classification", "torch-export")

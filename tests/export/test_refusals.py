@@ -53,7 +53,10 @@ def test_a_task_without_a_graph_of_one_pass(kind):
     ("name", "words"),
     [
         ("onnx", r'onnx: onnx, onnxscript, onnxruntime must be installed, .*pip install "finetune-toolkit\[onnx\]"'),
-        ("openvino-int8", r'openvino-int8: onnx, onnxscript, openvino, nncf must be installed, .*pip install "finetune-toolkit\[openvino\]"'),
+        (
+            "openvino-int8",
+            r'openvino-int8: onnx, onnxscript, openvino, nncf must be installed, .*pip install "finetune-toolkit\[openvino\]"',
+        ),
     ],
 )
 def test_missing_packages(own_run, monkeypatch, name, words):
@@ -106,7 +109,7 @@ def test_a_worse_export_is_not_written_and_an_older_one_stays(command, own_expor
     assert "macro_f1 must lose at most 0.005 on validation, lost " in done.err
     assert "The export that was there is as it was. Take a format without int8, or allow more" in done.err
     assert read(folder) == before
-    assert [path.name for path in folder.parent.iterdir()] == ["torch-export"]
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
     with pytest.raises(GateError, match=r"Nothing was written\."):
         export_run(run, "torch-export", run / "other")
     assert not (run / "other").exists()
@@ -146,7 +149,9 @@ class Holder(nn.Module):
 
 
 def test_a_model_that_decides_by_numbers_names_the_layer():
-    with pytest.raises(ModelError, match=r"export: the model must be a graph of operators .* in Branching that is none"):
+    with pytest.raises(
+        ModelError, match=r"export: the model must be a graph of operators .* in Branching that is none"
+    ):
         trace(Holder(Branching()), reads_types=False)
 
 
@@ -155,7 +160,7 @@ def test_an_operator_that_onnx_does_not_have_is_named_with_its_layer(tmp_path):
     from finetune.artifact.export.onnx_format import write_onnx
 
     graph = trace(Holder(Odd()), reads_types=False)
-    with pytest.raises(ModelError, match=r"got aten\.linalg_eig\w*(\.default)? in \S*inner\S* that is none .*lora"):
+    with pytest.raises(ModelError, match=r"got aten\.linalg_eig in inner that is none \(No ONNX function found"):
         write_onnx(graph, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -182,7 +187,9 @@ def test_an_engine_of_another_model(own_export):
     run = own_export("torch-export")
     weights = run / "model" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")  # as after training it again
-    with pytest.raises(UsageError, match=r"must be an export of this run's model \(sha256 \w{12}\), got one of another"):
+    with pytest.raises(
+        UsageError, match=r"must be an export of this run's model \(sha256 \w{12}\), got one of another"
+    ):
         finetune.load(run, engine="torch-export")
 
 

@@ -137,7 +137,9 @@ def export_run(
 
 def _check_output(folder: Path) -> None:
     if folder.exists() and not (folder / PARITY).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: must be a new folder or an older export, got something else. Choose another --output.")
+        raise UsageError(
+            f"{folder}: must be a new folder or an older export, got something else. Choose another --output."
+        )
 
 
 def _open_source(run: RunFolder, saved: Saved, recipe: Recipe) -> Source:
@@ -193,7 +195,10 @@ def _write(
         "tasks": tasks,
         "max_drop": {name: dict(limits) for name, limits in source.max_drop.items()},
         "candidates": [candidate.describe() for candidate in candidates],
-        "bytes": {"before": count_bytes(source.model), "after": sum(p.stat().st_size for p in _list_weights(temporary))},
+        "bytes": {
+            "before": count_bytes(source.model),
+            "after": sum(p.stat().st_size for p in _list_weights(temporary)),
+        },
         "machine": describe_machine(),
         "speed": measure(source.saved.task, contenders, source.tokenizer, source.examples, max_length),
     }

@@ -74,23 +74,42 @@ def trace(model: nn.Module, *, reads_types: bool) -> Graph:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             outputs = tuple(name_outputs(model(**dict(zip(inputs, tensors, strict=True)))))
-            program = torch.export.export(_Named(model, inputs).eval(), tensors, dynamic_shapes=((size,) * len(inputs),))
+            program = torch.export.export(
+                _Named(model, inputs).eval(), tensors, dynamic_shapes=((size,) * len(inputs),)
+            )
     except Exception as error:  # whatever the model does
         raise ModelError(f"export: {describe_failure(error)}") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, which files would carry along
     return Graph(program, inputs, outputs)
 
 
-def describe_failure(error: Exception) -> str:
-    """The sentence about a model that cannot be said as a graph: operator, layer, reason, fix."""
-    text = "\n".join(str(link) for link in _list_causes(error))
-    operators = re.findall(r"\b(?:aten|torch_attn|prims|quantized|torchao)[.:]+[\w.]+", text)
-    layer = _find_layer(error) or next(iter(re.findall(r"(?:name_scopes|model\.[\w.]+)", text)), None)
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def describe_failure(error: Exception, program: torch.export.ExportedProgram | None = None) -> str:
+    """The sentence about a model that cannot be said as a graph: operator, layer, reason, fix.
+
+    Args:
+        error: of torch.
+        program: what was traced, where it came so far.
+    """
+    causes = _list_causes(error)
+    text = "\n".join(str(cause) for cause in causes)
+    operator = next(iter(re.findall(r"\b(?:aten|prims|quantized|torchao)(?:\.|::)\w+", text)), None)
+    layer = _find_layer(error) if program is None else _find_scope(program, operator or "")
+    reason = next((line.strip() for line in str(causes[-1]).splitlines() if line.strip()), type(error).__name__)
     return (
-        f"the model must be a graph of operators that the format knows, got {operators[0] if operators else 'code'} "
-        f"in {layer or 'its forward pass'} that is none ({reason[:200]}). Export another format, or train with "
+        f"the model must be a graph of operators that the format knows, got {operator or 'code'} in "
+        f"{layer or 'its forward pass'} that is none ({reason[:200]}). Export another format, or train with "
         "adapter: {method: lora}, which is merged into plain layers."
     )
+
+
+def _find_scope(program: torch.export.ExportedProgram, operator: str) -> str | None:
+    """Name of the first module that calls an operator, or one whose name goes on from it."""
+    for node in program.graph.nodes:
+        if operator and str(node.target).startswith(operator):
+            scopes = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+            return scopes[-1].removeprefix("model.") if scopes else None
+    return None
 
 
 def _list_causes(error: BaseException | None) -> list[BaseException]:

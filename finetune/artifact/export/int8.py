@@ -132,9 +132,7 @@ def choose_quantization(  # noqa: PLR0913  (how to write, read and judge one, ou
                 break
     good = [(candidate, place) for candidate, place in tried if not candidate.excesses]
     timed = _time([place for _, place in good], read, calibration) if len(good) > 1 else {}
-    tried = [
-        (Candidate(c.scheme, c.float_layers, c.excesses, c.tasks, timed.get(place)), place) for c, place in tried
-    ]
+    tried = [(Candidate(c.scheme, c.float_layers, c.excesses, c.tasks, timed.get(place)), place) for c, place in tried]
     tried.sort(key=lambda one: (len(one[0].excesses), one[0].seconds or float("inf"), _sum_losses(one[0])))
     for path in tried[0][1].iterdir():
         path.rename(folder / path.name)
@@ -189,7 +187,9 @@ def _is_quantizable(name: str, layer: nn.Module) -> bool:
 def _run(model: nn.Module, batch: Batch) -> torch.Tensor:
     """All that the model gives, (N,)."""
     tensors = name_outputs(model(**batch))
-    return torch.cat([tensors[name].float().flatten() for name in sorted(tensors, key=lambda name: name.removeprefix(HEAD))])
+    return torch.cat(
+        [tensors[name].float().flatten() for name in sorted(tensors, key=lambda name: name.removeprefix(HEAD))]
+    )
 
 
 def _measure_ranges(

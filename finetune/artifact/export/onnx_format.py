@@ -70,14 +70,16 @@ def write_onnx(graph: Graph, path: Path) -> None:
                 output_names=list(graph.outputs),
             )
     except Exception as error:  # the exporter's own classes are private
-        raise ModelError(f"export: {describe_failure(error)}") from error
+        raise ModelError(f"export: {describe_failure(error, graph.program)}") from error
     finally:
         logger.setLevel(level)
     assert written is not None  # None only where it writes a file itself
     written.save(path, external_data=False)
 
 
-def quantize_onnx(source: Path, target: Path, scheme: Scheme, float_layers: Sequence[str], batches: Sequence[Arrays]) -> None:
+def quantize_onnx(
+    source: Path, target: Path, scheme: Scheme, float_layers: Sequence[str], batches: Sequence[Arrays]
+) -> None:
     """Make an ONNX file's matrix products with weights 8-bit: weights by output channel, what goes in by tensor.
 
     Tables of embeddings become 8-bit too, by row: they are most of a small model's bytes.
@@ -124,6 +126,8 @@ def quantize_onnx(source: Path, target: Path, scheme: Scheme, float_layers: Sequ
         logger.setLevel(level)
     quantized = onnx.load(target)
     round_embeddings(quantized)
+    for node in quantized.graph.node:
+        del node.metadata_props[:]  # which module it came from: that was for choosing
     onnx.save(quantized, target)
 
 

@@ -51,7 +51,9 @@ class Times:
 
 def write_texts(examples: Examples, tokenizer: Any) -> list[str]:
     """The rows as text again: what reading costs is part of every answer."""
-    rows = [examples.input_ids[start:end].tolist() for start, end in zip(examples.starts, examples.starts[1:], strict=False)]
+    rows = [
+        examples.input_ids[start:end].tolist() for start, end in zip(examples.starts, examples.starts[1:], strict=False)
+    ]
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
 
 
@@ -103,10 +105,17 @@ def measure(
         for name, one in times.items()
         if name != "pipeline"
     }
-    return {"rows": len(texts), "tokens_per_row": round(float(examples.lengths[chosen].mean()), 1), **found, "ratios": ratios}
+    return {
+        "rows": len(texts),
+        "tokens_per_row": round(float(examples.lengths[chosen].mean()), 1),
+        **found,
+        "ratios": ratios,
+    }
 
 
-def _take_turn(times: Times, answer: Callable[[Sequence[str]], Any], texts: Sequence[str], single: Sequence[str]) -> None:
+def _take_turn(
+    times: Times, answer: Callable[[Sequence[str]], Any], texts: Sequence[str], single: Sequence[str]
+) -> None:
     begun = time.perf_counter()
     for count, text in enumerate(single, start=1):
         started = time.perf_counter()

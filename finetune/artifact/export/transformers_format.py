@@ -53,4 +53,6 @@ def convert(model: Any) -> nn.Module:
             reasons.append(str(error))
     reason = min(reasons, key=len).partition(". ")[0]
     fix = "Train with model: {pooling: first}, or take onnx." if "pooling must be" in reason else "Take onnx."
-    raise UsageError(f"transformers: a class of transformers must express the model, got one that none does: {reason}. {fix}")
+    raise UsageError(
+        f"transformers: a class of transformers must express the model, got one that none does: {reason}. {fix}"
+    )
