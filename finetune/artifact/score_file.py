@@ -23,7 +23,7 @@ from finetune.errors import DataError, ResourceError, UsageError
 FORMATS = (".csv", ".jsonl", ".parquet")
 
 
-def score_file(  # noqa: PLR0913  (with what, from where to where, how)
+def score_file(
     run: str | Path,
     source: Path,
     output: Path,

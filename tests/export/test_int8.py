@@ -52,10 +52,13 @@ def test_a_static_file_carries_its_ranges_and_a_dynamic_one_does_not(find_run, c
 
     graph = trace(finetune.load(find_run("text_classification")).model, reads_types=False)
     write_onnx(graph, tmp_path / "float.onnx")
-    batches, left = calibration.list_arrays(graph.inputs), ["model.encoder.layers.0.mlp.up_proj"]
+    batches = calibration.list_arrays(graph.inputs)
+    parts = [f"attention.{part}_proj" for part in "qkvo"] + ["mlp.up_proj", "mlp.down_proj"]
+    layers = [f"model.encoder.layers.{i}.{part}" for i in (0, 1) for part in parts]
+    layers.remove("model.encoder.layers.0.mlp.up_proj")
     found = {}
     for scheme in ("static", "dynamic"):
-        quantize_onnx(tmp_path / "float.onnx", tmp_path / f"{scheme}.onnx", scheme, left, batches)
+        quantize_onnx(tmp_path / "float.onnx", tmp_path / f"{scheme}.onnx", scheme, layers, batches)
         model = onnx.load(tmp_path / f"{scheme}.onnx")
         found[scheme] = {tensor.name: tensor for tensor in model.graph.initializer}
         operators = [node.op_type for node in model.graph.node]

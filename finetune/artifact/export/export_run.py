@@ -178,7 +178,8 @@ def _write(
         narrate(f"tracing {source.run.name}")
         graph = trace(source.model, reads_types=source.examples.token_type_ids is not None)
         engine |= {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}
-        source.model.config.save_pretrained(temporary)
+        config: Any = source.model.config
+        config.save_pretrained(temporary)
         candidates = _write_graph(source, format_, graph, engine, temporary, narrate)
         model = load_engine(temporary, engine)
     narrate("holding it against the run on validation")
@@ -210,7 +211,7 @@ def _list_weights(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix in (".onnx", ".xml", ".bin", ".pt2", ".safetensors")]
 
 
-def _write_graph(  # noqa: PLR0913  (what, as what, where)
+def _write_graph(
     source: Source,
     format_: Format,
     graph: Graph,
@@ -238,10 +239,11 @@ def _write_graph(  # noqa: PLR0913  (what, as what, where)
 
     def write(scheme: Scheme, left: Sequence[str], place: Path) -> None:
         narrate(f"8 bits, {scheme} ranges, {len(left)} of {len(ranked)} layers left in float")
+        layers = [name for name in ranked if name not in left]
         if format_.runtime == "openvino":
-            openvino_format.quantize_openvino(plain, place, onnx_format.list_nodes(plain, left), batches)
+            openvino_format.quantize_openvino(plain, place, onnx_format.list_other_products(plain, layers), batches)
         else:
-            onnx_format.quantize_onnx(plain, place / onnx_format.FILE, scheme, left, batches)
+            onnx_format.quantize_onnx(plain, place / onnx_format.FILE, scheme, layers, batches)
 
     def read(place: Path) -> nn.Module:
         for path in folder.glob("*config*.json"):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.artifact.export.engine import Arrays, HEAD
+from finetune.artifact.export.engine import HEAD, Arrays
 from finetune.artifact.export.graph import name_outputs
 from finetune.data.batches import Batch, Examples, collate, list_inputs, plan_prediction
 
@@ -142,7 +142,7 @@ def choose_quantization(  # noqa: PLR0913  (how to write, read and judge one, ou
 
 
 def _sum_losses(candidate: Candidate) -> float:
-    return sum(task["mean_difference"] for task in candidate.tasks.values())
+    return sum(float(task["mean_difference"]) for task in candidate.tasks.values())
 
 
 def _time(places: Sequence[Path], read: Callable[[Path], nn.Module], calibration: Calibration) -> dict[Path, float]:

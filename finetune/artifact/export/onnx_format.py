@@ -40,7 +40,7 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        # Without it, processors that lack VNNI add 8-bit products in 16 bits, which overflow: each would answer otherwise.
+        # Without it, processors that lack VNNI add 8-bit products in 16 bits, which overflow.
         options.add_session_config_entry("session.x64quantprecision", "1")
         self._session = onnxruntime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -77,10 +77,8 @@ def write_onnx(graph: Graph, path: Path) -> None:
     written.save(path, external_data=False)
 
 
-def quantize_onnx(
-    source: Path, target: Path, scheme: Scheme, float_layers: Sequence[str], batches: Sequence[Arrays]
-) -> None:
-    """Make an ONNX file's matrix products with weights 8-bit: weights by output channel, what goes in by tensor.
+def quantize_onnx(source: Path, target: Path, scheme: Scheme, layers: Sequence[str], batches: Sequence[Arrays]) -> None:
+    """Make matrix products of an ONNX file 8-bit: weights by output channel, what goes in by tensor.
 
     Tables of embeddings become 8-bit too, by row: they are most of a small model's bytes.
 
@@ -88,7 +86,7 @@ def quantize_onnx(
         source: as `write_onnx` wrote it.
         target: the new file.
         scheme: `static`: ranges from `batches`; `dynamic`: from each batch as it comes.
-        float_layers: modules whose products stay as they are.
+        layers: modules whose products become 8-bit.
         batches: of train rows.
     """
     import onnx
@@ -104,7 +102,7 @@ def quantize_onnx(
         def get_next(self) -> Any:
             return next(self._batches, None)
 
-    chosen = list_products(onnx.load(source, load_external_data=False), float_layers)
+    chosen = list_products(onnx.load(source, load_external_data=False), layers)
     shared = {"nodes_to_quantize": chosen, "per_channel": True, "weight_type": QuantType.QInt8}
     logger = logging.getLogger()
     level = logger.level
@@ -132,7 +130,7 @@ def quantize_onnx(
 
 
 def round_embeddings(model: Any) -> None:
-    """Put 8-bit integers and a scale for each row in the place of a model's float tables, where nothing else reads them.
+    """Put 8-bit integers and a scale for each row in the place of float tables that nothing else reads.
 
     ONNX Runtime's own quantizer has one scale for the whole table, which its largest number decides.
     """
@@ -159,25 +157,8 @@ def round_embeddings(model: Any) -> None:
     model.graph.node.extend(nodes)
 
 
-def list_products(model: Any, float_layers: Sequence[str]) -> list[str]:
-    """Names of the nodes that multiply with the weights of a layer below the heads, those left in float aside."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    left = set(_list_nodes(model, float_layers))
-    return [
-        node.name
-        for node in model.graph.node
-        if node.op_type == "MatMul" and node.input[1] in constants and node.name not in left
-    ]
-
-
-def list_nodes(path: Path, layers: Sequence[str]) -> list[str]:
-    """Names of the matrix products of some layers in an ONNX file."""
-    import onnx
-
-    return _list_nodes(onnx.load(path, load_external_data=False), layers)
-
-
-def _list_nodes(model: Any, layers: Sequence[str]) -> list[str]:
+def list_products(model: Any, layers: Sequence[str]) -> list[str]:
+    """Names of the nodes that multiply with the weights of some layers."""
     wanted = {f"model.{name}" for name in layers}  # the traced module holds the model as `model`
     found = []
     for node in model.graph.node:
@@ -185,3 +166,16 @@ def _list_nodes(model: Any, layers: Sequence[str]) -> list[str]:
         if node.op_type == "MatMul" and wanted & set(ast.literal_eval(scopes)):
             found.append(node.name)
     return found
+
+
+def list_other_products(path: Path, layers: Sequence[str]) -> list[str]:
+    """Names of the nodes of an ONNX file that multiply with other weights than those of some layers."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    constants, chosen = {tensor.name for tensor in model.graph.initializer}, set(list_products(model, layers))
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants and node.name not in chosen
+    ]

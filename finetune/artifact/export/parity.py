@@ -71,7 +71,7 @@ def compute_answers(
     """
     outputs = task.compute_outputs(model, examples, get_padding(model, tokenizer))
     if isinstance(task, MultiTask):
-        return {name: answers for name, answers in _split(task, outputs, examples.labels)}
+        return dict(_split(task, outputs, examples.labels))
     return {next(iter(names)): Answers(outputs, examples.labels)}
 
 

@@ -88,9 +88,9 @@ def measure(
     single = texts[:: max(1, len(texts) // SINGLE_ROWS)][:SINGLE_ROWS]
     contenders: dict[str, Callable[[Sequence[str]], Any]] = {
         "pipeline": _build_pipeline(task, next(iter(models.values())), tokenizer, max_length)
-    } | {name: _build_batches(task, model, tokenizer, max_length) for name, model in models.items()}
+    } | {name: _build_batches(model, tokenizer, max_length) for name, model in models.items()}
     times = {name: Times() for name in contenders}
-    for name, answer in contenders.items():
+    for answer in contenders.values():
         answer(single[:4])  # what is loaded on first use is loaded
     for _ in range(rounds):
         for name, answer in contenders.items():
@@ -116,15 +116,15 @@ def measure(
 def _take_turn(
     times: Times, answer: Callable[[Sequence[str]], Any], texts: Sequence[str], single: Sequence[str]
 ) -> None:
-    begun = time.perf_counter()
-    for count, text in enumerate(single, start=1):
+    taken: list[float] = []
+    for text in single:
         started = time.perf_counter()
         answer([text])
-        times.single.append(time.perf_counter() - started)
-        if time.perf_counter() - begun > MOST_SECONDS:
+        taken.append(time.perf_counter() - started)
+        if sum(taken) > MOST_SECONDS:
             break
-    seconds = (time.perf_counter() - begun) / count
-    few = texts[: max(1, min(len(texts), int(MOST_SECONDS / seconds)))]
+    times.single += taken
+    few = texts[: max(1, int(MOST_SECONDS / statistics.mean(taken)))]
     started = time.perf_counter()
     answer(few)
     times.rates.append(len(few) / (time.perf_counter() - started))
@@ -154,9 +154,7 @@ def _build_pipeline(
     return answer
 
 
-def _build_batches(
-    task: Task | MultiTask, model: nn.Module, tokenizer: Any, max_length: int
-) -> Callable[[Sequence[str]], Any]:
+def _build_batches(model: nn.Module, tokenizer: Any, max_length: int) -> Callable[[Sequence[str]], Any]:
     pad_token_id = get_padding(model, tokenizer)
 
     def answer(texts: Sequence[str]) -> None:

@@ -30,7 +30,8 @@ def write_transformers(model: nn.Module, folder: Path) -> None:
             f"transformers: the adapter must be merged into plain layers, got {method}, which cannot be. Take onnx or "
             "torch-export, or train with adapter: {method: lora}."
         )
-    plain: Any = model if model.config.model_type != "triad" else convert(model)  # type: ignore[union-attr]
+    config: Any = model.config
+    plain: Any = model if config.model_type != "triad" else convert(model)
     with quiet_transformers():
         plain.save_pretrained(folder)
 
@@ -41,14 +42,16 @@ def convert(model: Any) -> nn.Module:
     Raises:
         UsageError: there is none; the message says what it lacks.
     """
-    from finetune.models.triad.conversion import FAMILIES, build_key_mapping, convert_from_triad
+    from finetune.models.triad.conversion import build_key_mapping, convert_from_triad
+    from finetune.models.triad.families import FAMILIES
 
     renamed = [name for name, family in FAMILIES.items() if family.split is None]
     of_base = [name for name in renamed if build_key_mapping(name) == model.config.base_key_mapping]
     reasons = []
     for name in of_base or PREFERRED:
         try:
-            return convert_from_triad(model, name)
+            plain: nn.Module = convert_from_triad(model, name)
+            return plain
         except ModelError as error:
             reasons.append(str(error))
     reason = min(reasons, key=len).partition(". ")[0]
