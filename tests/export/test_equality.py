@@ -11,13 +11,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import finetune
+from finetune.artifact.run_folder import RunFolder
 
 TOLERANCE = 1e-4
 """Of logits and vectors, the one that docs/export.md states."""
 QUICK = [("text_classification", "onnx"), ("text_classification", "torch-export")]
-QUICK += [("multi_task", "onnx"), ("question_answering", "onnx")]
-SLOW = [("retrieval", "onnx"), ("reranking", "onnx"), ("multi_task", "torch-export")]
-SLOW += [(kind, "torch-export") for kind in ("retrieval", "reranking", "question_answering")]
+QUICK += [("multi_task", "onnx")]
+SLOW = [(kind, "onnx") for kind in ("retrieval", "reranking", "question_answering")]
+SLOW += [(kind, "torch-export") for kind in ("multi_task", "retrieval", "reranking", "question_answering")]
 TEXTS = ["gains", "loss falls meeting " * 8, "shares names unchanged schedule beats", "the meeting"]
 PAIRS = [("The loss?", "The loss is new of 3. The gains is old of 3."), ("The gains?", "The meeting is low. " * 9)]
 
@@ -109,6 +110,44 @@ def test_thresholds_and_labels_come_along(export, find_run):
     assert engine.temperature == run.temperature != 1.0
     for ours, theirs in zip(run.predict(TEXTS), engine.predict(TEXTS), strict=True):
         assert theirs.scores == pytest.approx(ours.scores, abs=1e-4)
+
+
+def test_the_applications_read_through_an_engine(export, find_run):
+    """The readers of the assistant and of the monitor, on an export and on the run: the same readings."""
+    pytest.importorskip("onnxruntime", reason='needs pip install "finetune-toolkit[onnx]"')
+    from finetune.applications.monitor import reader as monitor
+    from finetune.applications.support import trained as support
+    from finetune.recipe.applications import MonitorSection
+
+    export("multi_task", "onnx")
+    run = RunFolder(find_run("multi_task"))
+    ours, theirs = (support.build_reader(run, engine) for engine in (None, "onnx"))
+    assert theirs.fingerprint == ours.fingerprint  # the index and the thresholds of the run go on to hold
+    one, other = ours.read("gains shares", "Customer: earlier"), theirs.read("gains shares", "Customer: earlier")
+    np.testing.assert_allclose(other.features, one.features, atol=TOLERANCE)
+    np.testing.assert_allclose(other.scores, one.scores, atol=TOLERANCE)
+    pair = ("gains shares", "", ["gains profit", "loss meeting"])
+    np.testing.assert_allclose(theirs.rerank(*pair), ours.rerank(*pair), atol=TOLERANCE)
+    section = MonitorSection(sentiment="tone", negative="returns")
+    said = [monitor.build_reader(run, section, engine).read(TEXTS) for engine in (None, "onnx")]
+    assert [one.sentiment for one in said[1]] == [one.sentiment for one in said[0]]
+    np.testing.assert_allclose(*[[one.negative for one in part] for part in said], atol=TOLERANCE)
+
+
+def test_the_command_line_exports_and_predicts(command, find_run, brief_speed):
+    run = find_run("text_classification")
+    done = command("export", run, "--format", "transformers")
+    assert done.code == 0
+    assert "100.00% of 9 decisions are equal, largest difference" in done.out
+    assert "transformers: written. Use it: finetune predict RUN --engine transformers" in done.out
+    assert "holding it against the run on validation" in done.err
+    said = command("export", run, "--format", "transformers", "--json")
+    assert said.err == ""
+    assert json.loads(said.out)["tasks"]["tone"]["equal_decisions"] == 1
+    plain, engine = (command("predict", run, *TEXTS, "--json", *more) for more in ((), ("--engine", "transformers")))
+    for ours, theirs in zip(json.loads(plain.out), json.loads(engine.out), strict=True):
+        assert theirs["label"] == ours["label"]
+        assert theirs["confidence"] == pytest.approx(ours["confidence"], abs=1e-4)
 
 
 def test_parity_says_what_was_measured_and_where(export, find_run):

@@ -17,6 +17,7 @@ from finetune.artifact.export.engine import EngineModel, load_engine
 from finetune.artifact.export.export_run import export_run
 from finetune.artifact.export.formats import check_task
 from finetune.artifact.export.graph import trace
+from finetune.artifact.export.parity import check_drop, list_excesses, settle_max_drop
 from finetune.artifact.export.transformers_format import convert, write_transformers
 from finetune.errors import GateError, ModelError, ResourceError, UsageError
 from finetune.models.triad import TriadConfig, TriadForSentenceEmbedding, TriadForSequenceClassification
@@ -84,6 +85,8 @@ def test_a_metric_that_the_run_does_not_have(command, own_run):
 
 # What would be worse than the run
 
+METRICS = {"tone": ["macro_f1", "accuracy"], "answer": ["mrr"]}
+
 
 def test_a_worse_export_is_not_written_and_an_older_one_stays(command, own_export, brief_speed, monkeypatch):
     run = own_export("torch-export")
@@ -110,16 +113,35 @@ def test_a_worse_export_is_not_written_and_an_older_one_stays(command, own_expor
     assert "The export that was there is as it was. Take a format without int8, or allow more" in done.err
     assert read(folder) == before
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
-    with pytest.raises(GateError, match=r"Nothing was written\."):
-        export_run(run, "torch-export", run / "other")
-    assert not (run / "other").exists()
 
 
-def test_what_may_be_lost_can_be_raised(own_export, brief_speed, monkeypatch):
-    run = own_export("torch-export")
-    monkeypatch.setattr(story, "list_excesses", lambda tasks, limits: [] if limits["tone"] == {"accuracy": 1.0} else 1)
-    exported = export_run(run, "torch-export", run / "other", overrides=["export.max_drop={accuracy: 1}"])
-    assert exported.parity["max_drop"] == {"tone": {"accuracy": 1.0}}
+def test_what_may_be_lost_is_said_by_metric():
+    judged = {name: SimpleNamespace(section=SimpleNamespace(metrics=metrics)) for name, metrics in METRICS.items()}
+    assert settle_max_drop(None, judged) == {"tone": {"macro_f1": 0.005}, "answer": {"mrr": 0.005}}
+    limits = settle_max_drop({"accuracy": 0.02, "mrr": 0.0}, judged)
+    assert limits == {"tone": {"accuracy": 0.02}, "answer": {"mrr": 0.0}}
+
+    def lose(accuracy, mrr):
+        values = {"tone": {"accuracy": accuracy}, "answer": {"mrr": mrr}}
+        return {
+            task: {
+                "metrics": {
+                    name: {"before": {"value": 0.5}, "after": {"value": 0.4}, "lost": {"value": lost}}
+                    for name, lost in metrics.items()
+                }
+            }
+            for task, metrics in values.items()
+        }
+
+    assert list_excesses(lose(0.02, -0.1), limits) == []
+    assert list_excesses(lose(0.03, None), limits) == [
+        "tone.accuracy must lose at most 0.02 on validation, lost 0.0300 (0.5 -> 0.4)",
+        "answer.mrr must lose at most 0 on validation, lost nothing that is a number (0.5 -> 0.4)",
+    ]
+    with pytest.raises(
+        GateError, match=r"^run: a; b\. Nothing was written\. Take a format without int8, or allow more"
+    ):
+        check_drop("run", ["a", "b"], kept=False)
 
 
 # What no graph, or no class, expresses
