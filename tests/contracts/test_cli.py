@@ -22,7 +22,8 @@ from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = [
-    *("run", "check", "resume", "evaluate", "predict", "generate", "chat", "monitor", "compare", "sweep"),
+    *("run", "check", "resume", "evaluate", "predict", "export", "generate", "chat", "monitor", "compare"),
+    "sweep",
     *("recipes", "data", "adapters", "schema", "doctor"),
 ]
 COMMANDS = [
@@ -32,6 +33,7 @@ COMMANDS = [
     "evaluate",
     "compare",
     "predict",
+    "export",
     "generate",
     "chat",
     "monitor",
