@@ -25,7 +25,7 @@ def write_transformers(model: nn.Module, folder: Path) -> None:
         UsageError: an adapter that cannot be merged; a model that no class of transformers expresses.
     """
     if hasattr(model, "peft_config"):
-        method = str(next(iter(model.peft_config.values())).peft_type).rpartition(".")[2]  # type: ignore[operator, union-attr]
+        method = str(next(iter(model.peft_config.values())).peft_type).rpartition(".")[2]  # type: ignore[operator]
         raise UsageError(
             f"transformers: the adapter must be merged into plain layers, got {method}, which cannot be. Take onnx or "
             "torch-export, or train with adapter: {method: lora}."
