@@ -33,6 +33,6 @@ def evaluate_command(
     tests = {"": scored} if "metrics" in scored else scored
     show_all_scores(tests)
     print_findings([finding for test in tests.values() for finding in test.get("findings", [])])
-    opened = max(test["opened"] or 1 for test in tests.values())
+    opened = max(test.get("opened") or 1 for test in tests.values())
     if opened > 1:
         print_text(f"The test split has been opened {opened} times: do not choose between models by this score.")

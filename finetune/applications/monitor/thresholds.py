@@ -31,8 +31,8 @@ RARER = 10
 """Nothing at all is said falsely more often than stated; an alarm is that many times as rare."""
 VOLUME_PART = 0.25
 """Of the false alarms, those of the burst test; the two tests of the share have the rest."""
-SIZES = (20, 50, 100, 200, 400)
-"""Items of a window."""
+SIZES = (5, 20, 50, 100, 200, 400)
+"""Items of a window. The share of a topic that usually has fewer than the first is not judged: one text would decide."""
 SHARES = (0.02, 0.1, 0.25, 0.5)
 """Usual shares."""
 VOLUMES = (5, 50, 400)

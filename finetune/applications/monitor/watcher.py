@@ -27,7 +27,7 @@ from finetune.applications.monitor.detectors import (
 from finetune.applications.monitor.episodes import Episode
 from finetune.applications.monitor.records import BINS, Alert, Cause, Level, Share, Tally
 from finetune.applications.monitor.shares import Quantifier
-from finetune.applications.monitor.thresholds import LEVELS, Thresholds, list_choices
+from finetune.applications.monitor.thresholds import LEVELS, SIZES, Thresholds, list_choices
 from finetune.errors import ResourceError
 from finetune.evaluation.quantification import Floats
 from finetune.recipe.applications import MonitorSection
@@ -73,6 +73,10 @@ class Topic:
         """Whether any episode lasts."""
         return any(episode.is_open for episode in self.episodes.values())
 
+    def forget_share(self) -> None:
+        """Begin the tests of the share anew."""
+        self.cusum, self.moments, self.changed = 0.0, [0.0, 0.0, 0.0], Tally()
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -94,7 +98,11 @@ class Finding:
 
 
 class TopicWatcher:
-    """Judges closed windows of every topic. Nothing is said of a topic before its reference is full."""
+    """Judges closed windows of every topic.
+
+    Nothing is said of a topic before its reference is full, and nothing of its share while it has fewer items than
+    thresholds were simulated for.
+    """
 
     def __init__(self, quantifier: Quantifier, thresholds: Thresholds, section: MonitorSection) -> None:
         """Take what was fitted on validation.
@@ -206,6 +214,9 @@ class TopicWatcher:
             for test in ("cusum", "ewma")
         }
         window.square = float(compute_squares(counts, ratios, usual))
+        if volume < SIZES[0]:
+            known.forget_share()
+            return [Finding(test, 0.0, thresholds[test]) for test in ("cusum", "ewma")]
         spread = _find_spread(known.reference)
         gain = compute_gain(counts, ratios, usual, self._section.rise)
         known.cusum = min(float(update_cusum(known.cusum, gain, spread)), HIGHEST * thresholds["cusum"]["alarm"])
@@ -257,7 +268,7 @@ class TopicWatcher:
     def _restart(self, known: Topic, windows: list[Window]) -> None:
         """Take these windows as the reference, and begin the tests anew."""
         known.reference, known.waiting = list(windows), []
-        known.cusum, known.moments, known.changed = 0.0, [0.0, 0.0, 0.0], Tally()
+        known.forget_share()
         usual, _ = self._find_usual(known)
         for window in known.reference:
             window.square = float(compute_squares(window.tally.bins, self._quantifier.ratios, usual))

@@ -190,9 +190,9 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"sizes": [1]}, r"must be a table of sizes \(20, 50"),
-        ({"cusum": {"warning": [[1.0]], "alarm": [[1.0]]}}, "cusum.warning must be 5 x 4 above 0, got something else"),
-        ({"ewma": None}, "ewma.warning must be 5 x 4 above 0"),
+        ({"sizes": [1]}, r"must be a table of sizes \(5, 20"),
+        ({"cusum": {"warning": [[1.0]], "alarm": [[1.0]]}}, "cusum.warning must be 6 x 4 above 0, got something else"),
+        ({"ewma": None}, "ewma.warning must be 6 x 4 above 0"),
         ({"burst": {"warning": 1.0}}, "burst.alarm must be a number above 0, got something else. Run"),
         ({"burst": {"warning": -1.0, "alarm": 1.0}}, "burst.warning must be a number above 0"),
         ({"chosen_for": 3}, "chosen_for must say what the thresholds hold for, got 3"),

@@ -70,6 +70,14 @@ def test_no_cool_down():
     assert run_episode("WcWc", cooldown=0) == "WrWr"
 
 
+def test_the_share_of_a_few_items_is_not_judged(made, watcher):
+    generator = np.random.default_rng(2)
+    few = [made.draw_tally(generator, SIZES[0] - 1, share) for share in [0.0] * 16 + [1.0] * 12]
+    assert watch(watcher, few) == []
+    enough = [made.draw_tally(generator, SIZES[0], share) for share in [0.0] * 16 + [1.0] * 12]
+    assert {alert.cause for _, alert in watch(watcher, enough, topic="enough")} == {"share"}
+
+
 def test_worse_news_is_found_told_and_over(made, watcher):
     generator = np.random.default_rng(1)
     shares = [0.2] * 30 + [0.4] * 10 + [0.2] * 30
