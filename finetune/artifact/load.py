@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 from finetune.adapters.attach import can_merge, load_adapter, merge_adapter
-from finetune.artifact.saved import Saved, open_saved
+from finetune.artifact.export.engine import load_engine
+from finetune.artifact.export.formats import get_format
+from finetune.artifact.export.opening import open_model
+from finetune.artifact.saved import Saved
 from finetune.data.batches import Examples
 from finetune.data.rows import Row
 from finetune.errors import UsageError
@@ -404,17 +407,26 @@ def list_predictors(loaded: Predictor | MultiPredictor, names: Sequence[str] = (
     return dict.fromkeys(names, loaded)
 
 
-def load(reference: str | Path) -> Predictor | MultiPredictor:
-    """Load a run (`runs/name`, its latest finished one), or a `model/` folder.
+def load(reference: str | Path, *, engine: str | None = None, threads: int | None = None) -> Predictor | MultiPredictor:
+    """Load a run (`runs/name`, its latest finished one), or a `model/` folder, or one that `finetune export` wrote.
+
+    Args:
+        reference: the run or folder.
+        engine: the format of an export of that run, such as `onnx-int8`: its engine computes the answers.
+        threads: that an export's engine uses; None for as many as torch.
 
     Returns:
         A `MultiPredictor` where the run has several tasks.
 
     Raises:
-        UsageError: no such run, or a folder of a newer toolkit.
+        UsageError: no such run, a folder of a newer toolkit; no such export, or one of another model.
+        ResourceError: the engine is not installed.
         ModelError: a damaged folder, or the base that an adapter needs is not at hand.
     """
-    saved = open_saved(reference)
+    saved = open_model(reference, engine)
+    exported = saved.settings.get("engine")
+    if exported and get_format(exported["format"]).runtime != "transformers":
+        return _build(saved, load_engine(saved.folder, exported, threads))
     if saved.base is None:
         model = saved.task.load_model(saved.folder)
     else:
@@ -422,7 +434,10 @@ def load(reference: str | Path) -> Predictor | MultiPredictor:
         model = load_adapter(model, saved.folder)
         if can_merge(model):  # one product a layer instead of three, and the same logits (tests/parity)
             model = merge_adapter(model)
-    model = model.eval().requires_grad_(False).to(choose_device())
+    return _build(saved, model.eval().requires_grad_(False).to(choose_device()))
+
+
+def _build(saved: Saved, model: nn.Module) -> Predictor | MultiPredictor:
     if not isinstance(saved.task, MultiTask):
         return build_predictor(saved, model)
     predictors = {name: build_predictor(saved, OneHead(model, name).eval(), name) for name in saved.task.tasks}

@@ -80,6 +80,10 @@ class RunFolder:
         names = load_json(self.data / "ids.json")
         return {name: self.evaluation / name if len(names) > 1 else self.evaluation for name in names}
 
+    def export(self, name: str) -> Path:
+        """The model in a format of `finetune export`."""
+        return self.path / "export" / name
+
     @property
     def card(self) -> Path:
         """The model card."""

@@ -23,7 +23,15 @@ from finetune.errors import DataError, ResourceError, UsageError
 FORMATS = (".csv", ".jsonl", ".parquet")
 
 
-def score_file(run: str | Path, source: Path, output: Path, *, column: str = "text", quiet: bool = False) -> int:
+def score_file(
+    run: str | Path,
+    source: Path,
+    output: Path,
+    *,
+    column: str = "text",
+    engine: str | None = None,
+    quiet: bool = False,
+) -> int:
     """Write every row of `source` with `predicted_label`, `confidence` and one `score_<class>` column each.
 
     Where the run tells texts of no class, also with `outside`, the probability of that.
@@ -35,6 +43,7 @@ def score_file(run: str | Path, source: Path, output: Path, *, column: str = "te
         source: CSV, JSONL or Parquet.
         output: CSV, JSONL or Parquet; appears whole or not at all.
         column: where the text is.
+        engine: see `load`.
         quiet: no progress bar.
 
     Returns:
@@ -46,7 +55,7 @@ def score_file(run: str | Path, source: Path, output: Path, *, column: str = "te
             format of the output cannot hold.
     """
     records, texts = _read(source, output, column)
-    predictor = load(run)
+    predictor = load(run, engine=engine)
     several = isinstance(predictor, MultiPredictor)
     added = {
         name: [f"{name}_{column}" if several else column for column in _list_columns(part)]

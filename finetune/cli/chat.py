@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from finetune.cli.output import AsJson, RunArgument, print_note
+from finetune.cli.output import AsJson, Engine, RunArgument, print_note
 
 if TYPE_CHECKING:
     from finetune.applications.support.assistant import Assistant, Reply
@@ -43,6 +43,7 @@ def chat_command(
     writer: Annotated[
         str | None, typer.Option("--writer", help="The run that writes, such as runs/support_writer.")
     ] = None,
+    engine: Engine = None,
     replay: Annotated[
         Path | None, typer.Option("--replay", help="Answer the customer's turns of recorded dialogues, one a line.")
     ] = None,
@@ -65,7 +66,7 @@ def chat_command(
         print_note("building the assistant: index, thresholds on validation, the test questions end to end")
         build_assistant(run)
     with nullcontext() if log is None else TurnLog(log) as turns:
-        assistant = load_assistant(run, knowledge, reply=reply, writer=writer)
+        assistant = load_assistant(run, knowledge, reply=reply, writer=writer, engine=engine)
         if replay is not None:
             _replay(assistant, replay, turns, as_json)
         elif as_json:

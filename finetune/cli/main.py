@@ -16,6 +16,7 @@ from finetune.cli import (
     data,
     doctor,
     evaluate,
+    export,
     generate,
     monitor,
     predict,
@@ -47,6 +48,7 @@ app.command("evaluate")(evaluate.evaluate_command)
 app.command("compare")(compare.compare_command)
 app.command("predict")(predict.predict_command)
 app.command("push")(push.push_command)
+app.command("export")(export.export_command)
 app.command("generate")(generate.generate_command)
 app.command("chat")(chat.chat_command)
 app.command("monitor")(monitor.monitor_command)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from finetune.cli.output import AsJson, RunArgument, print_json, print_note, print_table, print_text
+from finetune.cli.output import AsJson, Engine, RunArgument, print_json, print_note, print_table, print_text
 
 if TYPE_CHECKING:
     from finetune.applications.monitor.records import Alert, Share
@@ -55,6 +55,7 @@ def monitor_command(
     backtest: Annotated[
         Path | None, typer.Option("--backtest", metavar="FILE", help="Replay labelled items, and judge the alerts.")
     ] = None,
+    engine: Engine = None,
     fail_on: Annotated[
         str | None, typer.Option("--fail-on", metavar="LEVEL", help="Exit with 4 if this run raised: warning, alarm.")
     ] = None,
@@ -71,14 +72,14 @@ def monitor_command(
     if backtest is not None:
         if source or feeds or alerts or webhook or report:
             raise UsageError("monitor: --backtest must come alone, got other sources or sinks too. Leave them out.")
-        _build(run)
-        _replay(run, backtest, as_json)
+        _build(run, engine)
+        _replay(run, engine, backtest, as_json)
         return
     has_input = bool(source or feeds)
     _check_options(has_input, follow, fail_on, alerts, report)
     place = _find_state(source, alerts, state, has_input=has_input)
     sources, sinks = _Sources(source, feeds or [], follow), _build_sinks(alerts, webhook)
-    monitor = _build(run)  # takes seconds: what can be refused has been
+    monitor = _build(run, engine)  # takes seconds: what can be refused has been
     with ExitStack() as opened:
         from finetune.applications.monitor.store import Store
 
@@ -91,7 +92,7 @@ def monitor_command(
         watching.end(fail_on)
 
 
-def _build(run: str) -> Monitor:
+def _build(run: str, engine: str | None) -> Monitor:
     """The monitor of a run; a missed gate ends `finetune run` before it is built."""
     from finetune.applications.monitor.build import build_monitor
     from finetune.applications.monitor.load import is_built, load_monitor
@@ -99,7 +100,7 @@ def _build(run: str) -> Monitor:
     if not is_built(run):
         print_note("building the monitor: shares on validation, thresholds by simulation, the shares of the test rows")
         build_monitor(run)
-    return load_monitor(run)
+    return load_monitor(run, engine=engine)
 
 
 def _find_state(source: str | None, alerts: Path | None, state: Path | None, *, has_input: bool) -> Path:
@@ -309,10 +310,10 @@ def _open_pipe(path: str) -> Callable[[int], bytes]:
     return lambda size: os.read(number, size)
 
 
-def _replay(run: str, path: Path, as_json: bool) -> None:
+def _replay(run: str, engine: str | None, path: Path, as_json: bool) -> None:
     from finetune.applications.monitor.backtest import build_tables, run_backtest
 
-    found = run_backtest(run, path)
+    found = run_backtest(run, path, engine=engine)
     if as_json:
         print_json(found)
         return

@@ -15,6 +15,9 @@ from rich.table import Table
 MIN_TABLE_WIDTH = 110
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Engine = Annotated[
+    str | None, typer.Option("--engine", help="A format that finetune export wrote of the run, such as onnx-int8.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
 ]

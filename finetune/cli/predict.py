@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.output import AsJson, RunArgument, print_json, print_table, print_text
+from finetune.cli.output import AsJson, Engine, RunArgument, print_json, print_table, print_text
 
 
 def predict_command(
@@ -20,6 +20,7 @@ def predict_command(
         Path | None, typer.Option("--output", help="Where the scored rows go: CSV, JSONL or Parquet.")
     ] = None,
     column: Annotated[str, typer.Option("--column", help="The text column of --input.")] = "text",
+    engine: Engine = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict with a finished run."""
@@ -28,25 +29,25 @@ def predict_command(
     if bool(texts) == bool(source):
         raise UsageError("predict: must get either texts or --input FILE, got " + ("both." if texts else "neither."))
     if source is None:
-        _predict_texts(run, texts or [], as_json)
+        _predict_texts(run, texts or [], engine, as_json)
         return
     if output is None:
         raise UsageError(f"predict: --input must come with --output, got none. Add --output scored{source.suffix}")
     from finetune.artifact.score_file import score_file
 
-    rows = score_file(run, source, output, column=column, quiet=as_json)
+    rows = score_file(run, source, output, column=column, engine=engine, quiet=as_json)
     if as_json:
         print_json({"output": str(output), "rows": rows})
     else:
         print_text(f"{output}: {rows:,} rows written.")
 
 
-def _predict_texts(run: str, texts: list[str], as_json: bool) -> None:
+def _predict_texts(run: str, texts: list[str], engine: str | None, as_json: bool) -> None:
     from dataclasses import asdict
 
     from finetune.artifact.load import MultiPredictor, load
 
-    predictor = load(run)
+    predictor = load(run, engine=engine)
     if isinstance(predictor, MultiPredictor):
         answers = predictor.predict(texts)
         if as_json:

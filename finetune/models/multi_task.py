@@ -12,6 +12,7 @@ from torch import nn
 from finetune.errors import RecipeError
 from finetune.models.base import BaseModel, load_config
 from finetune.models.classifier import ModelClass, load_saved, load_weights, set_dropout, settle_pooling
+from finetune.models.prediction import get_budget
 from finetune.recipe.schema import ModelSection
 
 SEVERAL_HEADS = ModelClass("TriadForMultiTask", "", "a model with several heads")
@@ -33,6 +34,16 @@ class OneHead(nn.Module):
     def config(self) -> Any:
         """The model's."""
         return self.model.config
+
+    @property
+    def packs_rows(self) -> bool:
+        """The model's; see `get_padding`."""
+        return bool(getattr(self.model, "packs_rows", True))
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """The model's; see `get_budget`."""
+        return get_budget(self.model)
 
     @property
     def layer(self) -> str:

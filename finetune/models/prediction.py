@@ -14,6 +14,11 @@ from finetune.data.batches import Batch, Examples, Indices, collate, list_inputs
 TOKENS_PER_BATCH = 4096
 
 
+def get_budget(model: nn.Module) -> int:
+    """Tokens of a batch of predictions: what the model asks for, or so many as most do well with."""
+    return int(getattr(model, "tokens_per_batch", TOKENS_PER_BATCH))
+
+
 @torch.inference_mode()
 def compute_by_row(
     model: nn.Module,
@@ -38,7 +43,7 @@ def compute_by_row(
     if was_training:  # walking through all modules takes longer than a layer of one short row
         model.eval()
     found: list[tuple[Indices, npt.NDArray[np.float32]]] = []
-    for rows in _take_share(plan_prediction(examples.sizes, TOKENS_PER_BATCH), share):
+    for rows in _take_share(plan_prediction(examples.sizes, get_budget(model)), share):
         batch = {name: tensor.to(device) for name, tensor in collate(examples, rows, pad_token_id).items()}
         found.append((rows, compute(batch, rows).float().cpu().numpy()))
         advance(len(rows))

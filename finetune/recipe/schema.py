@@ -345,6 +345,14 @@ class EvaluateSection(Section):
         return gates
 
 
+class ExportSection(Section):
+    """What `finetune export` must keep."""
+
+    max_drop: dict[str, Annotated[float, Field(ge=0.0)]] | None = None
+    """Metric -> the most that an exported model may lose of it on validation, or it is not written; of several tasks
+    each takes those that it has. null: 0.005 of the headline."""
+
+
 class HubSection(Section):
     """Where `push` goes."""
 
@@ -377,6 +385,8 @@ class Recipe(Section):
     """Build a customer-service assistant on the tasks."""
     monitor: MonitorSection | None = None
     """Build a monitor of a stream of texts on the tasks."""
+    export: ExportSection = Field(default_factory=ExportSection)
+    """What `finetune export` must keep."""
     hub: HubSection = Field(default_factory=HubSection)
     """Where `push` goes."""
 

@@ -44,7 +44,7 @@ def run(tmp_path, reader, entries, intents_file, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "status.json").write_text('{"state": "finished"}')
     (folder / "recipe.resolved.yaml").write_text(RECIPE)
-    monkeypatch.setattr(loading, "build_reader", lambda run: reader)
+    monkeypatch.setattr(loading, "build_reader", lambda run, engine: reader)
     questions = build_questions(QUESTIONS, reader.intents)
     support = loading.find_support_folder(RunFolder(folder))
     save_assistant(support, reader, entries, intents_file, {"train": questions, "validation": questions}, Costs())

@@ -39,7 +39,7 @@ def stream(words, tmp_path):
 @pytest.fixture
 def monitor(command, words, tmp_path, monkeypatch):
     """The command; without `--alerts` where a test names one itself."""
-    loaded = types.SimpleNamespace(is_built=lambda run: True, load_monitor=lambda run: words.WordMonitor())
+    loaded = types.SimpleNamespace(is_built=lambda run: True, load_monitor=lambda run, engine: words.WordMonitor())
     monkeypatch.setitem(sys.modules, f"{PLACE}.load", loaded)
     monkeypatch.setattr(watching.time, "sleep", lambda seconds: None)
 
@@ -153,7 +153,7 @@ def test_a_signal_ends_it_after_the_batch_and_it_can_go_on(monitor, words, strea
             return super().read(texts)
 
     loaded = types.SimpleNamespace(
-        is_built=lambda run: True, load_monitor=lambda run: words.WordMonitor(reader=Reader())
+        is_built=lambda run: True, load_monitor=lambda run, engine: words.WordMonitor(reader=Reader())
     )
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, f"{PLACE}.load", loaded)
@@ -226,7 +226,7 @@ def test_metrics_can_be_asked_while_it_runs(monitor, words, stream, monkeypatch,
 
     ports = []
     loaded = types.SimpleNamespace(
-        is_built=lambda run: True, load_monitor=lambda run: words.WordMonitor(watcher=Watcher())
+        is_built=lambda run: True, load_monitor=lambda run, engine: words.WordMonitor(watcher=Watcher())
     )
     monkeypatch.setitem(sys.modules, f"{PLACE}.load", loaded)
     assert monitor("--input", stream, "--metrics-port", "0").code == 0
@@ -254,7 +254,7 @@ def test_a_report_is_written_at_the_end_or_from_the_state_alone(monitor, stream,
 def test_a_backtest_comes_alone(monitor, stream, monkeypatch):
     found = {"windows": 3}
     parts = types.SimpleNamespace(
-        run_backtest=lambda run, path: found, build_tables=lambda found: [("title", ["head"], [["cell"]])]
+        run_backtest=lambda run, path, engine: found, build_tables=lambda found: [("title", ["head"], [["cell"]])]
     )
     monkeypatch.setitem(sys.modules, f"{PLACE}.backtest", parts)
     done = monitor("--backtest", stream, alerts=None)

@@ -22,7 +22,8 @@ from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = [
-    *("run", "check", "resume", "evaluate", "predict", "generate", "chat", "monitor", "compare", "sweep", "push"),
+    *("run", "check", "resume", "evaluate", "predict", "push", "export", "generate", "chat", "monitor", "compare"),
+    "sweep",
     *("recipes", "data", "adapters", "schema", "doctor"),
 ]
 COMMANDS = [
@@ -33,6 +34,7 @@ COMMANDS = [
     "compare",
     "predict",
     "push",
+    "export",
     "generate",
     "chat",
     "monitor",

@@ -33,11 +33,12 @@ class Monitor:
     section: MonitorSection
 
 
-def load_monitor(run: str | Path) -> Monitor:
+def load_monitor(run: str | Path, *, engine: str | None = None) -> Monitor:
     """The monitor of a finished run.
 
     Args:
         run: the run's folder, or runs/<name> for its latest finished run.
+        engine: the format of an export of the run that reads in its place.
 
     Raises:
         UsageError: no such run, one without a monitor, or with one that was built with another model.
@@ -48,7 +49,7 @@ def load_monitor(run: str | Path) -> Monitor:
     again = f"Build it in Python: finetune.applications.monitor.build.build_monitor({str(folder.path)!r})"
     if not (place / _BUILT_WITH).exists():
         raise UsageError(f"{folder.path}: must hold a monitor in {place.name}/, got none. {again}")
-    reader = build_reader(folder, section)
+    reader = build_reader(folder, section, engine)
     model = str(load_json(place / _BUILT_WITH).get("model"))
     if model != reader.fingerprint:
         raise UsageError(

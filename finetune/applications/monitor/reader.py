@@ -67,14 +67,19 @@ class TrainedReader:
         return scores if isinstance(scores, dict) else {self._section.sentiment: scores}
 
 
-def build_reader(run: RunFolder, section: MonitorSection) -> TrainedReader:
+def build_reader(run: RunFolder, section: MonitorSection, engine: str | None = None) -> TrainedReader:
     """The trained model of a run as the monitor's reader.
 
+    Args:
+        run: finished.
+        section: of its recipe.
+        engine: the format of an export of it that answers in its place; what was fitted stays that of the run.
+
     Raises:
-        UsageError: the model has no such task or class.
+        UsageError: the model has no such task or class; no such export.
         ModelError: a damaged model, or a base that is not at hand.
     """
-    loaded = load(run.model)
+    loaded = load(run.model) if engine is None else load(run.path, engine=engine)
     classes = list_predictors(loaded, [section.sentiment])[section.sentiment].labels
     if section.negative not in classes:
         raise UsageError(

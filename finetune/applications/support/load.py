@@ -38,7 +38,12 @@ _INDEX, _INTENTS, _THRESHOLDS, _RELEVANCE = "index", "intents.jsonl", "threshold
 
 
 def load_assistant(
-    run: str | Path, knowledge: Path | None = None, *, reply: str | None = None, writer: str | Path | None = None
+    run: str | Path,
+    knowledge: Path | None = None,
+    *,
+    reply: str | None = None,
+    writer: str | Path | None = None,
+    engine: str | None = None,
 ) -> Assistant:
     """The assistant of a finished run.
 
@@ -48,6 +53,7 @@ def load_assistant(
             is trained or written.
         reply: extract or generate; None for what the recipe says.
         writer: the run that writes where `reply` is generate; None for the recipe's.
+        engine: the format of an export of the run that reads in its place.
 
     Raises:
         UsageError: no such run, one that trained no assistant, one whose index belongs to another model, or no run that
@@ -56,7 +62,7 @@ def load_assistant(
         ResourceError: a file is missing or damaged.
     """
     folder = find_run(run)
-    reader = build_reader(folder)
+    reader = build_reader(folder, engine)
     support = find_support_folder(folder)
     if not support.is_dir():
         raise UsageError(f"{folder.path}: must hold an assistant in {support.name}/, got none. Train it again.")

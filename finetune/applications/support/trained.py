@@ -53,17 +53,21 @@ class TrainedReader:
         return self._loaded[self._rerank].score_pairs(text, passages, context).astype(np.float32)
 
 
-def build_reader(run: RunFolder) -> TrainedReader:
+def build_reader(run: RunFolder, engine: str | None = None) -> TrainedReader:
     """The trained model of a run as the assistant's reader.
 
+    Args:
+        run: finished.
+        engine: the format of an export of it that answers in its place; its index and thresholds stay those of the run.
+
     Raises:
-        UsageError: the run has not the three tasks that an assistant stands on.
+        UsageError: the run has not the three tasks that an assistant stands on; no such export.
         ModelError: a damaged model, or a base that is not at hand.
     """
     from finetune.artifact.load import MultiPredictor, load
     from finetune.artifact.saved import compute_model_fingerprint
 
-    loaded = load(run.model)
+    loaded = load(run.model) if engine is None else load(run.path, engine=engine)
     types = {task.type: name for name, task in loaded.task.tasks.items()} if isinstance(loaded, MultiPredictor) else {}
     if not isinstance(loaded, MultiPredictor) or set(types) != set(ASSISTANT_TYPES):
         raise UsageError(
