@@ -63,7 +63,7 @@ def chat_command(
     from finetune.applications.support.turn_log import TurnLog
 
     if not is_built(run):  # a missed gate ends `finetune run` before it
-        print_note("building the assistant: index, thresholds on validation, the test questions end to end")
+        print_note("building the assistant: index, threshold on validation, the test questions end to end")
         build_assistant(run)
     with nullcontext() if log is None else TurnLog(log) as turns:
         assistant = load_assistant(run, knowledge, reply=reply, writer=writer, engine=engine)

@@ -16,7 +16,6 @@ from finetune.applications.support.assistant import Assistant
 from finetune.applications.support.index import KnowledgeIndex
 from finetune.applications.support.reader import Floats, Reading
 from finetune.applications.support.templates import Intent
-from finetune.applications.support.thresholds import Thresholds
 from finetune.data.knowledge import Entry
 from finetune.data.ranking import split_words
 
@@ -95,7 +94,7 @@ INTENTS = [
     Intent("returns", "return shoes", None, ()),
     Intent("delivery", "ask about delivery", None, ()),
 ]
-THRESHOLDS = Thresholds(outside=0.5, intent=0.8, passage=0.6, pair=0.3)
+SURE = 0.57
 
 
 @pytest.fixture
@@ -131,7 +130,7 @@ def entries() -> list[Entry]:
 
 def make_assistant(reader: WordReader, entries: Sequence[Entry]) -> Assistant:
     intents = {intent.name: intent for intent in INTENTS}
-    return Assistant(reader, KnowledgeIndex.build(entries, reader), intents, THRESHOLDS)
+    return Assistant(reader, KnowledgeIndex.build(entries, reader), intents, SURE)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def say(assistant, session):
 def test_a_sure_intent_gives_its_filled_template(say):
     reply = say("please cancel order 12345")
     assert (reply.kind, reply.text, reply.intent) == ("template", "I have cancelled order 12345.", "cancel_order")
-    assert reply.confidence > 0.9
+    assert reply.confidence == pytest.approx(0.95 * 0.93, abs=0.01)  # in scope, and of that intent
     assert reply.reason == 'The intent is "cancel an order".'
 
 
@@ -54,7 +54,7 @@ def test_of_two_close_intents_the_customer_chooses(say):
     assert say("anna@example.org").text == "Your address is now anna@example.org."
 
 
-@pytest.mark.parametrize(("intercept", "kind"), [(0.5, "passage"), (0.3, "handover")])
+@pytest.mark.parametrize(("intercept", "kind"), [(0.5, "passage"), (0.2, "handover")])
 def test_a_choice_makes_the_entries_of_its_intent_surer(assistant, entries, intercept, kind):
     """The entry alone has odds of 1 to 1; half of the messages like it ask for it, and after the choice nearly all."""
     links = Links.count(assistant.reader.intents, [("returns", ["returns-01"])] * 9 + [("cancel_order", ["gifts-01"])])

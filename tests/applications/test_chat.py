@@ -11,15 +11,15 @@ import pytest
 
 from finetune.applications.support import load as loading
 from finetune.applications.support.assistant import HAND_OVER
+from finetune.applications.support.decision import Costs
 from finetune.applications.support.evaluate import build_questions
 from finetune.applications.support.links import Links, save_links
 from finetune.applications.support.load import load_assistant, save_assistant
 from finetune.applications.support.relevance import Relevance, save_relevance
-from finetune.applications.support.thresholds import Costs
 from finetune.artifact.run_folder import RunFolder, save_json
 from finetune.errors import UsageError
 
-THRESHOLDS = {"outside": 0.5, "intent": 0.8, "passage": 0.6, "pair": 0.3}
+SURE = 0.57
 RECIPE = """
 recipe: 1
 name: support
@@ -48,8 +48,8 @@ def run(tmp_path, reader, entries, intents_file, monkeypatch):
     questions = build_questions(QUESTIONS, reader.intents)
     support = loading.find_support_folder(RunFolder(folder))
     save_assistant(support, reader, entries, intents_file, {"train": questions, "validation": questions}, Costs())
-    # Five questions choose thresholds and weights that no conversation should depend on.
-    save_json(support / "thresholds.json", {"thresholds": THRESHOLDS})
+    # Five questions choose a threshold and weights that no conversation should depend on.
+    save_json(support / "decision.json", {"sure": SURE})
     save_relevance(support / "relevance.json", Relevance())
     save_links(support / "index" / "links.json", Links.count(reader.intents, []))
     return folder
@@ -83,7 +83,7 @@ def test_a_conversation_with_people(chat):
         'The intent is "cancel an order".',
         "You can return shoes within thirty days.",
         "Entry returns-01 answers this. out of scope 5% intent returns 93%",
-        "returns-01 100% How do returns work?",
+        "returns-01 95% How do returns work?",
         "/what is no command. /help lists them.",
         "/quit end the conversation",
     ):

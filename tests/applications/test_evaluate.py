@@ -1,4 +1,4 @@
-"""End-to-end figures: what counts as what, and that thresholds chosen on numbers are what the assistant then does."""
+"""End-to-end figures: what counts as what, and that a threshold chosen on numbers is what the assistant then does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import numpy as np
 import pytest
 
 from finetune.applications.support.assistant import Reply, Source
+from finetune.applications.support.decision import (
+    NEVER,
+    Costs,
+    Outcome,
+    Signals,
+    choose_threshold,
+    compute_mean_cost,
+    decide,
+)
 from finetune.applications.support.evaluate import (
     Answered,
     Question,
@@ -21,15 +30,6 @@ from finetune.applications.support.evaluate import (
 )
 from finetune.applications.support.index import KnowledgeIndex
 from finetune.applications.support.reader import RememberingReader
-from finetune.applications.support.thresholds import (
-    NEVER,
-    Costs,
-    Outcome,
-    Signals,
-    choose_thresholds,
-    compute_mean_cost,
-    decide,
-)
 from finetune.errors import DataError
 
 ROWS = [
@@ -105,22 +105,23 @@ def test_figures_by_hand(assistant, questions):
     assert 0 < right["low"] < right["value"] < right["high"] <= 1
 
 
-def test_the_assistant_does_what_its_thresholds_were_chosen_for(assistant, questions):
-    """The cost by numbers alone is that of the replies, whatever the thresholds."""
+def test_the_assistant_does_what_its_threshold_was_chosen_for(assistant, questions):
+    """The cost by numbers alone is that of the replies, whatever the threshold."""
     outcomes = collect_outcomes(assistant, questions)
     costs = Costs()
-    for thresholds in (assistant.thresholds, choose_thresholds(outcomes, costs)):
-        assistant.thresholds = thresholds
+    prices = {"right": 0.0, "wrong": costs.wrong, "handed_over": costs.handover}
+    for sure in (assistant.sure, 0.4, 0.9, choose_threshold(outcomes, costs)):
+        assistant.sure = sure
         answered = answer_questions(assistant, questions)
         for outcome, each in zip(outcomes, answered, strict=True):
-            action = decide(outcome.signals, thresholds)
+            action = decide(outcome.signals, sure)
             kinds = {"template": {"template", "question"}, "question": {"question"}}.get(action, {action})
             assert each.reply.kind in kinds
             if action in ("template", "passage"):
                 right = outcome.template_right if action == "template" else outcome.passage_right
                 assert (each.judgement == "right") == right
-    # One template would be wrong, so all five are questions back; the three entries that are found first are right.
-    assert compute_mean_cost(outcomes, thresholds, costs) == pytest.approx(5 * costs.question / 9)
+        spent = [prices[each.in_the_end] + costs.question * (each.judgement == "asked_back") for each in answered]
+        assert compute_mean_cost(outcomes, sure, costs) == pytest.approx(np.mean(spent))
 
 
 def test_an_interval_draws_whole_clusters():
@@ -146,11 +147,11 @@ def test_an_interval_draws_whole_clusters():
 
 def test_the_curve_by_hand():
     outcomes = [
-        Outcome(Signals(0.0, 0.9, 0.0, 0.2, True), True, False, 0.0, False, True),  # 0.9, right
-        Outcome(Signals(0.5, 0.9, 0.0, 0.2, True), True, False, 0.0, False, True),  # 0.45, right
-        Outcome(Signals(0.0, 0.9, 0.0, 0.6, False), False, True, 0.0, False, True),  # by its passage: 0.6, right
-        Outcome(Signals(0.0, 0.3, 0.0, 0.6, True), True, False, 0.0, False, True),  # 0.6, wrong
-        Outcome(Signals(0.9, 0.9, 0.0, 0.1, True), False, False, 0.0, False, False),  # 0.09, out of scope
+        Outcome(Signals(0.0, 0.9, 0.9, 0.2, True), True, False, 0.0, False, True),  # 0.9, right
+        Outcome(Signals(0.5, 0.45, 0.45, 0.1, True), True, False, 0.0, False, True),  # 0.45, right
+        Outcome(Signals(0.0, 0.9, 0.9, 0.6, False), False, True, 0.0, False, True),  # by its passage: 0.6, right
+        Outcome(Signals(0.0, 0.3, 0.3, 0.6, True), True, False, 0.0, False, True),  # 0.6, wrong
+        Outcome(Signals(0.9, 0.09, 0.09, 0.01, True), False, False, 0.0, False, False),  # 0.09, out of scope
     ]
     points = compute_curve(outcomes)
     assert [list(point.values()) for point in points] == [
@@ -193,8 +194,9 @@ def test_what_follows_a_choice_is_what_the_outcome_says(assistant):
     assert [(outcome.chosen, outcome.chosen_right) for outcome in outcomes] == [
         *((0.0, False), (pytest.approx(0.5), False), (pytest.approx(0.5), True), (NEVER, True), (0.0, False)),
     ]
-    assert all(outcome.signals.pair == pytest.approx(0.5, abs=0.02) for outcome in outcomes)
-    assistant.thresholds = replace(assistant.thresholds, outside=1.0, passage=0.7)
+    in_two = 2 * np.exp(4) / (2 * np.exp(4) + 3)  # two intents of five have a word in the text
+    assert all(outcome.signals.two == pytest.approx(0.95 * in_two) for outcome in outcomes)
+    assistant.sure = 0.7
     answered = answer_questions(assistant, questions)
     assert {each.judgement for each in answered} == {"asked_back"}
     assert [each.in_the_end for each in answered] == ["handed_over", "handed_over", "handed_over", "right", "right"]

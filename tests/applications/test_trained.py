@@ -53,7 +53,7 @@ def test_every_test_question_is_accounted_for(run, figures):
     assert len(figures["replies"]) == shares["questions"]
     right = np.mean([reply["outcome"] == "right" for reply in figures["replies"]])
     assert shares["right"]["value"] == pytest.approx(right)
-    costs = json.loads((run.folder.path / "support" / "thresholds.json").read_text())["costs"]
+    costs = json.loads((run.folder.path / "support" / "decision.json").read_text())["costs"]
     assert costs["wrong"] == 3
 
 

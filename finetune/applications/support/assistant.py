@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from finetune.applications.support.decision import Signals, decide
 from finetune.applications.support.dialogue import Pending, Session
 from finetune.applications.support.index import Found, KnowledgeIndex
 from finetune.applications.support.quotes import quote_answer
@@ -15,8 +16,8 @@ from finetune.applications.support.reader import Reader, Reading
 from finetune.applications.support.relevance import Relevance
 from finetune.applications.support.slots import MAX_FREE_CHARACTERS, describe_slot, find_pattern, find_values
 from finetune.applications.support.templates import Intent, Intents, fill_slots, fill_template
-from finetune.applications.support.thresholds import Signals, Thresholds, decide
 from finetune.applications.support.writer import Writer, compose_answer
+from finetune.data.knowledge import Entry
 from finetune.data.ranking import split_words
 
 Kind = Literal["template", "passage", "question", "handover"]
@@ -92,7 +93,7 @@ class Assistant:
         reader: the trained model.
         index: what is known, read by the same model.
         intents: what each of the model's intents is called, and its template.
-        thresholds: how sure it must be.
+        sure: the probability that an answer must reach.
         relevance: how sure an entry is, from what speaks for it; None for the reader's word alone.
         writer: writes answers from passages; without one, or where a passage does not support them, it is quoted.
     """
@@ -102,11 +103,11 @@ class Assistant:
         reader: Reader,
         index: KnowledgeIndex,
         intents: Intents,
-        thresholds: Thresholds,
+        sure: float,
         relevance: Relevance | None = None,
         writer: Writer | None = None,
     ) -> None:
-        self.reader, self.index, self.intents, self.thresholds = reader, index, intents, thresholds
+        self.reader, self.index, self.intents, self.sure = reader, index, intents, sure
         self.relevance, self.writer = relevance, writer
 
     def reply(self, text: str, session: Session) -> Reply:
@@ -138,13 +139,13 @@ class Assistant:
     def build_signals(self, reading: Reading, found: Sequence[Found]) -> Signals:
         """The numbers that decide."""
         ranked = self.rank_intents(reading)
-        first = ranked[0]
+        inside = 1 - float(reading.outside)
         return Signals(
             outside=float(reading.outside),
-            intent=float(reading.scores[first]),
-            pair=float(reading.scores[ranked[1]]) if len(ranked) > 1 else 0.0,
-            passage=found[0].score if found else 0.0,
-            has_template=self._name(first).template is not None,
+            intent=inside * float(reading.scores[ranked[0]]),
+            two=inside * min(1.0, float(reading.scores[ranked[:2]].sum())),
+            passage=inside * (found[0].score if found else 0.0),
+            has_template=self._name(ranked[0]).template is not None,
         )
 
     def rank_intents(self, reading: Reading) -> list[int]:
@@ -162,14 +163,14 @@ class Assistant:
             pending.values[pending.slot] = value
             return self._answer_template(self.intents[pending.intents[0]], pending.confidence, text, session, pending)
         reading, found, signals = self.observe(text, session.context)
-        action = decide(signals, self.thresholds)
+        action = decide(signals, self.sure)
         ranked = [self._name(place) for place in self.rank_intents(reading)[:2]]
         if action == "template":
             reply = self._answer_template(ranked[0], signals.intent, text, session, pending)
         elif action == "passage":
-            reply = self._answer_passage(found[0], text, session.context)
+            reply = self._answer_passage(found[0].entry, signals.passage, text, session.context)
         elif action == "question":
-            reply = _ask_which(ranked, min(1.0, signals.intent + signals.pair))
+            reply = _ask_which(ranked, signals.two)
             names = tuple(intent.name for intent in ranked)
             session.pending = Pending(text, names, context=session.context)
         else:
@@ -182,11 +183,11 @@ class Assistant:
         if intent.template is not None:
             return self._answer_template(intent, 1.0, question, session, None)
         found = self.find_chosen(question, context, intent.name)
-        sure = found[0].score if found else 0.0
-        if sure >= self.thresholds.passage:
-            return self._answer_passage(found[0], question, context)
+        confidence = found[0].score if found else 0.0
+        if confidence >= self.sure:
+            return self._answer_passage(found[0].entry, confidence, question, context)
         reason = f'You chose "{intent.description}", and no entry is sure to answer that.'
-        return Reply("handover", HAND_OVER, 1 - sure, reason)
+        return Reply("handover", HAND_OVER, 1 - confidence, reason)
 
     def _answer_template(
         self, intent: Intent, confidence: float, text: str, session: Session, pending: Pending | None
@@ -207,15 +208,14 @@ class Assistant:
         ask = _ask_for(slot, filling.choices.get(slot, []))
         return Reply("question", ask, confidence, reason, intent.name, missing=tuple(filling.missing))
 
-    def _answer_passage(self, found: Found, text: str, context: str) -> Reply:
-        entry = found.entry
+    def _answer_passage(self, entry: Entry, confidence: float, text: str, context: str) -> Reply:
         quote = quote_answer(entry, text, context, self.reader)
         reply = Reply(
             "passage",
             quote,
-            found.score,
+            confidence,
             f"Entry {entry.id} answers this.",
-            sources=(Source(entry.id, entry.title, found.score, quote),),
+            sources=(Source(entry.id, entry.title, confidence, quote),),
         )
         if self.writer is None:
             return reply
@@ -227,10 +227,10 @@ class Assistant:
         return replace(reply, text=said, is_composed=True, reason=f"{reply.reason} It supports what was written.")
 
     def _hand_over(self, signals: Signals) -> Reply:
-        if signals.outside > self.thresholds.outside:
+        if signals.outside > 0.5:
             return Reply("handover", HAND_OVER, signals.outside, "The message looks out of scope.")
-        sure = max(signals.intent if signals.has_template else 0.0, signals.passage)
-        return Reply("handover", HAND_OVER, 1 - sure, "Neither an intent nor an entry is sure enough.")
+        confidence = max(signals.intent if signals.has_template else 0.0, signals.passage)
+        return Reply("handover", HAND_OVER, 1 - confidence, "Neither an intent nor an entry is sure enough.")
 
     def _read_slot(self, text: str, pending: Pending, context: str) -> str | None:
         """What a message says of the slot that was asked for; None where it speaks of something else."""
@@ -241,8 +241,8 @@ class Assistant:
         reading = self._consult_entries(self.reader.read(text, context))
         likeliest = self.rank_intents(reading)[0]
         other = self._name(likeliest).name not in pending.intents
-        sure = reading.outside <= self.thresholds.outside and reading.scores[likeliest] >= self.thresholds.intent
-        return None if other and sure else " ".join(text.split())[:MAX_FREE_CHARACTERS]
+        is_sure = (1 - reading.outside) * reading.scores[likeliest] >= self.sure
+        return None if other and is_sure else " ".join(text.split())[:MAX_FREE_CHARACTERS]
 
     def _consult_entries(self, reading: Reading) -> Reading:
         """The reading with what the entries say of the intents."""

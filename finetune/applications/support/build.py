@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.applications.support.assistant import Assistant
+from finetune.applications.support.decision import Costs
 from finetune.applications.support.evaluate import (
     OUT_OF_SCOPE,
     Question,
@@ -18,7 +19,6 @@ from finetune.applications.support.evaluate import (
 )
 from finetune.applications.support.load import find_support_folder, save_assistant
 from finetune.applications.support.reader import RememberingReader
-from finetune.applications.support.thresholds import Costs
 from finetune.applications.support.trained import build_reader
 from finetune.artifact.run_folder import RunFolder, find_run, load_json, save_json
 from finetune.data.catalog import find_card_folder
@@ -32,7 +32,7 @@ from finetune.tasks.preparation import load_entries
 
 
 def build_assistant(run: str | Path) -> dict[str, Any]:
-    """Build the assistant of a finished run, choose its thresholds on validation, and answer the test questions.
+    """Build the assistant of a finished run, choose its threshold on validation, and answer the test questions.
 
     Args:
         run: the run's folder, or runs/<name> for its latest finished run.

@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.applications.support.assistant import Assistant, Reply
+from finetune.applications.support.decision import NEVER, Numbers, Outcome, Signals
 from finetune.applications.support.dialogue import Session
 from finetune.applications.support.index import Found, KnowledgeIndex
 from finetune.applications.support.reader import Reader, Reading
-from finetune.applications.support.thresholds import NEVER, Numbers, Outcome, Signals
 from finetune.errors import DataError
 from finetune.evaluation.intervals import Estimate, Interval, compute_interval, draw_weights
 
@@ -114,9 +114,9 @@ def collect_intent_evidence_of(
 
 
 def collect_outcomes(assistant: Assistant, questions: Sequence[Question]) -> list[Outcome]:
-    """What each action would have been worth for each question: read and searched once, for any thresholds.
+    """What each action would have been worth for each question: read and searched once, for any threshold.
 
-    The assistant's own thresholds play no part.
+    The assistant's own threshold plays no part.
     """
     outcomes = []
     for question in questions:
@@ -208,10 +208,10 @@ def summarize(answered: Sequence[Answered], *, confidence: float, resamples: int
 
 
 def compute_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
-    """Selective accuracy against coverage (El-Yaniv & Wiener 2010), whatever the thresholds.
+    """Selective accuracy against coverage (El-Yaniv & Wiener 2010), whatever the threshold.
 
     Each question is given its likelier answer, the template of the likeliest intent or the entry found first, with that
-    answer's probability times that of being in scope as its confidence. Out of scope every answer is wrong.
+    answer's probability as its confidence. Out of scope every answer is wrong.
 
     Args:
         outcomes: of N questions.
@@ -224,7 +224,7 @@ def compute_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
     for place, outcome in enumerate(outcomes):
         signals = outcome.signals
         by_template = signals.has_template and signals.intent >= signals.passage
-        confidences[place] = (1 - signals.outside) * (signals.intent if by_template else signals.passage)
+        confidences[place] = signals.intent if by_template else signals.passage
         right[place] = outcome.template_right if by_template else outcome.passage_right
     order = np.argsort(-confidences, kind="stable")
     confidences, right = confidences[order], right[order].cumsum()

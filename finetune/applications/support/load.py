@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.applications.support.assistant import Assistant
+from finetune.applications.support.decision import NEVER, Costs, choose_threshold, load_threshold, save_decision
 from finetune.applications.support.evaluate import (
     Question,
     collect_evidence_of,
@@ -18,14 +19,6 @@ from finetune.applications.support.links import Links, fit_exponents
 from finetune.applications.support.reader import Reader
 from finetune.applications.support.relevance import fit_relevance, load_relevance, save_relevance
 from finetune.applications.support.templates import load_intents
-from finetune.applications.support.thresholds import (
-    NEVER,
-    Costs,
-    Thresholds,
-    choose_thresholds,
-    load_thresholds,
-    save_thresholds,
-)
 from finetune.applications.support.trained import build_reader
 from finetune.applications.support.writer import Writer, load_reply_writer
 from finetune.artifact.run_folder import RunFolder, find_run
@@ -34,7 +27,7 @@ from finetune.errors import FinetuneError, UsageError
 from finetune.recipe import load_recipe
 from finetune.recipe.files import write_file_atomically
 
-_INDEX, _INTENTS, _THRESHOLDS, _RELEVANCE = "index", "intents.jsonl", "thresholds.json", "relevance.json"
+_INDEX, _INTENTS, _DECISION, _RELEVANCE = "index", "intents.jsonl", "decision.json", "relevance.json"
 
 
 def load_assistant(
@@ -73,7 +66,7 @@ def load_assistant(
     intents = load_intents(support / _INTENTS, reader.intents)
     relevance = load_relevance(support / _RELEVANCE)
     author = _load_writer(folder, reply, writer)
-    return Assistant(reader, index, intents, load_thresholds(support / _THRESHOLDS), relevance, author)
+    return Assistant(reader, index, intents, load_threshold(support / _DECISION), relevance, author)
 
 
 def save_assistant(
@@ -84,14 +77,14 @@ def save_assistant(
     questions: Mapping[str, Sequence[Question]],
     costs: Costs,
 ) -> Assistant:
-    """Build the index, weigh the evidence and choose the thresholds, and write what `load_assistant` reads.
+    """Build the index, weigh the evidence and choose the threshold, and write what `load_assistant` reads.
 
     Args:
         folder: as `find_support_folder` gives it.
         reader: the trained model.
         entries: what it answers from.
         intents: the file of intents and templates, which is copied.
-        questions: those of train say which intents ask for which entries; weights and thresholds are chosen on those
+        questions: those of train say which intents ask for which entries; weights and the threshold are chosen on those
             of validation.
         costs: what a wrong answer costs against a hand-over.
 
@@ -105,15 +98,13 @@ def save_assistant(
     own, linked = fit_exponents(*collect_intent_evidence_of(index, reader, held_out))
     index.links = replace(links, own=own, linked=linked)
     relevance = fit_relevance(*collect_evidence_of(index, reader, held_out))
-    never = Thresholds(outside=1.0, intent=NEVER, passage=NEVER, pair=NEVER)
-    untuned = Assistant(reader, index, checked, never, relevance)
-    outcomes = collect_outcomes(untuned, held_out)
-    thresholds = choose_thresholds(outcomes, costs)
+    outcomes = collect_outcomes(Assistant(reader, index, checked, NEVER, relevance), held_out)
+    sure = choose_threshold(outcomes, costs)
     index.save(folder / _INDEX)
     write_file_atomically(folder / _INTENTS, intents.read_bytes())
     save_relevance(folder / _RELEVANCE, relevance)
-    save_thresholds(folder / _THRESHOLDS, thresholds, costs, outcomes)
-    return Assistant(reader, index, checked, thresholds, relevance)
+    save_decision(folder / _DECISION, sure, costs, outcomes)
+    return Assistant(reader, index, checked, sure, relevance)
 
 
 def find_support_folder(run: RunFolder) -> Path:

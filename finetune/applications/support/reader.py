@@ -49,7 +49,7 @@ class Reader(Protocol):
 
 
 class RememberingReader:
-    """A reader that reads nothing twice: the same questions are asked to weigh entries, to choose thresholds, and to
+    """A reader that reads nothing twice: the same questions are asked to weigh entries, to choose the threshold, and to
     be answered.
 
     Args:

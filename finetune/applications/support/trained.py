@@ -58,7 +58,7 @@ def build_reader(run: RunFolder, engine: str | None = None) -> TrainedReader:
 
     Args:
         run: finished.
-        engine: the format of an export of it that answers in its place; its index and thresholds stay those of the run.
+        engine: the format of an export of it that answers in its place; its index and threshold stay those of the run.
 
     Raises:
         UsageError: the run has not the three tasks that an assistant stands on; no such export.
