@@ -44,6 +44,21 @@ def test_a_sure_entry_is_quoted_with_its_id_and_score(say):
     )
 
 
+def test_an_answer_is_not_given_twice(say):
+    assert say("cancel order 12345").kind == "template"
+    again = say("please cancel order 12345")
+    assert (again.kind, again.reason) == (
+        "handover",
+        "The same answer was given before, and the customer is not done.",
+    )
+
+
+def test_a_new_subject_that_the_turns_before_outweigh_is_read_alone(say):
+    assert say("cancel order 12345").kind == "template"
+    reply = say("and the moon?")  # read with the turn before, it asks to cancel; alone, it is out of scope
+    assert (reply.kind, reply.reason) == ("handover", "The message looks out of scope.")
+
+
 def test_of_two_close_intents_the_customer_chooses(say):
     reply = say("cancel my email")
     assert reply.kind == "question"
@@ -131,7 +146,7 @@ def test_another_wish_is_no_answer_to_the_question(say):
 
 
 def test_a_follow_up_is_read_with_the_turn_before(say):
-    say("how do returns of shoes work")
+    assert say("return the old toaster of my aunt").kind == "handover"
     reply = say("and gifts")
     assert reply.considered.intents[0][0] == "returns"
 

@@ -162,17 +162,27 @@ class Assistant:
         if pending and pending.slot and (value := self._read_slot(text, pending, session.context)):
             pending.values[pending.slot] = value
             return self._answer_template(self.intents[pending.intents[0]], pending.confidence, text, session, pending)
-        reading, found, signals = self.observe(text, session.context)
+        reply = self._weigh(text, session.context, session, pending)
+        if _is_said(reply, session) and session.context:
+            reply = self._weigh(text, "", session, pending)  # what was said before may have outweighed a new subject
+        if _is_said(reply, session):
+            reason = "The same answer was given before, and the customer is not done."
+            return Reply("handover", HAND_OVER, 1 - reply.confidence, reason, considered=reply.considered)
+        return reply
+
+    def _weigh(self, text: str, context: str, session: Session, pending: Pending | None) -> Reply:
+        """The reply to a message that answers no question back."""
+        reading, found, signals = self.observe(text, context)
         action = decide(signals, self.sure)
         ranked = [self._name(place) for place in self.rank_intents(reading)[:2]]
         if action == "template":
             reply = self._answer_template(ranked[0], signals.intent, text, session, pending)
         elif action == "passage":
-            reply = self._answer_passage(found[0].entry, signals.passage, text, session.context)
+            reply = self._answer_passage(found[0].entry, signals.passage, text, context)
         elif action == "question":
             reply = _ask_which(ranked, signals.two)
             names = tuple(intent.name for intent in ranked)
-            session.pending = Pending(text, names, context=session.context)
+            session.pending = Pending(text, names, context=context)
         else:
             reply = self._hand_over(signals)
         return replace(reply, considered=self._describe(reading, found))
@@ -256,6 +266,11 @@ class Assistant:
 
     def _name(self, place: int) -> Intent:
         return self.intents[self.reader.intents[place]]
+
+
+def _is_said(reply: Reply, session: Session) -> bool:
+    is_answer = reply.kind in ("template", "passage")
+    return is_answer and any(turn.speaker == "agent" and turn.text == reply.text for turn in session.turns)
 
 
 def _ask_which(intents: Sequence[Intent], confidence: float) -> Reply:
