@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/results_table.py runs/sentiment_twitter/* runs/sentiment_twitter_full/*
 
-Runs of one name are seeds of one row: the mean over seeds, then each seed's value with its interval.
+Runs of one name are seeds of one row, one for each of their tasks: the mean over seeds, then each seed's value with its
+interval.
 """
 
 from __future__ import annotations
@@ -29,14 +30,19 @@ SHOWN = {
 """The baselines that are worth a place; the others are weaker."""
 
 
-def build_row(runs: list[RunFolder]) -> str:
-    """One row: every run must be of the same recipe but for its seed."""
+def build_rows(runs: list[RunFolder]) -> list[str]:
+    """A row for each task: every run must be of the same recipe but for its seed."""
     recipes = [load_recipe(run.recipe) for run in runs]
-    tests = [load_json(run.evaluation / "test.json") for run in runs]
+    if any(without_seed(recipe) != without_seed(recipes[0]) for recipe in recipes):
+        sys.exit(f"{runs[0].path.parent}: the runs must differ only in train.seed. Name those to compare.")
+    return [build_row(runs, recipes, task) for task in runs[0].evaluations()]
+
+
+def build_row(runs: list[RunFolder], recipes: list[Recipe], task: str) -> str:
+    """One row."""
+    tests = [load_json(run.evaluations()[task] / "test.json") for run in runs]
     training = [run.load_status()["training"] for run in runs]
     first, metric = recipes[0], next(iter(tests[0]["metrics"]))
-    if any(without_seed(recipe) != without_seed(first) for recipe in recipes):
-        sys.exit(f"{runs[0].path.parent}: the runs must differ only in train.seed. Name those to compare.")
     digits = decimals_of(metric)
     seeds = "; ".join(
         f"{recipe.train.seed}: {format_score(test['metrics'][metric], digits)}"
@@ -53,7 +59,7 @@ def build_row(runs: list[RunFolder]) -> str:
     ]
     count = training[0]["parameters"]
     cells = [
-        first.name,
+        first.name if len(first.tasks) == 1 else f"{first.name}, {task}",
         "from scratch" if first.model.base == SCRATCH_BASE else first.adapter.method,
         f"**{average(tests)}** {metric}",
         seeds,
@@ -65,8 +71,10 @@ def build_row(runs: list[RunFolder]) -> str:
 
 
 def without_seed(recipe: Recipe) -> Recipe:
-    """The recipe with one seed for all, to compare."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
+    """The recipe without its seed and without what neither trains nor scores, to compare."""
+    train = recipe.train.model_copy(update={"seed": 0})
+    evaluate = recipe.evaluate.model_copy(update={"slices": []})
+    return recipe.model_copy(update={"train": train, "evaluate": evaluate, "monitor": None})
 
 
 def main() -> None:
@@ -79,7 +87,7 @@ def main() -> None:
     print(HEAD)
     print("|" + "---|" * (HEAD.count("|") - 1))
     for runs in groups.values():
-        print(build_row(sorted(runs, key=lambda run: load_recipe(run.recipe).train.seed)))
+        print("\n".join(build_rows(sorted(runs, key=lambda run: load_recipe(run.recipe).train.seed))))
 
 
 if __name__ == "__main__":

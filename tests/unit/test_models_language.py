@@ -410,7 +410,7 @@ def test_words_for_a_run_that_holds_only_an_adapter(bert, tmp_path):
         resolve_base(str(tmp_path))
     assert str(caught.value) == (
         f"{tmp_path}: must hold whole weights in model.safetensors, got an adapter alone. A base for others must be "
-        "trained with adapter: {method: full}."
+        "trained with adapter: {method: full}, or pushed with --merge. To train an adapter on: model.adapters."
     )
 
 
