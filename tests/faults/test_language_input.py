@@ -224,8 +224,8 @@ def test_a_run_that_holds_only_an_adapter_as_base(
 ) -> None:
     words = (
         f"{finished_run / 'model'}: must hold whole weights in model.safetensors, got an adapter alone. "
-        "A base for others must be trained with adapter: {method: full}, or pushed with --merge. To train an adapter on: "
-        "model.adapters."
+        "A base for others must be trained with adapter: {method: full}, or pushed with --merge. To train an adapter "
+        "on: model.adapters."
     )
     refuse(write("masked_lm", model={"base": str(finished_run)}), 5, words)
 
