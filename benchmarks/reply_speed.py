@@ -36,10 +36,11 @@ def main() -> None:
     parser.add_argument("run", help="a run with an assistant")
     parser.add_argument("--entries", type=int, default=10_000)
     parser.add_argument("--messages", type=int, default=200)
+    parser.add_argument("--engine", help="an export of the run that reads in its place")
     options = parser.parse_args()
-    known = load_assistant(options.run)
+    known = load_assistant(options.run, engine=options.engine)
     index = grow(known.index, options.entries, seed=13)
-    assistant = Assistant(known.reader, index, known.intents, known.thresholds, known.relevance)
+    assistant = Assistant(known.reader, index, known.intents, known.sure, known.relevance)
     rows = [row for row in load_rows("shop_support", {}).rows if row.split == "test"][: options.messages]
     times: dict[str, list[float]] = {"reply": [], "reading alone": []}
     for row in rows[:10]:

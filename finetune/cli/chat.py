@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from finetune.cli.output import AsJson, Engine, RunArgument, print_note
+from finetune.cli.output import AsJson, Engine, RunArgument, make_printable, print_note
 
 if TYPE_CHECKING:
     from finetune.applications.support.assistant import Assistant, Reply
@@ -81,7 +81,7 @@ def _replay(assistant: Assistant, path: Path, log: TurnLog | None, as_json: bool
     console = Console()
     for dialogue in load_dialogues(path):
         if not as_json:
-            console.rule(Text(_make_printable(dialogue.id)), align="left")
+            console.rule(Text(make_printable(dialogue.id)), align="left")
         for turn, reply in replay(dialogue, assistant.reply):
             if log:
                 log.write(dialogue.id, turn.text, reply)
@@ -90,7 +90,7 @@ def _replay(assistant: Assistant, path: Path, log: TurnLog | None, as_json: bool
                     {"session": dialogue.id, "message": turn.text, "expected_intent": turn.intent} | reply.to_json()
                 )
             else:
-                console.print(Text.assemble(("you  ", "bold"), _make_printable(turn.text)))
+                console.print(Text.assemble(("you  ", "bold"), make_printable(turn.text)))
                 _show_reply(console, reply)
 
 
@@ -194,7 +194,7 @@ def _ask() -> str | None:
 def _obey(console: Console, command: str, last: Reply | None) -> None:
     if command not in COMMANDS:
         console.print(
-            f"{escape(_make_printable(command))} is no command. /help lists them.", style="yellow", highlight=False
+            f"{escape(make_printable(command))} is no command. /help lists them.", style="yellow", highlight=False
         )
     elif command == "/help":
         for name, meaning in COMMANDS.items():
@@ -211,7 +211,7 @@ def _show_reply(console: Console, reply: Reply) -> None:
     """The text as text: markup and control characters in an entry or a slot do nothing."""
     title = f"{TITLES[reply.kind]} · {reply.confidence:.0%}"
     footer = ", ".join(f"{source.id} {source.score:.0%}" for source in reply.sources) or None
-    body = Text(_make_printable(reply.text))
+    body = Text(make_printable(reply.text))
     for note in reply.notes:
         body.append(f"\n{note}", style="dim")
     console.print(
@@ -219,7 +219,7 @@ def _show_reply(console: Console, reply: Reply) -> None:
             body,
             title=title,
             title_align="left",
-            subtitle=Text(_make_printable(footer)) if footer else None,
+            subtitle=Text(make_printable(footer)) if footer else None,
             subtitle_align="right",
             border_style=STYLES[reply.kind],
         )
@@ -233,19 +233,12 @@ def _show_reason(console: Console, reply: Reply) -> None:
         lines += [f"intent {name} {score:.0%}" for name, score in reply.considered.intents]
         lines += [f"entry {name} {score:.0%}" for name, score in reply.considered.entries]
     for line in lines:
-        console.print(Text(_make_printable(line), style="dim"))
+        console.print(Text(make_printable(line), style="dim"))
 
 
 def _show_sources(console: Console, reply: Reply) -> None:
     if not reply.sources:
         console.print("The last reply quotes nothing.", style="dim")
     for source in reply.sources:
-        console.print(Text(_make_printable(f"{source.id}  {source.score:.0%}  {source.title}"), style="bold"))
-        console.print(Text(_make_printable(source.quote)))
-
-
-def _make_printable(text: str) -> str:
-    """The text without what a terminal obeys: escape sequences, and marks that turn the direction of writing."""
-    return "".join(
-        character for character in text if character in "\n\t" or character.isprintable() or character == " "
-    )
+        console.print(Text(make_printable(f"{source.id}  {source.score:.0%}  {source.title}"), style="bold"))
+        console.print(Text(make_printable(source.quote)))

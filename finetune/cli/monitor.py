@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from finetune.cli.output import AsJson, Engine, RunArgument, print_json, print_note, print_table, print_text
+from finetune.cli.output import (
+    AsJson,
+    Engine,
+    RunArgument,
+    make_printable,
+    print_json,
+    print_note,
+    print_table,
+    print_text,
+)
 
 if TYPE_CHECKING:
     from finetune.applications.monitor.records import Alert, Share
@@ -272,7 +281,7 @@ class _Watching:
         if rejected:
             print_text("Rejected, the first of each kind:")
             for words in rejected:
-                print_text(f"  {_make_printable(words)}")
+                print_text(f"  {make_printable(words)}")
 
 
 def _list_notes() -> Mapping[Any, str]:
@@ -345,7 +354,7 @@ def _describe_alert(alert: Alert) -> str:
     volume = "more news" if alert.volume_after > alert.volume_before else "less news"
     words = "over" if alert.level == "recovery" else "worse news" if alert.cause == "share" else volume
     return (
-        f"{alert.start:%Y-%m-%d %H:%M}  {alert.level:8}  {_make_printable(alert.topic)}  {words}  {change}  "
+        f"{alert.start:%Y-%m-%d %H:%M}  {alert.level:8}  {make_printable(alert.topic)}  {words}  {change}  "
         f"{alert.test} {alert.statistic:.2f}, threshold {alert.threshold:.2f}"
     )
 
@@ -358,7 +367,3 @@ def _print_line(content: Mapping[str, Any]) -> None:
     """One JSON value on a line, at once: the other program waits for it."""
     sys.stdout.write(json.dumps(content, ensure_ascii=True, allow_nan=False) + "\n")
     sys.stdout.flush()
-
-
-def _make_printable(text: str) -> str:
-    return "".join(character for character in text if character.isprintable())

@@ -40,6 +40,11 @@ def print_text(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def make_printable(text: str) -> str:
+    """The text without what a terminal obeys: escape sequences, and marks that turn the direction of writing."""
+    return "".join(character for character in text if character in "\n\t" or character.isprintable())
+
+
 def print_note(text: str) -> None:
     """What goes on, on standard error: long work must not look like no work."""
     typer.echo(text, err=True)

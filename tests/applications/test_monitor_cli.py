@@ -9,7 +9,6 @@ import re
 import signal
 import sys
 import threading
-import types
 import urllib.request
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -17,12 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from finetune.applications.monitor import backtest, report
+from finetune.applications.monitor import load as loading
 from finetune.applications.monitor import watch as watching
 from finetune.applications.monitor.feeds import FeedSource
 from finetune.applications.monitor.records import Alert, Share
 from finetune.cli.monitor import _describe_alert
-
-PLACE = "finetune.applications.monitor"
 
 
 @pytest.fixture
@@ -39,8 +38,8 @@ def stream(words, tmp_path):
 @pytest.fixture
 def monitor(command, words, tmp_path, monkeypatch):
     """The command; without `--alerts` where a test names one itself."""
-    loaded = types.SimpleNamespace(is_built=lambda run: True, load_monitor=lambda run, engine: words.WordMonitor())
-    monkeypatch.setitem(sys.modules, f"{PLACE}.load", loaded)
+    monkeypatch.setattr(loading, "is_built", lambda run: True)
+    monkeypatch.setattr(loading, "load_monitor", lambda run, engine: words.WordMonitor())
     monkeypatch.setattr(watching.time, "sleep", lambda seconds: None)
 
     def run(*options, alerts=tmp_path / "alerts.jsonl"):
@@ -152,11 +151,8 @@ def test_a_signal_ends_it_after_the_batch_and_it_can_go_on(monitor, words, strea
             os.kill(os.getpid(), getattr(signal, name))
             return super().read(texts)
 
-    loaded = types.SimpleNamespace(
-        is_built=lambda run: True, load_monitor=lambda run, engine: words.WordMonitor(reader=Reader())
-    )
     with monkeypatch.context() as patched:
-        patched.setitem(sys.modules, f"{PLACE}.load", loaded)
+        patched.setattr(loading, "load_monitor", lambda run, engine: words.WordMonitor(reader=Reader()))
         done = monitor("--input", stream, "--follow")
     assert (done.code, done.err) == (75, f"finetune: stopped by {name}; the same command goes on where it was.\n")
     assert "items" in done.out
@@ -225,10 +221,7 @@ def test_metrics_can_be_asked_while_it_runs(monitor, words, stream, monkeypatch,
             return super().to_state(topic)
 
     ports = []
-    loaded = types.SimpleNamespace(
-        is_built=lambda run: True, load_monitor=lambda run, engine: words.WordMonitor(watcher=Watcher())
-    )
-    monkeypatch.setitem(sys.modules, f"{PLACE}.load", loaded)
+    monkeypatch.setattr(loading, "load_monitor", lambda run, engine: words.WordMonitor(watcher=Watcher()))
     assert monitor("--input", stream, "--metrics-port", "0").code == 0
     assert seen
     assert "finetune_monitor_items_total 13" in seen[-1]
@@ -243,7 +236,7 @@ def test_a_report_is_written_at_the_end_or_from_the_state_alone(monitor, stream,
     def write_report(store, section, path):
         written.append((len(store.read_windows()), section.window_minutes, path))
 
-    monkeypatch.setitem(sys.modules, f"{PLACE}.report", types.SimpleNamespace(write_report=write_report))
+    monkeypatch.setattr(report, "write_report", write_report)
     page = tmp_path / "page.html"
     assert monitor("--input", stream, "--report", page).code == 0
     done = monitor("--state", tmp_path / "alerts.db", "--report", page, alerts=None)
@@ -253,10 +246,8 @@ def test_a_report_is_written_at_the_end_or_from_the_state_alone(monitor, stream,
 
 def test_a_backtest_comes_alone(monitor, stream, monkeypatch):
     found = {"windows": 3}
-    parts = types.SimpleNamespace(
-        run_backtest=lambda run, path, engine: found, build_tables=lambda found: [("title", ["head"], [["cell"]])]
-    )
-    monkeypatch.setitem(sys.modules, f"{PLACE}.backtest", parts)
+    monkeypatch.setattr(backtest, "run_backtest", lambda run, path, engine: found)
+    monkeypatch.setattr(backtest, "build_tables", lambda found: [("title", ["head"], [["cell"]])])
     done = monitor("--backtest", stream, alerts=None)
     assert (done.code, [line.strip() for line in done.out.splitlines()]) == (0, ["title", "head", "cell"])
     assert json.loads(monitor("--backtest", stream, "--json", alerts=None).out) == found
