@@ -146,7 +146,7 @@ class TextClassification(OnBase):
 
     def start(self, model: nn.Module, train: Examples, pad_token_id: int | None) -> None:
         """Start the head at the classes' centroids."""
-        start_at_centroids(model, train.take(np.flatnonzero(self._has_class(train.labels))), pad_token_id)
+        start_at_centroids(model, train.take(np.flatnonzero(self.has_class(train.labels))), pad_token_id)
 
     def compute_losses(self, model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Cross-entropy of each row, (B,)."""
@@ -166,7 +166,7 @@ class TextClassification(OnBase):
         """1 for every row, or the weight of its class: n / (K * count), or the root of that."""
         if scheme == "none":
             return np.ones(len(examples), dtype=np.float32)
-        known = self._has_class(examples.labels)
+        known = self.has_class(examples.labels)
         counts = np.maximum(np.bincount(examples.labels[known], minlength=len(self.labels)), 1)
         balanced = known.sum() / (len(self.labels) * counts)
         weights = np.append(np.sqrt(balanced) if scheme == "sqrt_balanced" else balanced, 1.0)
@@ -192,7 +192,7 @@ class TextClassification(OnBase):
         self, outputs: Outputs, references: npt.NDArray[np.int64], names: Sequence[str]
     ) -> dict[str, float]:
         """Loss, and the named metrics of uncalibrated scores, of the rows that have a class."""
-        outputs, references = outputs[self._has_class(references)], references[self._has_class(references)]
+        outputs, references = outputs[self.has_class(references)], references[self.has_class(references)]
         scores = apply_temperature(outputs, 1.0)
         loss = nn.functional.cross_entropy(torch.from_numpy(outputs), torch.from_numpy(references)).item()
         return {"loss": loss} | {name: compute_metric(name, references, scores) for name in names}
@@ -232,7 +232,7 @@ class TextClassification(OnBase):
             outside = held_out.settings.get("outside")
             return float(held_out.settings["temperature"]), OutsideRule(**outside) if outside else None
         references = held_out.examples["validation"].labels
-        known, temperature = self._has_class(references), 1.0
+        known, temperature = self.has_class(references), 1.0
         if held_out.section.calibrate == "temperature":
             temperature = fit_temperature(logits["validation"][known], references[known])
         if self.out_of_scope is None:
@@ -249,7 +249,7 @@ class TextClassification(OnBase):
     ) -> ScoredSplit:
         """The rows of a split that have a class; those that have none beside them."""
         references = held_out.examples[name].labels
-        known = self._has_class(references)
+        known = self.has_class(references)
         rows = [row for row, is_known in zip(held_out.rows[name], known, strict=True) if is_known]
         temperature, rule = fitted
         return ScoredSplit(
@@ -277,10 +277,10 @@ class TextClassification(OnBase):
         baselines: Mapping[str, BaselineResult],
     ) -> OutsideRows:
         """How far outside each row of a split looks to the model and to the baselines."""
-        fitted_on = self._has_class(held_out.examples["validation"].labels)
+        fitted_on = self.has_class(held_out.examples["validation"].labels)
         return OutsideRows(
             label=self.out_of_scope or "",
-            is_outside=~self._has_class(held_out.examples[name].labels),
+            is_outside=~self.has_class(held_out.examples[name].labels),
             score=rule.score,
             model=OutsideScores(compute_outside_scores(logits, rule.score), rule.threshold),
             baselines={
@@ -316,7 +316,7 @@ class TextClassification(OnBase):
             config.get("exposure", 0.0),
         )
 
-    def _has_class(self, references: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def has_class(self, references: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which rows belong to a class, (N,)."""
         return (references >= 0) & (references < len(self.labels))
 
@@ -330,7 +330,7 @@ class TextClassification(OnBase):
 
     def _compute_baselines(self, held_out: HeldOut) -> dict[str, BaselineResult]:
         """Fit the recipe's baselines on train, tune them on validation, and score both held-out splits."""
-        taught = np.flatnonzero(self._has_class(held_out.examples["train"].labels))  # the others have no class to fit
+        taught = np.flatnonzero(self.has_class(held_out.examples["train"].labels))  # the others have no class to fit
         rows = {**held_out.rows, "train": [held_out.rows["train"][i] for i in taught]}
         examples = {**held_out.examples, "train": held_out.examples["train"].take(taught)}
         embedded: dict[str, npt.NDArray[np.float32]] = {}
@@ -369,7 +369,7 @@ class TextClassification(OnBase):
             "text": [row.values["text"] for row in rows],
             "reference": [
                 self.labels[i] if has else self.out_of_scope
-                for i, has in zip(references, self._has_class(references), strict=True)
+                for i, has in zip(references, self.has_class(references), strict=True)
             ],
             "prediction": [self.labels[i] for i in scores.argmax(axis=1)],
         } | {f"score_{label}": scores[:, i] for i, label in enumerate(self.labels)}
@@ -378,7 +378,7 @@ class TextClassification(OnBase):
         self, rows: Sequence[Row], references: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]
     ) -> list[dict[str, Any]]:
         predictions, confidences = scores.argmax(axis=1), scores.max(axis=1)
-        wrong = np.flatnonzero((predictions != references) & self._has_class(references))
+        wrong = np.flatnonzero((predictions != references) & self.has_class(references))
         return [
             {
                 "id": rows[i].id,

@@ -12,7 +12,10 @@ from torch import nn
 
 import finetune
 from finetune.artifact.export.int8 import Calibration, choose_quantization, rank_layers
+from finetune.artifact.export.parity import Answers, Judged, compare_answers
 from finetune.data.batches import Examples
+from finetune.recipe.schema import EvaluateSection
+from finetune.tasks import TextClassification
 
 TEXTS = ["gains beats shares", "loss falls meeting", "names unchanged schedule"]
 
@@ -148,3 +151,15 @@ def test_calibration_rows_come_from_their_seed(find_run):
     first, again, other = (Calibration.draw(train, 0, seed=seed, rows=20) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first.examples.input_ids, again.examples.input_ids)
     assert not np.array_equal(first.examples.input_ids, other.examples.input_ids)
+
+
+def test_rows_of_no_class_that_were_trained_on_count_in_no_score():
+    task = TextClassification(["fall", "rise"], {}, out_of_scope="weather", exposure=0.5)
+    judged = Judged(task, EvaluateSection(metrics=["accuracy", "macro_f1"], resamples=100), 1.0, seed=13)
+    before = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    after, labels = before[:, ::-1].copy(), np.arange(40) % 3
+
+    def compare(rows):
+        return compare_answers(judged, Answers(before[rows], labels[rows]), Answers(after[rows], labels[rows]))
+
+    assert compare(np.arange(40))["metrics"] == compare(np.flatnonzero(labels < 2))["metrics"]

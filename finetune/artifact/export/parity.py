@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.data.batches import IGNORED, Examples
+from finetune.data.batches import Examples
 from finetune.errors import GateError, UsageError
 from finetune.evaluation.calibration import apply_temperature
 from finetune.evaluation.intervals import compute_difference, compute_estimates, compute_interval
@@ -115,7 +115,7 @@ def compare_answers(judged: Judged, before: Answers, after: Answers) -> dict[str
     finite = np.isfinite(given) & np.isfinite(found)
     differences = np.abs(given - found)[finite]
     equal = decide(task, before.outputs, judged.threshold) == decide(task, after.outputs, judged.threshold)
-    metrics = _compare_classes(judged, before, after) if isinstance(task, TextClassification) else {}
+    metrics = _compare_classes(judged, task, before, after) if isinstance(task, TextClassification) else {}
     if not metrics:
         metrics = _compare_points(judged, before, after)
     return dict(
@@ -131,8 +131,8 @@ def compare_answers(judged: Judged, before: Answers, after: Answers) -> dict[str
     )
 
 
-def _compare_classes(judged: Judged, before: Answers, after: Answers) -> dict[str, Any]:
-    section, known = judged.section, before.references != IGNORED
+def _compare_classes(judged: Judged, task: TextClassification, before: Answers, after: Answers) -> dict[str, Any]:
+    section, known = judged.section, task.has_class(before.references)
     names = [name for name in section.metrics if name in METRICS]
     drawing = {"resamples": section.resamples, "seed": judged.seed}
 
