@@ -12,6 +12,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,6 +43,40 @@ def read_headline_words() -> list[str]:
         words = Counter(word for row in csv.DictReader(file) for word in row["text"].lower().split() if word.isalpha())
     keywords = {word for group in KEYWORDS.values() for word in group}
     return [word for word, _ in words.most_common(WORDS) if word.isascii() and word not in keywords]
+
+
+WITHOUT_TOOLKIT = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "finetune":
+            raise ImportError("the toolkit is not here")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.fixture(scope="session")
+def run_without_toolkit() -> Callable[..., Any]:
+    """A function (folder, code, *arguments, **environment) -> what the code prints last, read as JSON.
+
+    It runs in a process of its own, in that folder, which cannot import the toolkit.
+    """
+
+    def run(folder: Path, code: str, *arguments: str, **environment: str) -> Any:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", WITHOUT_TOOLKIT + code, *arguments],
+            stdin=subprocess.DEVNULL,  # nobody is there to answer a question
+            capture_output=True,
+            text=True,
+            env=kept | environment,
+            cwd=folder,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture(scope="session")

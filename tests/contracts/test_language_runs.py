@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,11 +307,6 @@ def test_another_held_out_set_leaves_the_test_split_closed(
 
 CLEAN = """
 import json, sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "finetune":
-            raise ImportError("the toolkit is not here")
-sys.meta_path.insert(0, Refuse())
 import torch, transformers
 torch.set_num_threads(1)
 folders, prompts, tokens = json.loads(sys.argv[1])
@@ -341,22 +333,14 @@ AUTO = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "tra
 
 
 @pytest.fixture(scope="module")
-def clean(get_run: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def clean(
+    get_run: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory, run_without_toolkit: Callable[..., Any]
+) -> dict[str, Any]:
     """What transformers alone writes with the models of all runs from scratch."""
     home = tmp_path_factory.mktemp("home")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
     folders = {name: (auto, str(get_run(name).folder.model)) for name, auto in AUTO.items()}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", CLEAN, json.dumps([folders, PROMPTS, GREEDY.max_new_tokens])],
-        cwd=home,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_without_toolkit(home, CLEAN, json.dumps([folders, PROMPTS, GREEDY.max_new_tokens]), **environment)
 
 
 @pytest.mark.parametrize("name", ["causal", "translation"])

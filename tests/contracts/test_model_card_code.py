@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +55,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 CLEAN = """
 import contextlib, io, json, os, sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "finetune":
-            raise ImportError("the toolkit is not here")
-sys.meta_path.insert(0, Refuse())
 import torch
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -109,26 +102,17 @@ def save_run(kind: str, folder: Path, tiny_base: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def found(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, run_without_toolkit: Callable[..., Any]
+) -> dict[str, Any]:
     """Task type -> class of the card's model, whether it is in training mode, what the card's code printed.
 
     All in one process that has no toolkit.
     """
     root = tmp_path_factory.mktemp("cards")
     codes = {str(root / kind): save_run(kind, root / kind, tiny_base) for kind in KINDS}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CLEAN, json.dumps(codes)],
-        stdin=subprocess.DEVNULL,  # nobody is there to answer a question
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=root,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    said: dict[str, Any] = json.loads(done.stdout)
+    environment = {"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1"}
+    said: dict[str, Any] = run_without_toolkit(root, CLEAN, json.dumps(codes), **environment)
     return said
 
 

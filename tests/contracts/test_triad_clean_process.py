@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +38,6 @@ MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
 
 CLEAN = """
 import json, sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "finetune":
-            raise ImportError("the toolkit is not here")
-sys.meta_path.insert(0, Refuse())
 import torch, transformers
 from safetensors.torch import load_file, save_file
 torch.set_num_threads(1)
@@ -112,30 +105,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clean(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def clean(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, run_without_toolkit: Callable[..., Any]
+) -> dict[str, Any]:
     """What one clean process says of all folders."""
     home = tmp_path_factory.mktemp("home")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
     cases = {name: auto for name, (auto, _) in MODELS.items()}
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-I",
-            "-c",
-            inspect.getsource(compute) + CLEAN,
-            str(root),
-            json.dumps(cases),
-            json.dumps(GENERATE),
-        ],
-        cwd=home,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    code = inspect.getsource(compute) + CLEAN
+    return run_without_toolkit(home, code, str(root), json.dumps(cases), json.dumps(GENERATE), **environment)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +21,6 @@ Command = Callable[..., Any]
 
 CLEAN = """
 import json, sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "finetune":
-            raise ImportError("the toolkit is not here")
-sys.meta_path.insert(0, Refuse())
 import torch
 torch.set_num_threads(1)
 codes, texts = json.loads(sys.argv[1])
@@ -71,26 +63,16 @@ def compute_logits(reference: str | Path) -> Any:
 
 
 def test_a_process_without_the_toolkit_gets_the_same_logits(
-    hub: Any, adapter: str, whole: str, finished_run: Path, tmp_path: Path
+    hub: Any, adapter: str, whole: str, finished_run: Path, tmp_path: Path, run_without_toolkit: Command
 ) -> None:
     cards = [hub.repos["model", name].files["README.md"].decode() for name in (adapter, whole)]
     codes = [re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0] for card in cards]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.reader}
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.reader}
     hub.fail("GET", "/elsewhere/", is_cut=True)  # weights that break off are gone on with
-    done = subprocess.run(
-        [sys.executable, "-c", CLEAN, json.dumps([codes, TEXTS])],
-        stdin=subprocess.DEVNULL,  # nobody is there to answer a question
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    found = run_without_toolkit(tmp_path, CLEAN, json.dumps([codes, TEXTS]), **environment)
     expected = compute_logits(finished_run)
     assert np.ptp(expected) > 0.1
-    for logits in json.loads(done.stdout.splitlines()[-1]):
+    for logits in found:
         np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
     assert not any(fault.times for fault in hub.faults)
 
