@@ -178,12 +178,10 @@ def _collect(request: _Request, temporary: Path) -> dict[str, Path]:
 
 def _merge(saved: Saved, folder: Path) -> None:
     """Write the model whole, as `load` makes it, in the form in which it was saved."""
-    loaded = load(saved.folder)
-    model = merge_adapter(loaded.model).cpu()
-    settings = {name: value for name, value in saved.settings.items() if name not in ("files", "format")}
     from transformers import AutoTokenizer
 
-    save_model(model, AutoTokenizer.from_pretrained(saved.folder, trust_remote_code=False), folder, settings)
+    model = merge_adapter(load(saved.folder).model).cpu()
+    save_model(model, AutoTokenizer.from_pretrained(saved.folder, trust_remote_code=False), folder, saved.own_settings)
 
 
 def _build_card(request: _Request) -> str:

@@ -42,6 +42,11 @@ class Saved:
     task: Task | MultiTask
     base: str | None
 
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The settings without what is of this folder's files: what the same model in another folder keeps."""
+        return {name: value for name, value in self.settings.items() if name not in ("files", "format")}
+
 
 def open_saved(reference: str | Path) -> Saved:
     """Find a run's `model/` (`runs/name`, its latest finished one), take such a folder, or one from the Hub, and check

@@ -56,8 +56,8 @@ def score_model(
         DataError: rows that cannot be read, or whose classes are not the model's.
     """
     folder = _find_folder(reference)
-    is_ours = (folder / SETTINGS).exists()
-    predictor = _load_ours(open_saved(folder), task) if is_ours else _load_plain(folder, reference)
+    saved = open_saved(folder) if (folder / SETTINGS).exists() else None
+    predictor = _load_ours(saved, task) if saved else _load_plain(folder, reference)
     shape = predictor.task
     assert isinstance(shape, TextClassification)  # whatever else there is was refused
     roles = dict(columns or {})
@@ -68,7 +68,7 @@ def score_model(
     shape = _match_classes(reference, data, roles, shape)
     source, test, findings = load_held_out(shape, data, roles)
     rows = _split(shape, source.rows) | {"test": test}
-    base = _find_base(folder, is_ours)
+    base = resolve_base(saved.base) if saved and saved.base else None  # as it was before training, where that is known
     section = _build_section(rows, has_base=base is not None)
     judgement = shape.judge(
         HeldOut(
@@ -163,12 +163,6 @@ def _split(task: Task, rows: Sequence[Row]) -> dict[str, list[Row]]:
         return {"train": [], "validation": []}
     splits = split_rows(task.prepare_rows(given), SplitSection(by="given"), seed=TrainSection().seed)
     return {name: list(splits[name]) for name in ("train", "validation")}
-
-
-def _find_base(folder: Path, is_ours: bool) -> BaseModel | None:
-    """The base as it was before training; None where that is not known."""
-    base = open_saved(folder).base if is_ours else None
-    return resolve_base(base) if base else None
 
 
 def _build_section(rows: dict[str, list[Row]], *, has_base: bool) -> EvaluateSection:

@@ -26,19 +26,13 @@ def export_command(
     """Write a finished run for another engine, and prove that its answers stayed the same."""
     from finetune.artifact.export.export_run import export_run
 
-    exported = export_run(run, format_, output, overrides=overrides or (), narrate=_say if not as_json else _hush)
+    exported = export_run(
+        run, format_, output, overrides=overrides or (), narrate=(lambda _text: None) if as_json else print_note
+    )
     if as_json:
         print_json({"folder": str(exported.folder)} | dict(exported.parity))
         return
     _show(exported.folder, exported.parity)
-
-
-def _say(text: str) -> None:
-    print_note(text)
-
-
-def _hush(_text: str) -> None:
-    """Nothing goes on where a program listens."""
 
 
 def _show(folder: Path, parity: Mapping[str, Any]) -> None:

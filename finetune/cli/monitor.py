@@ -25,11 +25,11 @@ from finetune.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from finetune.applications.monitor.load import Monitor
     from finetune.applications.monitor.records import Alert, Share
     from finetune.applications.monitor.sinks import JsonlSink
     from finetune.applications.monitor.sources import Source
     from finetune.applications.monitor.store import Store
-    from finetune.applications.monitor.watch import Monitor
     from finetune.applications.monitor.webhook import WebhookSink
 
 LEVELS = ("warning", "alarm")
@@ -81,8 +81,7 @@ def monitor_command(
     if backtest is not None:
         if source or feeds or alerts or webhook or report:
             raise UsageError("monitor: --backtest must come alone, got other sources or sinks too. Leave them out.")
-        _build(run, engine)
-        _replay(run, engine, backtest, as_json)
+        _replay(_build(run, engine), backtest, as_json)
         return
     has_input = bool(source or feeds)
     _check_options(has_input, follow, fail_on, alerts, report)
@@ -319,10 +318,10 @@ def _open_pipe(path: str) -> Callable[[int], bytes]:
     return lambda size: os.read(number, size)
 
 
-def _replay(run: str, engine: str | None, path: Path, as_json: bool) -> None:
+def _replay(monitor: Monitor, path: Path, as_json: bool) -> None:
     from finetune.applications.monitor.backtest import build_tables, run_backtest
 
-    found = run_backtest(run, path, engine=engine)
+    found = run_backtest(monitor, path)
     if as_json:
         print_json(found)
         return

@@ -246,7 +246,7 @@ def test_a_report_is_written_at_the_end_or_from_the_state_alone(monitor, stream,
 
 def test_a_backtest_comes_alone(monitor, stream, monkeypatch):
     found = {"windows": 3}
-    monkeypatch.setattr(backtest, "run_backtest", lambda run, path, engine: found)
+    monkeypatch.setattr(backtest, "run_backtest", lambda run, path: found)
     monkeypatch.setattr(backtest, "build_tables", lambda found: [("title", ["head"], [["cell"]])])
     done = monitor("--backtest", stream, alerts=None)
     assert (done.code, [line.strip() for line in done.out.splitlines()]) == (0, ["title", "head", "cell"])

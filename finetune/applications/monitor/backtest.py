@@ -26,14 +26,13 @@ Table = tuple[str, list[str], list[list[str]]]
 """Title, head, rows."""
 
 
-def run_backtest(run: Monitor | str | Path, path: Path, *, engine: str | None = None) -> dict[str, Any]:
+def run_backtest(run: Monitor | str | Path, path: Path) -> dict[str, Any]:
     """Replay a labelled file through the loop that watches a stream, from an empty state.
 
     Args:
         run: a finished run, or its monitor before it has seen anything.
         path: JSON lines as `finetune monitor` reads them, each with `labels`: the sentiment task's class, and the topic
             task's. Without the latter, an item is of the topic that the model takes it for.
-        engine: the format of an export of the run that reads in its place.
 
     Returns:
         `counts`: what became of the lines. `windows`: closed ones. `shares`: `ALL` and, where there are several, each
@@ -43,7 +42,7 @@ def run_backtest(run: Monitor | str | Path, path: Path, *, engine: str | None = 
         UsageError: no such run or file, or a run without a monitor.
         DataError: items that cannot be held against a truth.
     """
-    monitor = run if isinstance(run, Monitor) else load_monitor(run, engine=engine)
+    monitor = run if isinstance(run, Monitor) else load_monitor(run)
     history = _History(monitor, path)
     with TemporaryDirectory() as folder, Store(Path(folder) / "state.db") as store:
         watch(

@@ -79,7 +79,7 @@ def build_reader(run: RunFolder, section: MonitorSection, engine: str | None = N
         UsageError: the model has no such task or class; no such export.
         ModelError: a damaged model, or a base that is not at hand.
     """
-    loaded = load(run.model) if engine is None else load(run.path, engine=engine)
+    loaded = load(run.path, engine=engine)
     classes = list_predictors(loaded, [section.sentiment])[section.sentiment].labels
     if section.negative not in classes:
         raise UsageError(

@@ -163,7 +163,7 @@ class Assistant:
             pending.values[pending.slot] = value
             return self._answer_template(self.intents[pending.intents[0]], pending.confidence, text, session, pending)
         reply = self._weigh(text, session.context, session, pending)
-        if _is_said(reply, session) and session.context:
+        if _is_said(reply, session):
             reply = self._weigh(text, "", session, pending)  # what was said before may have outweighed a new subject
         if _is_said(reply, session):
             reason = "The same answer was given before, and the customer is not done."
@@ -251,7 +251,7 @@ class Assistant:
         reading = self._consult_entries(self.reader.read(text, context))
         likeliest = self.rank_intents(reading)[0]
         other = self._name(likeliest).name not in pending.intents
-        is_sure = (1 - reading.outside) * reading.scores[likeliest] >= self.sure
+        is_sure = self.build_signals(reading, []).intent >= self.sure
         return None if other and is_sure else " ".join(text.split())[:MAX_FREE_CHARACTERS]
 
     def _consult_entries(self, reading: Reading) -> Reading:

@@ -67,7 +67,7 @@ def build_reader(run: RunFolder, engine: str | None = None) -> TrainedReader:
     from finetune.artifact.load import MultiPredictor, load
     from finetune.artifact.saved import compute_model_fingerprint
 
-    loaded = load(run.model) if engine is None else load(run.path, engine=engine)
+    loaded = load(run.path, engine=engine)
     types = {task.type: name for name, task in loaded.task.tasks.items()} if isinstance(loaded, MultiPredictor) else {}
     if not isinstance(loaded, MultiPredictor) or set(types) != set(ASSISTANT_TYPES):
         raise UsageError(

@@ -128,8 +128,7 @@ def export_run(
     temporary.mkdir(parents=True)
     try:
         parity = _write(source, format_, temporary, folder, narrate)
-        settings = {key: value for key, value in saved.settings.items() if key not in ("files", "format")}
-        seal_folder(temporary, folder, settings | {"engine": parity["engine"]})
+        seal_folder(temporary, folder, saved.own_settings | {"engine": parity["engine"]})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(folder, parity)

@@ -165,7 +165,8 @@ def rank_layers(model: nn.Module, calibration: Calibration, validation: Calibrat
     bits: ranges from `calibration`, answers of `validation`."""
     layers = {name: layer for name, layer in model.named_modules() if _is_quantizable(name, layer)}
     ranges = _measure_ranges(model, layers, calibration.list_batches())
-    batches = validation.list_batches()[:: max(1, len(validation.list_batches()) // 8)]
+    batches = validation.list_batches()
+    batches = batches[:: max(1, len(batches) // 8)]
     expected = [_run(model, batch) for batch in batches]
     harm = {}
     for name, layer in layers.items():

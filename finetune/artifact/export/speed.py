@@ -81,7 +81,7 @@ def measure(
         rounds: turns of each.
 
     Returns:
-        Contender -> figures; `ratios` to `pipeline`; the machine.
+        Contender -> figures; `ratios` to `pipeline`; `rows` and `tokens_per_row`.
     """
     chosen = np.linspace(0, len(examples) - 1, min(ROWS, len(examples))).astype(np.int64)
     texts = write_texts(examples.take(chosen), tokenizer)
