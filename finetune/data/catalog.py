@@ -60,6 +60,20 @@ def find_card_folder(card: Card) -> Path | None:
     return folder if folder is not None and folder.is_dir() and card.files else None
 
 
+def find_card_file(card: Card, folder: Path, file: str) -> Path:
+    """A file of a card in its folder.
+
+    Raises:
+        DataError: the file is not there, or it is a link that leads out of the folder.
+    """
+    path = (folder / file).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise DataError(f"{card.name}: {file} must lie in {folder}, got a link to {path}. Put the file itself there.")
+    if not path.is_file():
+        raise DataError(f"{card.name}: {file} must lie in {folder}, got nothing there. Get the whole data set.")
+    return path
+
+
 def describe_location(card: Card) -> str:
     """Where a card's rows come from, in words and without paths of this machine."""
     folder = find_card_folder(card)

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 
 import datasets
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 
 from finetune.errors import DataError
@@ -82,6 +83,30 @@ def read_table(path: Path) -> list[Record]:
         if suffix.startswith(".txt"):
             return _read_paragraphs(copy, path)
         return _read_csv(copy, path, "\t" if suffix.startswith(".tsv") else ",")
+
+
+def read_columns(path: Path) -> pyarrow.Table:
+    """Read a file of rows as columns, without an object per value where the format allows it.
+
+    Args:
+        path: as `read_table` takes it, but no plain text.
+
+    Returns:
+        What `read_table` returns, as a table; a column of JSONL that mixes numbers and text becomes text.
+
+    Raises:
+        DataError: as `read_table`; or the file is plain text.
+    """
+    suffix = data_suffix(path)
+    if suffix.startswith(".txt"):
+        raise DataError(f"{path}: must be CSV, TSV, JSONL or Parquet, which have columns, got plain text.")
+    with open_checked(path, is_text=suffix != ".parquet") as copy:
+        if suffix == ".parquet":
+            _check_parquet(copy, path)
+            return pyarrow.parquet.read_table(copy)
+        if suffix.startswith(".jsonl"):
+            return _to_table(_read_jsonl(copy, path))
+        return _read_csv_columns(copy, path, "\t" if suffix.startswith(".tsv") else ",")
 
 
 def read_json(path: Path) -> Any:
@@ -262,7 +287,39 @@ def _read_jsonl(copy: Path, path: Path) -> list[Record]:
     return [{column: record.get(column) for column in columns} for record in records]
 
 
+def _read_csv_columns(copy: Path, path: Path, delimiter: str) -> pyarrow.Table:
+    columns, count = _check_csv(copy, path, delimiter)
+    try:
+        table = pyarrow.csv.read_csv(
+            copy,
+            read_options=pyarrow.csv.ReadOptions(column_names=columns, skip_rows_after_names=1),
+            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(columns, pyarrow.string())),
+        )
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: must be readable as CSV, got {quote_reason(error)}.") from None
+    if table.num_rows != count:
+        raise DataError(f"{path}: must hold no blank rows, got {abs(table.num_rows - count)}. Remove them.")
+    return table
+
+
+def _to_table(records: Sequence[Record]) -> pyarrow.Table:
+    columns = {}
+    for name in records[0] if records else ():
+        values = [record[name] for record in records]
+        try:
+            columns[name] = pyarrow.array(values)
+        except (pyarrow.ArrowException, TypeError, OverflowError):
+            columns[name] = pyarrow.array([None if value is None else str(value) for value in values])
+    return pyarrow.table(columns)
+
+
 def _read_parquet(copy: Path, path: Path) -> list[Record]:
+    _check_parquet(copy, path)
+    return _load("parquet", copy, path)
+
+
+def _check_parquet(copy: Path, path: Path) -> None:
     try:
         metadata = pyarrow.parquet.read_metadata(copy)
     except (pyarrow.ArrowException, OSError) as error:
@@ -275,7 +332,6 @@ def _read_parquet(copy: Path, path: Path) -> list[Record]:
         )
     if not metadata.num_rows:
         raise DataError(f"{path}: must hold rows, got only the columns {list_names(metadata.schema.names)}.")
-    return _load("parquet", copy, path)
 
 
 def _read_paragraphs(copy: Path, path: Path) -> list[Record]:

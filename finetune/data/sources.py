@@ -14,7 +14,14 @@ from typing import Any, cast
 import datasets
 
 from finetune.data.card_files import read_card_files
-from finetune.data.catalog import DATA_VARIABLE, card_names, describe_location, find_card_folder, load_card
+from finetune.data.catalog import (
+    DATA_VARIABLE,
+    card_names,
+    describe_location,
+    find_card_file,
+    find_card_folder,
+    load_card,
+)
 from finetune.data.files import (
     MAX_TEXT_CHARACTERS,
     SUFFIXES,
@@ -96,7 +103,7 @@ def load_rows(
     elif reference.startswith("hub:"):
         name, origin, parts = _load_hub_reference(reference)
     else:
-        path = _find_path(reference, relative_to)
+        path = find_path(reference, relative_to)
         name, origin = (path.name if path.is_dir() else _stem(path)), reference
         parts = _load_folder(path) if path.is_dir() else [_Part(None, _stem(path), str(path), read_table(path))]
     named = (card.roles if card else {}) | dict(columns)
@@ -141,7 +148,12 @@ def _add_entry_columns(parts: Sequence[_Part], card: Card, column: str) -> None:
 # Paths
 
 
-def _find_path(reference: str, relative_to: Path | None) -> Path:
+def find_path(reference: str, relative_to: Path | None) -> Path:
+    """The file or folder that a recipe's `data` names, when it names no card.
+
+    Raises:
+        DataError: nothing lies there.
+    """
     path = Path(reference).expanduser()
     tried = [path] if path.is_absolute() or relative_to is None else [path, relative_to / path]
     for candidate in tried:
@@ -184,20 +196,11 @@ def _load_card_parts(card: Card) -> list[_Part]:
     parts = []
     for split, names in card.list_files():
         files = [name.partition("#")[0] for name in names]
-        paths = [_check_inside(folder, file, card) for file in files]
+        paths = [find_card_file(card, folder, file) for file in files]
         prefix = Path(files[0]).name.partition(".")[0] if split == "all" else split
         records = read_card_files(card, paths, names[0].partition("#")[2])
         parts.append(_Part(None if split == "all" else split, prefix, f"{card.name}: {' + '.join(names)}", records))
     return parts
-
-
-def _check_inside(folder: Path, file: str, card: Card) -> Path:
-    path = (folder / file).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise DataError(f"{card.name}: {file} must lie in {folder}, got a link to {path}. Put the file itself there.")
-    if not path.is_file():
-        raise DataError(f"{card.name}: {file} must lie in {folder}, got nothing there. Get the whole data set.")
-    return path
 
 
 def _load_card_from_hub(card: Card) -> list[_Part]:

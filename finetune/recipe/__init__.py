@@ -1,6 +1,6 @@
 """What a YAML file may hold, where its defaults stand, and how it is read: recipes and the cards of data sets."""
 
-from finetune.recipe.card import Card, HubSource
+from finetune.recipe.card import Card, HubSource, ItemsSection
 from finetune.recipe.loading import dump_recipe, load_document, load_recipe, recipe_json_schema
 from finetune.recipe.schema import (
     SCHEMA_VERSION,
@@ -25,6 +25,7 @@ __all__ = [
     "EvaluateSection",
     "HubSection",
     "HubSource",
+    "ItemsSection",
     "ModelSection",
     "Recipe",
     "Section",

@@ -36,6 +36,27 @@ class HubSource(Section):
     """Our column -> the Hub's column, where the names differ."""
 
 
+class ItemsSection(Section):
+    """The catalogue of the items that events name: where it lies and which of its columns are read."""
+
+    file: str | None = None
+    """The catalogue, beside the events; without it, an item is what its first event says in these columns."""
+    id: str = Field(default="item", min_length=1)
+    """The column of the catalogue that events name."""
+    text: list[str] = Field(default_factory=list)
+    """Columns that say in words what an item is, such as title and description, in this order."""
+    categorical: list[str] = Field(default_factory=list)
+    """Columns that name one of several kinds, such as a category."""
+    numeric: list[str] = Field(default_factory=list)
+    """Columns of numbers, such as a price."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ItemsSection:
+        both = [column for column in self.numeric if column in self.categorical]
+        raise_all([f"numeric: must not repeat a column of `categorical`, got {column!r}." for column in both])
+        return self
+
+
 class Card(Section):
     """A data set: its files, columns, labels, licence and source."""
 
@@ -75,23 +96,30 @@ class Card(Section):
         "json_splits",
         "json_list",
         "dstc",
+        "movielens",
+        "online_retail",
     ] = "csv"
     """`paragraphs`: plain text in a .txt file, a row for what stands between blank lines. `lines`: a row per line.
     `parallel`: line n of each file belongs to row n. `headerless_tsv`: fields parted by tabs, without quotes.
     `json_splits`: one JSON object, split -> list of [text, label]. `json_list`: a list of objects; a list of texts
-    becomes the lines of one. `dstc`: the dialogues and labels of a DSTC challenge, or its labels alone."""
+    becomes the lines of one. `dstc`: the dialogues and labels of a DSTC challenge, or its labels alone.
+    `movielens`: CSV; the catalogue gets a `year` from the titles, and genres parted by commas. `online_retail`:
+    Parquet; rows without a customer, cancelled or taken back are left out."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Column -> what it is; in the order of the files or fields, where those do not name it. `paragraphs` and `lines`
     have one, `text`."""
     aliases: dict[str, str] = Field(default_factory=dict)
     """Column -> the key that stands for it in objects of a `json_list` that lack it."""
     roles: dict[str, str] = Field(default_factory=dict)
-    """Role -> column, such as `{text: text, label: category}`; a recipe's `columns` goes before."""
+    """Role -> column, such as `{text: text, label: category}`; those of events are user, item, time and perhaps weight. A
+    recipe's `columns` goes before."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class."""
     knowledge: str | None = None
     """The file in the folder that holds the entries which questions are answered from: `id`, `text`, and perhaps
     `title` and `group`; with `dstc`: domain > entity > FAQ."""
+    items: ItemsSection | None = None
+    """The catalogue of the items that the rows, which then are events, name."""
     templates: str | None = None
     """The file in the folder that describes the classes as intents of an assistant, with templates of its replies."""
     rows: dict[FileKey, RowCount] = Field(default_factory=dict)
@@ -112,6 +140,14 @@ class Card(Section):
         if name is not None and not _is_inside(name):
             raise ValueError(f"must be a path inside the data set's folder, without '..', got {name!r}.")
         return name
+
+    @field_validator("items")
+    @classmethod
+    def _items(cls, items: ItemsSection | None) -> ItemsSection | None:
+        if items is not None and items.file is not None and not _is_inside(items.file):
+            must = "must be a path inside the data set's folder, without '..'"
+            raise ValueError(f"file: {must}, got {items.file!r}.")
+        return items
 
     @field_validator("files")
     @classmethod
