@@ -16,10 +16,11 @@ from finetune.models.triad.modeling_triad import (
     TriadForTokenClassification,
     TriadModel,
 )
+from finetune.models.triad.next_item import TriadForNextItem
 
 AutoConfig.register("triad", TriadConfig, exist_ok=True)
 for _model, _auto in AUTO_CLASSES.items():
-    if _auto != "AutoModel" or _model is TriadModel:  # the other two of AutoModel are loaded by their own names
+    if _auto != "AutoModel" or _model is TriadModel:  # the others of AutoModel are loaded by their own names
         getattr(transformers, _auto).register(TriadConfig, _model, exist_ok=True)
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "TriadForCausalLM",
     "TriadForMaskedLM",
     "TriadForMultiTask",
+    "TriadForNextItem",
     "TriadForQuestionAnswering",
     "TriadForSentenceEmbedding",
     "TriadForSeq2SeqLM",

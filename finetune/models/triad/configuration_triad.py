@@ -95,7 +95,7 @@ class TriadConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     """Bias of each token's logit."""
     tie_word_embeddings: bool = True
-    """One matrix for tokens in, in both stacks, and out."""
+    """One matrix for tokens in, in both stacks, and out; of `TriadForNextItem` one vector for an item in and out."""
     sliding_window: int | None = None
     """Tokens that a token sees: the last so many in a decoder; in an encoder those at most so many away."""
     dropout: float = 0.1
@@ -120,6 +120,16 @@ class TriadConfig(PreTrainedConfig):
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Heads of `TriadForMultiTask`: name -> {type: sequence_classification | token_classification, num_labels}, or
     {type: sentence_embedding}."""
+    num_items: int = 0
+    """Items I of `TriadForNextItem`; they are its vocabulary, so that `vocab_size` follows. 0 for other models."""
+    item_ids: bool = True
+    """Each item has an embedding of its own, which only items that training saw can use."""
+    item_text_size: int = 0
+    """Width S of the vectors of the items' texts; 0 for items without text."""
+    item_dropout: float = 0.0
+    """Share of items that are read and scored by their text alone, while training: what new items need learned."""
+    item_bias: bool = False
+    """Bias of each item's score."""
     base_key_mapping: dict[str, str] | None = None
     """How the checkpoint of another family that the weights come from names them, pattern -> Triad's name: what
     `from_pretrained(key_mapping=...)` takes. None for Triad's own names."""
@@ -138,6 +148,8 @@ class TriadConfig(PreTrainedConfig):
             max(1, size) for size in (self.num_hidden_layers, self.num_attention_heads, self.hidden_size)
         )
         is_uneven = self.head_dim is None and self.hidden_size > 0 and width % heads > 0
+        if self.num_items > 0:
+            self.vocab_size, self.pad_token_id = self.num_items, None  # 0 is an item like any other
         if self.num_decoder_layers is None:
             self.num_decoder_layers = layers
         if self.num_key_value_heads is None:
@@ -217,8 +229,29 @@ class TriadConfig(PreTrainedConfig):
                 self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
                 f"pad_token_id must lie in 0 to {self.vocab_size - 1}, got {self.pad_token_id}.",
             ),
+            *self._list_item_rules(),
         )
         return [sentence for holds, sentence in rules if not holds]
+
+    def _list_item_rules(self) -> list[tuple[bool, str]]:
+        """What must hold of items, each with the sentence where it does not."""
+        return [
+            (self.num_items >= 0, f"num_items must be at least 0, got {self.num_items}."),
+            (self.item_text_size >= 0, f"item_text_size must be at least 0, got {self.item_text_size}."),
+            (
+                self.num_items <= 0 or self.shape == "decoder",
+                f"num_items is for a decoder, which reads items in their order: shape must be decoder, got {self.shape}.",
+            ),
+            (
+                self.item_ids or self.item_text_size != 0,
+                "items need a vector: set item_ids to true, or item_text_size to the width of their texts' vectors.",
+            ),
+            (0 <= self.item_dropout < 1, f"item_dropout must lie in 0 to 1, 1 left out, got {self.item_dropout}."),
+            (
+                self.item_dropout == 0 or (self.item_ids and self.item_text_size != 0),
+                "item_dropout leaves text alone: it needs item_ids true and item_text_size above 0. Set it to 0.",
+            ),
+        ]
 
 
 TriadConfig.register_for_auto_class()
