@@ -14,7 +14,7 @@ from finetune.adapters.methods import describe
 from finetune.artifact.card import build_model_card
 from finetune.artifact.load import Predictor, list_predictors, load
 from finetune.artifact.run_folder import RunFolder, load_json, now, save_json
-from finetune.artifact.save import SETTINGS
+from finetune.artifact.save import add_settings
 from finetune.data.checks import findings_to_json
 from finetune.data.rows import Row
 from finetune.evaluation.report import ReportData, write_report
@@ -46,6 +46,7 @@ def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseMode
     """
     predictors = list_predictors(load(folder.model), list(prepared.parts))
     scored, temperatures, settings = {}, {}, {}
+    files: dict[str, bytes] = {}
     for name, place in folder.evaluations().items():
         path = place / "test.json"
         opened = load_json(path)["opened"] + 1 if path.exists() else 1
@@ -54,13 +55,14 @@ def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseMode
         scored[name] = judgement.scored
         temperatures[name] = judgement.settings.get("temperature", 1.0)
         settings[name] = dict(judgement.settings)
+        files |= judgement.files
         place.mkdir(exist_ok=True)
         for split, content in judgement.scored.items():
             save_json(place / f"{split}.json", content)
         _save_predictions(place / "predictions.parquet", judgement.predictions)
         _write_report(folder, recipe, prepared, name, judgement)
     fitted = {"temperature": next(iter(temperatures.values())), "temperatures": temperatures, "fitted": settings}
-    save_json(folder.model / SETTINGS, load_json(folder.model / SETTINGS) | fitted)
+    add_settings(folder.model, fitted, files)
     tests = {name: splits["test"] for name, splits in scored.items()}
     cards = {name: part.source.card for name, part in prepared.parts.items()}
     card = build_model_card(recipe, cards, tests, folder.load_status(), load_json(folder.lock))

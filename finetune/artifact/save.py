@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from finetune.adapters.saving import save_adapter
-from finetune.artifact.run_folder import save_json
-from finetune.recipe.files import compute_sha256
+from finetune.artifact.run_folder import load_json, save_json
+from finetune.recipe.files import compute_sha256, write_file_atomically
 
 SETTINGS = "finetune.json"
 FORMAT = 1
@@ -55,3 +56,18 @@ def seal_folder(temporary: Path, folder: Path, settings: dict[str, Any]) -> None
     save_json(temporary / SETTINGS, settings | {"format": FORMAT, "files": files})
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def add_settings(folder: Path, settings: dict[str, Any], files: Mapping[str, bytes]) -> None:
+    """Add to a finished folder what was fitted after its weights were saved.
+
+    Args:
+        folder: as `save_model` left it.
+        settings: go into `finetune.json`.
+        files: name -> content.
+    """
+    for name, content in files.items():
+        write_file_atomically(folder / name, content)
+    known = load_json(folder / SETTINGS)
+    sums = {name: compute_sha256(folder / name) for name in files}
+    save_json(folder / SETTINGS, known | settings | {"files": known["files"] | sums})

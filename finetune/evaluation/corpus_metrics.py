@@ -170,6 +170,14 @@ CORPUS_METRICS: dict[str, CorpusMetric] = {
             _mean,
         ),
         CorpusMetric(
+            "recall_at_10",
+            "ranks",
+            RANKS_WIDTH,
+            True,
+            "right entries among the first 10 / min(10, right entries), mean over questions or people",
+            _mean,
+        ),
+        CorpusMetric(
             "ndcg_at_10",
             "ranks",
             RANKS_WIDTH,
@@ -241,7 +249,7 @@ def compute_text_statistics(name: str, hypotheses: Sequence[str], references: Se
 
 
 def compute_rank_statistics(name: str, places: Sequence[npt.ArrayLike]) -> Floats:
-    """What `mrr`, `recall_at_1`, `recall_at_5` or `ndcg_at_10` needs of each row, (N, 2).
+    """What a metric of places, such as `mrr` or `recall_at_5`, needs of each row, (N, 2).
 
     Args:
         name: The metric.

@@ -37,6 +37,8 @@ class SystemOutput:
     """What it wrote, N texts."""
     places: Sequence[Ints] | None = None
     """Places of the right entries in its ranking, from 1: N arrays."""
+    tables: Mapping[str, Floats] = field(default_factory=dict)
+    """Statistics of metrics that were computed where the rows were, (N, S) each."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What was chosen on validation."""
 
@@ -124,7 +126,7 @@ def compute_corpus_estimates(tables: Tables, *, resamples: int, seed: int) -> di
 
 def _build_tables(output: SystemOutput, references: Sequence[str] | None, names: Sequence[str]) -> dict[str, Floats]:
     """Statistics of each metric that the output says something about."""
-    tables = {}
+    tables = {name: output.tables[name] for name in names if name in output.tables}
     for name in names:
         if CORPUS_METRICS[name].needs == "ranks":
             if output.places is not None:

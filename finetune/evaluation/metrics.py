@@ -205,6 +205,11 @@ KINDS: dict[str, TaskKind] = {
         ("mrr", "recall_at_1", "recall_at_5", "ndcg_at_10"),
         ("bm25", "frozen", "fused"),
     ),
+    "next_items": TaskKind(
+        "recommenders",
+        ("ndcg_at_10", "recall_at_10", "mrr"),
+        ("popular", "popular_week", "own_history", "item_knn", "ease", "co_occurrence"),
+    ),
     "spans": TaskKind(
         "tasks that find answers in passages",
         ("answer_f1", "exact_match", "has_answer_f1", "no_answer_accuracy"),

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from finetune.recipe.recommendation import ItemsSection as ItemsSection
 from finetune.recipe.schema import Name, check_classes
 from finetune.recipe.section import Section, raise_all
 
@@ -34,27 +35,6 @@ class HubSource(Section):
     """Our split -> the Hub's split, where the names differ."""
     columns: dict[str, str] | None = None
     """Our column -> the Hub's column, where the names differ."""
-
-
-class ItemsSection(Section):
-    """The catalogue of the items that events name: where it lies and which of its columns are read."""
-
-    file: str | None = None
-    """The catalogue, beside the events; without it, an item is what its first event says in these columns."""
-    id: str = Field(default="item", min_length=1)
-    """The column of the catalogue that events name."""
-    text: list[str] = Field(default_factory=list)
-    """Columns that say in words what an item is, such as title and description, in this order."""
-    categorical: list[str] = Field(default_factory=list)
-    """Columns that name one of several kinds, such as a category."""
-    numeric: list[str] = Field(default_factory=list)
-    """Columns of numbers, such as a price."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ItemsSection:
-        both = [column for column in self.numeric if column in self.categorical]
-        raise_all([f"numeric: must not repeat a column of `categorical`, got {column!r}." for column in both])
-        return self
 
 
 class Card(Section):

@@ -65,6 +65,25 @@ TYPE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "calibrate": "none",
         },
     },
+    "recommendation": {
+        "adapter": {"method": "full"},
+        "model": {
+            "max_length": 100,
+            "dropout": 0.2,
+            "scratch": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "position": "learned"},
+        },
+        "train": {
+            "epochs": 30,
+            "tokens_per_batch": 4096,
+            "early_stop": {"metric": "ndcg_at_10", "patience": 4},
+        },
+        "evaluate": {
+            "metrics": ["ndcg_at_10", "recall_at_10", "mrr"],
+            "baselines": ["popular", "popular_week", "item_knn", "ease", "co_occurrence"],
+            "calibrate": "none",
+            "slices": ["history"],
+        },
+    },
 }
 # Methods of few weights need larger steps. Each is the best on validation of two or three rates, tried for 60 steps on
 # the sample headlines with MiniLM and one seed: a place to begin, not the end of a search.

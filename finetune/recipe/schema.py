@@ -13,6 +13,9 @@ from finetune.recipe.applications import AssistantSection as AssistantSection
 from finetune.recipe.applications import MonitorSection as MonitorSection
 from finetune.recipe.defaults import CLASS_BASELINES, CLASS_METRICS, fill_in_defaults
 from finetune.recipe.prompt import list_columns
+from finetune.recipe.recommendation import ItemsSection as ItemsSection
+from finetune.recipe.recommendation import RankSection as RankSection
+from finetune.recipe.recommendation import RecommendSection as RecommendSection
 from finetune.recipe.section import Ratio, raise_all
 from finetune.recipe.section import Section as Section
 from finetune.recipe.together import list_problems
@@ -38,6 +41,12 @@ Baseline = Literal[
     "fused",
     "no_answer",
     "bm25_sentence",
+    "popular",
+    "popular_week",
+    "own_history",
+    "item_knn",
+    "ease",
+    "co_occurrence",
 ]
 OutsideScore = Literal["energy", "max_probability"]
 
@@ -113,8 +122,9 @@ def check_classes(labels: list[str] | dict[str, str]) -> None:
 class SplitSection(Section):
     """How rows become train, validation and test."""
 
-    by: Literal["random", "group", "time", "order", "given"] = "random"
+    by: Literal["random", "group", "time", "order", "given", "leave_one_out"] = "random"
     """`random`: stratified by label. `group`: no value of `column` in two splits. `time`: oldest first by `column`.
+    For recommendation `time`, the default there, cuts the events, and `leave_one_out` takes each person's last.
     `order`: as the rows stand, train first and test last. `given`: the card's or folder's own splits; a missing
     validation split is cut from train."""
     column: str | None = None
@@ -133,8 +143,8 @@ class SplitSection(Section):
     @model_validator(mode="after")
     def _check(self) -> SplitSection:
         problems = []
-        if self.by in ("group", "time") and not self.column:
-            problems.append(f"column: must name a column when `by` is {self.by}, got nothing.")
+        if self.by == "group" and not self.column:
+            problems.append("column: must name a column when `by` is group, got nothing.")
         if self.by not in ("group", "time") and self.column:
             problems.append(f"column: must be left out unless `by` is group or time, got {self.column!r}.")
         if self.by != "given":
@@ -157,18 +167,19 @@ class TaskSection(Section):
         "retrieval",
         "reranking",
         "question_answering",
+        "recommendation",
     ]
     """The problem shape: one class per text; the next token; masked tokens; a text for a text, by an encoder and
     a decoder; the text behind a prompt, by a decoder that learns nothing of the prompt; the entries that answer a
     question, found among all; the same, looked at again one by one; a question's answer, or that there is none, in a
-    passage."""
+    passage; the items that a person turns to next."""
     data: str = Field(min_length=1)
     """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Role -> column of the data; roles are named by the task type: `text`, and `label`, `target` or `entry`; for
     question_answering `passage` and `answer`, and `answer_start` where there is one. `context`: what was said before a
-    text, and for completion `passage`: what it is answered from, both read where they are named. Where a card has
-    entries and its rows name them, `title` and `passage` are columns too: those of the row's entries."""
+    text, and for completion `passage`: what it is answered from, both read where they are named. For recommendation
+    `user`, `item`, `time`, and `weight` where events have one. Where a card has entries and its rows name them, `title` and `passage` are columns too: those of the row's entries."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     out_of_scope: str | None = Field(default=None, min_length=1)
@@ -206,6 +217,12 @@ class TaskSection(Section):
     typos: Ratio = 0.0
     """Share of the train rows of which a copy with mistakes of typing is learned from too; for text_classification,
     retrieval and reranking."""
+    items: ItemsSection | None = None
+    """The catalogue of a recommendation's items; its keys go before those of the card."""
+    recommend: RecommendSection | None = None
+    """How a recommender is asked, and how its first stage reads histories; null: the defaults."""
+    rank: RankSection | None = None
+    """The second stage of a recommendation; null: the sequence model alone."""
     split: SplitSection = Field(default_factory=SplitSection)
     """How rows become train, validation and test."""
     weight: float = Field(default=1.0, gt=0)
@@ -217,6 +234,19 @@ class TaskSection(Section):
         if labels is not None:
             check_classes(labels)
         return labels
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_by_time(cls, task: Any) -> Any:
+        if isinstance(task, dict) and task.get("type") == "recommendation" and isinstance(task.get("split", {}), dict):
+            return {**task, "split": {"by": "time", **task.get("split", {})}}
+        return task
+
+    @model_validator(mode="after")
+    def _check_time(self) -> TaskSection:
+        if self.split.by == "time" and not self.split.column and self.type != "recommendation":
+            raise ValueError("split.column: must name a column when `by` is time, got nothing.")
+        return self
 
     @field_validator("prompt")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from finetune.recipe.recommendation import list_recommendation_problems
 from finetune.recipe.reference import SCRATCH_BASE
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def _check_tasks(recipe: Recipe) -> list[str]:
         if task.type == "question_answering":
             problems += _list_window_problems(recipe, where, task)
         problems += _list_search_problems(recipe, where, task)
+        problems += list_recommendation_problems(recipe, where, task)
     others = [task.type for task in recipe.tasks.values() if task.type != "text_classification"]
     if len(others) == len(recipe.tasks):
         if recipe.train.class_weights != "none":

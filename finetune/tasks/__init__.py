@@ -10,6 +10,7 @@ from finetune.tasks.completion import Completion
 from finetune.tasks.masked_lm import MaskedLM
 from finetune.tasks.multi_task import MultiTask
 from finetune.tasks.question_answering import QuestionAnswering
+from finetune.tasks.recommendation import Recommendation
 from finetune.tasks.reranking import Reranking
 from finetune.tasks.retrieval import Retrieval
 from finetune.tasks.seq2seq import Seq2Seq
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
     Retrieval.type: Retrieval,
     Reranking.type: Reranking,
     QuestionAnswering.type: QuestionAnswering,
+    Recommendation.type: Recommendation,
 }
 
 
@@ -44,6 +46,7 @@ __all__ = [
     "MaskedLM",
     "MultiTask",
     "QuestionAnswering",
+    "Recommendation",
     "Reranking",
     "Retrieval",
     "Seq2Seq",

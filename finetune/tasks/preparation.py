@@ -22,10 +22,11 @@ from finetune.data.typos import add_typos
 from finetune.errors import DataError
 from finetune.models.base import BaseModel
 from finetune.recipe.schema import ModelSection, TaskSection
-from finetune.tasks import TASKS, MultiTask, Reranking, Retrieval, TextClassification
+from finetune.tasks import TASKS, MultiTask, Recommendation, Reranking, Retrieval, TextClassification
 from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.entries import ENTRY
 from finetune.tasks.multi_task import Headed
+from finetune.tasks.people import load_people
 from finetune.tasks.task import Task
 
 
@@ -148,6 +149,8 @@ def _prepare_part(
     relative_to: Path | None,
     tokenizer: Any,
 ) -> tuple[Part, Any]:
+    if section.type == Recommendation.type:
+        return _prepare_people(section, model, base, seed, relative_to, tokenizer)
     shape = TASKS[section.type]
     source = load_rows(
         section.data, section.columns, roles=shape.roles, optional=shape.optional_roles, relative_to=relative_to
@@ -189,6 +192,23 @@ def _prepare_part(
         notes.append(Finding("no_entry", "note", "all", left_out, message))
     findings = [*findings, *check_lengths(lengths, model.max_length), *notes]
     return Part(section, task, source, splits, examples, findings, entries), tokenizer
+
+
+def _prepare_people(  # noqa: PLR0913  (as _prepare_part)
+    section: TaskSection,
+    model: ModelSection,
+    base: BaseModel,
+    seed: int,
+    relative_to: Path | None,
+    tokenizer: Any,
+) -> tuple[Part, Any]:
+    """The same of events: a row is a person."""
+    loaded, task, splits = load_people(section, relative_to, seed)
+    rows = [row for part in splits.values() for row in part]
+    source = LoadedRows(loaded.name, rows, loaded.card, dict(loaded.columns), loaded.origin, loaded.fingerprint)
+    tokenizer = tokenizer or task.build_tokenizer(base, splits["train"], model)
+    examples = {name: task.build_examples(people, tokenizer, model.max_length) for name, people in splits.items()}
+    return Part(section, task, source, splits, examples, list(loaded.findings)), tokenizer
 
 
 def load_entries(section: TaskSection, source: LoadedRows, relative_to: Path | None) -> list[Entry]:

@@ -66,6 +66,7 @@ class Judgement:
         samples: inputs and what the model writes, for the report.
         samples_title: what the report calls them.
         settings: fitted on validation; prediction needs them.
+        files: name -> content of what else was fitted, for the model's folder.
     """
 
     scored: Mapping[str, dict[str, Any]]
@@ -74,6 +75,7 @@ class Judgement:
     samples: list[dict[str, Any]] = field(default_factory=list)
     samples_title: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Trainable(Protocol):

@@ -1,0 +1,225 @@
+"""How a recommender is judged: both of its stages and every baseline, on the same requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+from finetune.data.histories import Held
+from finetune.evaluation.counting import COUNTINGS, DAY, Events, Histories, Scores
+from finetune.evaluation.recommending import (
+    Questions,
+    Ranked,
+    choose_settings,
+    group_items,
+    rank_all,
+    rank_by_counting,
+    score_lists,
+)
+from finetune.evaluation.scoring import round_numbers
+from finetune.tasks.ranker import Counts, Ranker, Table, fit_trees
+from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores
+from finetune.tasks.task import HeldOut, Judgement
+
+RANKER_FILE = "ranker.txt"
+COUNTS_FILE = "counts.safetensors"
+FOLDS = 3
+"""Parts of the people of validation; each is ranked by trees that were fitted on the others."""
+SEQUENCE = "sequence"
+"""The first stage alone, as a system that the two together are compared with."""
+SHOWN = 5
+"""Items of a history, and of a list, in the report."""
+BEHIND = 1e3
+"""What parts candidates from other items in one array of scores."""
+
+
+def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judgement:
+    """Score validation and test.
+
+    Everything that is fitted knows only what lies before the split's own cut: on validation, counts see train, and
+    each person is ranked by trees that were fitted on other people; on test, counts see train and validation.
+    """
+    scored: dict[str, dict[str, Any]] = {}
+    fits: Mapping[str, Any] = {}
+    chosen = _choose_baselines(task, record, held_out)
+    files: dict[str, bytes] = {}
+    systems: dict[str, Ranked] = {}
+    ranker: Ranker | None = None
+    items = np.array(task.counts, dtype=np.float32)
+    groups = group_items(items)
+    splits: tuple[Held, ...] = ("validation", "test")
+    for name in splits:
+        questions = record.ask(name, exclude_seen=task.section.exclude_seen)
+        events = record.list_known(name)
+        first = _First(held_out.model, held_out.max_length, events)
+        systems = {SEQUENCE: rank_all(questions, first.score, groups)}
+        fresh = task.build_ranker(held_out.model, Counts.fit(events)) if task.rank else None
+        if fresh is not None:
+            if name == "validation":
+                trees, ranked = _fit_ranker(fresh, first, questions, groups, held_out.seed)
+            else:
+                ranker = replace(fresh, trees=trees)
+                ranked = rank_all(questions, _Both(first, ranker).score, groups)
+            systems = {"both": ranked, **systems}
+        systems |= {
+            baseline: rank_by_counting(COUNTINGS[baseline], chosen[baseline], events, questions, groups)
+            for baseline in held_out.section.baselines
+        }
+        opened = held_out.opened if name == "test" else None
+        scored[name] = score_lists(
+            name, questions, systems, items, held_out.section, seed=held_out.seed, opened=opened
+        )
+    if ranker is not None:
+        files = {RANKER_FILE: ranker.trees.model_to_string().encode(), COUNTS_FILE: save(ranker.counts.to_arrays())}
+        scored["test"]["ranker"] = {"importances": round_numbers(ranker.compute_importances())}
+        fits = scored["test"]["ranker"]
+    else:
+        files = {COUNTS_FILE: save(Counts.fit(record.list_known("test")).to_arrays())}
+    model = next(iter(systems.values()))
+    return Judgement(
+        scored=scored,
+        predictions=_list_predictions(task, record, questions, model),
+        samples=_show_people(task, questions, model, held_out),
+        samples_title="People, what they had, and their lists",
+        settings=dict(fits),
+        files=files,
+    )
+
+
+def _choose_baselines(task: Recommendation, record: Record, held_out: HeldOut) -> dict[str, dict[str, float]]:
+    """Each baseline's settings, by validation."""
+    questions = record.ask("validation", exclude_seen=task.section.exclude_seen)
+    events = record.list_known("validation")
+    headline = held_out.section.metrics[0]
+    return {
+        name: choose_settings(COUNTINGS[name], events, questions, headline) for name in held_out.section.baselines
+    }
+
+
+class _First:
+    """The first stage: the sequence model, and where the history is empty what was popular of late."""
+
+    def __init__(self, model: Any, max_length: int, events: Events) -> None:
+        self.model, self.max_length = model, max_length
+        self.popular = events.count(events.now - 7 * DAY) + 1e-6 * events.count()
+
+    def compute(self, histories: Histories) -> Scores:
+        """(R, I); nan where a history is empty."""
+        return compute_sequence_scores(self.model, histories, self.max_length)
+
+    def score(self, questions: Questions) -> Scores:
+        """(R, I)."""
+        return self.fill(self.compute(questions.histories))
+
+    def fill(self, scores: Scores) -> Scores:
+        """Popularity in the place of nan."""
+        return np.where(np.isnan(scores), self.popular, scores).astype(np.float32)
+
+
+class _Both:
+    """Both stages: candidates by the second, the others behind them by the first."""
+
+    def __init__(self, first: _First, ranker: Ranker) -> None:
+        self.first, self.ranker = first, ranker
+
+    def score(self, questions: Questions) -> Scores:
+        """(R, I)."""
+        sequence = self.first.compute(questions.histories)
+        table = self.ranker.build_table(questions.histories, sequence)
+        return place_candidates(self.first.fill(sequence), table, self.ranker.score(table), questions.histories)
+
+
+def place_candidates(
+    scores: Scores, table: Table, ranks: npt.NDArray[np.float64], histories: Histories
+) -> Scores:
+    """Scores of the first stage with the candidates of the second in front, (R, I); people without a history keep
+    those of the first, which then are popularity."""
+    known = (histories.end > histories.start)[table.request]
+    placed = np.array(scores, np.float32) - np.float32(BEHIND)
+    placed[histories.end == histories.start] += np.float32(BEHIND)
+    placed[table.request[known], table.item[known]] = ranks[known]
+    return placed
+
+
+def _fit_ranker(
+    ranker: Ranker,
+    first: _First,
+    questions: Questions,
+    groups: Mapping[str, npt.NDArray[np.bool_]],
+    seed: int,
+) -> tuple[Any, Ranked]:
+    """Trees fitted on all of validation, and its ranking by trees that were fitted on other people."""
+    chunks = questions.chunk()
+    sequences = [first.compute(questions.histories.take(rows)) for rows in chunks]
+    tables = [
+        ranker.build_table(questions.histories.take(rows), sequence)
+        for rows, sequence in zip(chunks, sequences, strict=True)
+    ]
+    _, number = np.unique(questions.person, return_inverse=True)
+    ranks = [np.zeros(len(table.item)) for table in tables]
+    for fold in range(FOLDS):
+        others = [_keep(questions, rows, number % FOLDS != fold) for rows in chunks]
+        trees = fit_trees(tables, others, seed)
+        for table, rank, rows in zip(tables, ranks, chunks, strict=True):
+            own = (number[rows] % FOLDS == fold)[table.request]
+            if own.any():
+                rank[own] = trees.predict(table.values[own])
+    ranked = Ranked()
+    for rows, sequence, table, rank in zip(chunks, sequences, tables, ranks, strict=True):
+        part = questions.take(rows)
+        ranked.add(place_candidates(first.fill(sequence), table, rank, part.histories), part, groups)
+    return fit_trees(tables, [_keep(questions, rows) for rows in chunks], seed), ranked
+
+
+def _keep(questions: Questions, rows: slice, mask: npt.NDArray[np.bool_] | None = None) -> list[Any]:
+    """Targets of a chunk; none for the requests that are left out, and for those without a history."""
+    part = questions.take(rows)
+    nothing = np.zeros(0, np.int64)
+    chosen = np.ones(len(part), bool) if mask is None else mask[rows]
+    chosen = chosen & (part.histories.end > part.histories.start)
+    return [targets if keep else nothing for targets, keep in zip(part.targets, chosen, strict=True)]
+
+
+def _list_predictions(
+    task: Recommendation, record: Record, questions: Questions, model: Ranked
+) -> dict[str, Any]:
+    """A row for each request of test."""
+    ids, users = task.catalogue.ids, record.interactions.users
+    lengths = questions.histories.end - questions.histories.start
+    return {
+        "id": [f"test:{users[person]}:{row}" for row, person in enumerate(questions.person)],
+        "user": [users[person] for person in questions.person],
+        "history": lengths.tolist(),
+        "reference": [[ids[item] for item in targets] for targets in questions.targets],
+        "prediction": [[ids[item] for item in items] for items in model.lists],
+        "places": [places.tolist() for places in model.places],
+    }
+
+
+def _show_people(
+    task: Recommendation, questions: Questions, model: Ranked, held_out: HeldOut
+) -> list[dict[str, Any]]:
+    """Some people, spread over all that have a history, at their first request."""
+    _, first = np.unique(questions.person, return_index=True)
+    lengths = questions.histories.end - questions.histories.start
+    known = [int(row) for row in first if lengths[row]]
+    count = min(held_out.section.samples, len(known))
+    chosen = [known[place * len(known) // count] for place in range(count)] if count else []
+
+    def name(items: Sequence[Any]) -> str:
+        return " | ".join(task.catalogue.texts[item] or task.catalogue.ids[item] for item in items)
+
+    return [
+        {
+            "input": name(questions.histories.get(row)[-SHOWN:].tolist()),
+            "output": name(model.lists[row][:SHOWN].tolist()),
+            "reference": name(questions.targets[row][:SHOWN].tolist()),
+            "note": f"{int(lengths[row]):,} events before, first hit at place {int(model.places[row][0]):,}",
+        }
+        for row in chosen
+    ]

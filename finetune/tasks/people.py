@@ -1,0 +1,98 @@
+"""From events to rows of a recommendation: one row for each person of a split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from finetune.data.histories import Held, split_by_time, split_leave_one_out, train_mask
+from finetune.data.interactions import Interactions, LoadedInteractions, load_interactions
+from finetune.data.rows import Row, Splits
+from finetune.errors import DataError
+from finetune.evaluation.recommending import name_history
+from finetune.recipe.recommendation import FEATURES
+from finetune.recipe.schema import RankSection, RecommendSection, TaskSection
+from finetune.tasks.ranker import import_lightgbm
+from finetune.tasks.recommendation import Recommendation, Record
+
+
+def load_people(
+    section: TaskSection, relative_to: Path | None, seed: int
+) -> tuple[LoadedInteractions, Recommendation, Splits]:
+    """Read events, split them, and settle the task.
+
+    Args:
+        section: of the recipe.
+        relative_to: the recipe's folder.
+        seed: of the moments that people are asked at.
+
+    Raises:
+        DataError: unreadable events, too few of them, or a feature that is no column of the catalogue.
+        ResourceError: a second stage without LightGBM.
+    """
+    loaded = load_interactions(section.data, section.columns, section.items, relative_to)
+    log = loaded.interactions
+    recommend = section.recommend or RecommendSection()
+    rank = _settle_rank(section.rank, loaded, recommend)
+    split = section.split
+    if split.by == "time":
+        cuts, requests = split_by_time(log, split.validation, split.test, recommend.requests, seed)
+    else:
+        cuts, requests = None, split_leave_one_out(log)
+    record = Record(log, requests, cuts)
+    known = train_mask(log, requests, "validation", cuts)
+    counts = np.bincount(log.item[known], minlength=len(log.catalogue.ids))
+    task = Recommendation(
+        log.catalogue, tuple(counts.tolist()), recommend, rank, by_moment=cuts is not None, record=record
+    )
+    splits = _list_people(log, record)
+    for name, rows in splits.items():
+        if not rows:
+            raise DataError(
+                f"{loaded.origin}: {name} must have people with something to ask for, got none. Change split.validation "
+                "and split.test, or give more events."
+            )
+    return loaded, task, splits
+
+
+def _list_people(log: Interactions, record: Record) -> Splits:
+    """A row for each person with at least two events in train, and for each that a split asks for."""
+    known = train_mask(log, record.requests, "validation", record.cuts)
+    events = np.bincount(log.user[known], minlength=len(log.users))
+
+    def build(person: int, split: str, history: int) -> Row:
+        values = {"user": log.users[person], "person": person, "history": name_history(history)}
+        return Row(f"{split}:{log.users[person]}", split, person + 1, values)
+
+    learned_from = np.flatnonzero(events > 1).tolist()
+    splits: Splits = {"train": [build(person, "train", int(events[person])) for person in learned_from]}
+    asked: tuple[Held, ...] = ("validation", "test")
+    for name in asked:
+        requests = record.requests[name]
+        people, first = np.unique(requests.person, return_index=True)
+        lengths = requests.end - requests.start
+        splits[name] = [build(int(person), name, int(lengths[row])) for person, row in zip(people, first, strict=True)]
+    return splits
+
+
+def _settle_rank(
+    rank: RankSection | None, loaded: LoadedInteractions, recommend: RecommendSection
+) -> RankSection | None:
+    """The second stage with features that exist."""
+    if rank is None:
+        return None
+    import_lightgbm()
+    columns = list(loaded.interactions.catalogue.columns)
+    known = [*FEATURES, *columns]
+    if wrong := [name for name in rank.features if name not in known]:
+        raise DataError(
+            f"rank.features: must be out of {', '.join(FEATURES)} and the catalogue's columns "
+            f"({', '.join(columns) or 'none'}), got {', '.join(wrong)}."
+        )
+    features = rank.features
+    if recommend.vectors == "ids":
+        features = [name for name in features if name != "text"]
+    if recommend.exclude_seen:
+        features = [name for name in features if name != "repeats"]
+    return rank.model_copy(update={"features": features})

@@ -1,0 +1,419 @@
+"""The second stage of a recommender: candidates from several sources, ranked by trees that weigh them against each other.
+
+A sequence model, counts, texts and the items' own columns each know something that the others do not. Gradient boosted
+trees with LambdaMART's gradient (LightGBM's `lambdarank`; Burges 2010, MSR-TR-2010-82) learn on validation what each is
+worth. Their features are known at the time of the request: counts end at the cut.
+
+Shapes: I items, R requests of a chunk, C candidates of all of them together, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from finetune.data.interactions import Catalogue
+from finetune.errors import DataError, ResourceError
+from finetune.evaluation.counting import (
+    DAY,
+    NEIGHBOURS,
+    Events,
+    Histories,
+    Matrix,
+    Numbers,
+    Scores,
+    apply,
+    count_following,
+    count_preceding,
+    fit_ease,
+    keep_strongest,
+)
+
+WINDOWS = (1, 5, 20)
+DECAYS = (0.5, 0.8, 0.95)
+RECENT_DAYS = (7, 30, 180)
+EASE_PENALTY = 200.0
+LAST_EVENTS = 50
+"""Of a history, the newest events that count for what decays, and for a person's taste in columns."""
+FEATURES = ("sequence", "co_occurrence", "ease", "text", "popularity", "recency", "repeats", "history")
+"""What `rank.features` can name beside the columns of the catalogue."""
+SOURCES = ("sequence", "follows 5, 0.5", "follows 20, 0.8", "ease 0.8", "text 0.5", "text 0.8")
+"""Features whose first items become candidates."""
+TREES = {
+    "objective": "lambdarank",
+    "learning_rate": 0.05,
+    "num_leaves": 15,
+    "min_data_in_leaf": 20,
+    "feature_fraction": 0.5,
+    "bagging_fraction": 0.7,
+    "bagging_freq": 1,
+    "lambda_l2": 5.0,
+    "lambdarank_truncation_level": 20,
+    "deterministic": True,
+    "force_row_wise": True,
+    "verbose": -1,
+}
+ROUNDS = 200
+Gains = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was counted before a cut.
+
+    Args:
+        matrices: name -> items by items, CSR (I, I): `follows <window>`, `precedes`, `ease`.
+        vectors: name -> (I,) float32: `popularity`, `popularity <days>`, and `age`, days since an item's first event,
+            nan where there was none.
+    """
+
+    matrices: Mapping[str, Matrix]
+    vectors: Mapping[str, Scores]
+
+    @classmethod
+    def fit(cls, events: Events) -> Counts:
+        """Count events that all lie before `events.now`."""
+        matrices = {f"follows {window}": count_following(events, window) for window in WINDOWS}
+        matrices["precedes"] = count_preceding(events, WINDOWS[1])
+        matrices["ease"] = fit_ease(events, EASE_PENALTY)
+        first = np.full(events.items, np.inf)
+        np.minimum.at(first, events.item, events.time)
+        age = np.where(np.isfinite(first), (events.now - first) / DAY, np.nan)
+        vectors = {"popularity": events.count(), "age": age.astype(np.float32)}
+        vectors |= {f"popularity {days}": events.count(events.now - days * DAY) for days in RECENT_DAYS}
+        return cls({name: keep_strongest(matrix, NEIGHBOURS) for name, matrix in matrices.items()}, vectors)
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """As named arrays, for a safetensors file."""
+        arrays: dict[str, npt.NDArray[Any]] = dict(self.vectors)
+        for name, matrix in self.matrices.items():
+            parts = {"data": np.float32, "indices": np.int32, "indptr": np.int64}
+            arrays |= {f"{name}/{part}": getattr(matrix, part).astype(kind) for part, kind in parts.items()}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Counts:
+        """Inverse of `to_arrays`."""
+        names = dict.fromkeys(name.rpartition("/")[0] for name in arrays if "/" in name)
+        size = len(arrays["age"])
+        matrices = {
+            name: sparse.csr_matrix(
+                tuple(arrays[f"{name}/{part}"] for part in ("data", "indices", "indptr")), shape=(size, size)
+            )
+            for name in names
+        }
+        return cls(matrices, {name: array for name, array in arrays.items() if "/" not in name})
+
+    def extend(self, count: int) -> Counts:
+        """With so many items at the end that nothing is known of."""
+        size = len(self.vectors["age"]) + count
+        matrices = {}
+        for name, matrix in self.matrices.items():
+            indptr = np.concatenate([matrix.indptr, np.full(count, matrix.indptr[-1])])
+            matrices[name] = sparse.csr_matrix((matrix.data, matrix.indices, indptr), shape=(size, size))
+        missing = {"age": np.nan}
+        vectors = {
+            name: np.concatenate([vector, np.full(count, missing.get(name, 0.0), np.float32)])
+            for name, vector in self.vectors.items()
+        }
+        return Counts(matrices, vectors)
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is known of the items themselves.
+
+    Args:
+        catalogue: I items.
+        texts: vectors of their texts of length 1, (I, S); None for a model that reads none.
+    """
+
+    catalogue: Catalogue
+    texts: npt.NDArray[np.float32] | None = None
+
+    @cached_property
+    def numeric(self) -> dict[str, Scores]:
+        """Column -> values (I,), nan where missing."""
+        return {
+            name: np.array([np.nan if value is None else value for value in values], np.float32)
+            for name, values in self.catalogue.columns.items()
+            if not any(isinstance(value, str) for value in values)
+        }
+
+    @cached_property
+    def kinds(self) -> dict[str, Matrix]:
+        """Categorical column -> CSR (I, kinds): a row of ones over the number of kinds of an item; kinds of one value
+        are parted by commas, as in `Comedy, Drama`."""
+        found = {}
+        for name, values in self.catalogue.columns.items():
+            if name in self.numeric:
+                continue
+            parts = [[part.strip() for part in value.split(",")] if isinstance(value, str) else [] for value in values]
+            numbers: dict[str, int] = {}
+            pairs = [(row, numbers.setdefault(kind, len(numbers))) for row, kinds in enumerate(parts) for kind in kinds]
+            weights = [1 / len(parts[row]) for row, _ in pairs]
+            rows, columns = zip(*pairs, strict=True) if pairs else ((), ())
+            shape = (len(values), max(1, len(numbers)))
+            found[name] = sparse.csr_matrix((np.array(weights, np.float32), (rows, columns)), shape=shape)
+        return found
+
+
+@dataclass(frozen=True)
+class Table:
+    """Candidates with their features.
+
+    Args:
+        request: (C,) number of the request in its chunk, ascending.
+        item: (C,) number of the item.
+        values: (C, F) float32.
+    """
+
+    request: Numbers
+    item: Numbers
+    values: Scores
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """The second stage.
+
+    Args:
+        features: out of `FEATURES` and the columns of the catalogue.
+        candidates: so many from each source.
+        exclude_seen: whether what a person had is left out.
+        counts: what was counted.
+        items: what is known of the items.
+        trees: LightGBM's model; None before it is fitted.
+    """
+
+    features: tuple[str, ...]
+    candidates: int
+    exclude_seen: bool
+    counts: Counts
+    items: Items
+    trees: Any = None
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Name of each of the F features: that of `features`, a colon, and what it is."""
+        empty = Histories(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64))
+        size = len(self.items.catalogue.ids)
+        return self._gather(self._compute(empty, np.zeros((1, size), np.float32)), empty).names
+
+    def build_table(self, histories: Histories, sequence: Scores) -> Table:
+        """Candidates of a chunk of requests and their features.
+
+        Args:
+            histories: R.
+            sequence: log probabilities of the sequence model, (R, I); nan after an empty history.
+        """
+        computed = self._compute(histories, sequence)
+        request, item = self._choose(computed, histories)
+        return Table(request, item, self._gather(computed, histories).take(request, item))
+
+    def score(self, table: Table) -> npt.NDArray[np.float64]:
+        """Scores of candidates, (C,)."""
+        return np.asarray(self.trees.predict(table.values))
+
+    def explain(self, table: Table) -> list[dict[str, float]]:
+        """What each feature of `features` adds to a candidate's score (SHAP values, arXiv:1802.03888), C times."""
+        parts = np.asarray(self.trees.predict(table.values, pred_contrib=True))[:, :-1]
+        groups = [name.partition(":")[0] for name in self.names]
+        return [_sum_groups(groups, row) for row in parts]
+
+    def compute_importances(self) -> dict[str, float]:
+        """Share of the gain that splits on each feature of `features` brought, the largest first."""
+        gains = _sum_groups([name.partition(":")[0] for name in self.names], self.trees.feature_importance("gain"))
+        total = sum(gains.values()) or 1.0
+        return {name: gain / total for name, gain in sorted(gains.items(), key=lambda pair: -pair[1])}
+
+    def _compute(self, histories: Histories, sequence: Scores) -> _Computed:
+        size = len(self.items.catalogue.ids)
+        weights = {decay: histories.weigh(size, decay, LAST_EVENTS) for decay in DECAYS}
+        pairs: dict[str, Scores] = {"sequence": sequence}
+        for window in WINDOWS:
+            matrix = self.counts.matrices[f"follows {window}"]
+            pairs |= {f"follows {window}, {decay}": apply(weights[decay], matrix) for decay in DECAYS}
+        pairs["precedes"] = apply(weights[DECAYS[1]], self.counts.matrices["precedes"])
+        long = {**weights, 1.0: histories.weigh(size, 1.0)}
+        pairs |= {f"ease {decay}": apply(long[decay], self.counts.matrices["ease"]) for decay in (0.8, 0.95, 1.0)}
+        if self.items.texts is not None:
+            for decay in DECAYS:
+                mean = weights[decay] @ self.items.texts
+                mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-9)
+                pairs[f"text {decay}"] = (mean @ self.items.texts.T).astype(np.float32)
+        if not self.exclude_seen:
+            pairs["times"] = np.asarray(long[1.0].toarray(), np.float32)
+            pairs["newest"] = np.asarray(weights[DECAYS[2]].toarray(), np.float32)
+        return _Computed(pairs, weights[DECAYS[2]])
+
+    def _choose(self, computed: _Computed, histories: Histories) -> tuple[Numbers, Numbers]:
+        """Request and item of each candidate: the first items of each source, of the lately popular, and of those
+        that nobody had yet, by their texts; and what the person had, where it may come again."""
+        popular = self.counts.vectors[f"popularity {RECENT_DAYS[1]}"]
+        sources = [computed.pairs[name] for name in SOURCES if name in computed.pairs]
+        sources.append(np.broadcast_to(popular + 1e-6 * self.counts.vectors["popularity"], sources[0].shape))
+        if self.items.texts is not None:
+            seen = self.counts.vectors["popularity"] > 0
+            sources.append(np.where(seen, -np.inf, computed.pairs["text 0.8"]).astype(np.float32))
+        if not self.exclude_seen:
+            sources.append(computed.pairs["newest"])
+        count = min(self.candidates, popular.shape[0])
+        chosen = np.zeros(sources[0].shape, bool)
+        for source in sources:
+            scores = np.array(source, np.float32)
+            scores[np.isnan(scores)] = -np.inf
+            if self.exclude_seen:
+                forbid_seen(scores, histories)
+            first = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+            rows = np.arange(len(scores))[:, None]
+            chosen[rows, first] |= np.isfinite(scores[rows, first])
+        return np.nonzero(chosen)
+
+    def _gather(self, computed: _Computed, histories: Histories) -> _Columns:
+        pairs, vectors = computed.pairs, self.counts.vectors
+        columns = _Columns()
+        groups = {
+            "sequence": ("sequence",),
+            "co_occurrence": ("follows", "precedes"),
+            "ease": ("ease",),
+            "text": ("text",),
+            "repeats": ("times", "newest"),
+        }
+        for name in self.features:
+            if name in groups:
+                columns.pairs |= {f"{name}: {key}": pairs[key] for key in pairs if key.startswith(groups[name])}
+            elif name == "popularity":
+                columns.items |= {
+                    f"{name}: {key}": np.log1p(vector)
+                    for key, vector in vectors.items()
+                    if key.startswith("popularity")
+                }
+            elif name == "recency":
+                columns.items[f"{name}: age"] = vectors["age"]
+            elif name == "history":
+                columns.requests[f"{name}: events"] = np.log1p(histories.end - histories.start).astype(np.float32)
+            elif name in self.items.numeric:
+                values = self.items.numeric[name]
+                present = np.nan_to_num(values)
+                weight = computed.recent @ (~np.isnan(values)).astype(np.float32)
+                mean = np.divide(
+                    computed.recent @ present, weight, out=np.full(len(weight), np.nan, np.float32), where=weight > 0
+                )
+                columns.items[f"{name}: value"] = values
+                columns.differences[f"{name}: above the person's mean"] = (values, mean)
+            else:
+                kinds = self.items.kinds[name]
+                share = (computed.recent @ kinds).toarray()
+                share /= np.maximum(share.sum(axis=1, keepdims=True), 1e-9)
+                columns.shares[f"{name}: the person's share"] = (kinds, share.astype(np.float32))
+        return columns
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """Features of every item for each request, (R, I), by name; and what the person had of late, CSR (R, I)."""
+
+    pairs: dict[str, Scores]
+    recent: Matrix
+
+
+@dataclass
+class _Columns:
+    """Features by what they depend on: item and request, item alone, request alone, a column's distance from the
+    person's mean, and the person's share of an item's kinds."""
+
+    pairs: dict[str, Scores] = field(default_factory=dict)
+    items: dict[str, Scores] = field(default_factory=dict)
+    requests: dict[str, Scores] = field(default_factory=dict)
+    differences: dict[str, tuple[Scores, Scores]] = field(default_factory=dict)
+    shares: dict[str, tuple[Matrix, Scores]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of `take`."""
+        return [*self.pairs, *self.items, *self.requests, *self.differences, *self.shares]
+
+    def take(self, request: Numbers, item: Numbers) -> Scores:
+        """(C, F)."""
+        columns = [
+            *(matrix[request, item] for matrix in self.pairs.values()),
+            *(vector[item] for vector in self.items.values()),
+            *(vector[request] for vector in self.requests.values()),
+            *(values[item] - mean[request] for values, mean in self.differences.values()),
+            *(
+                np.asarray(kinds[item].multiply(share[request]).sum(axis=1)).ravel()
+                for kinds, share in self.shares.values()
+            ),
+        ]
+        return np.column_stack(columns).astype(np.float32)
+
+
+def fit_trees(tables: Sequence[Table], targets: Sequence[Sequence[Numbers]], seed: int) -> Any:
+    """Fit the trees on candidates whose outcome is known; requests none of whose targets is a candidate say nothing.
+
+    Args:
+        tables: of several chunks.
+        targets: of each chunk, the items that each request was answered with.
+        seed: of the draws of rows and features.
+
+    Raises:
+        DataError: no request has a target among its candidates.
+        ResourceError: LightGBM is not installed.
+    """
+    lightgbm = import_lightgbm()
+    values, labels, groups = [], [], []
+    for table, answers in zip(tables, targets, strict=True):
+        for request, bounds in enumerate(_find_bounds(table.request, len(answers))):
+            right = np.isin(table.item[bounds], answers[request])
+            if right.any():
+                values.append(table.values[bounds])
+                labels.append(right)
+                groups.append(len(right))
+    if not groups:
+        raise DataError(
+            "rank: must have validation requests with a target among the candidates, got none. Raise rank.candidates, "
+            "or set rank: null."
+        )
+    data = lightgbm.Dataset(np.concatenate(values), np.concatenate(labels).astype(np.int32), group=groups)
+    return lightgbm.train(TREES | {"seed": seed}, data, num_boost_round=ROUNDS)
+
+
+def forbid_seen(scores: Scores, histories: Histories) -> None:
+    """Minus infinity for what a person had, in place; scores are (R, I)."""
+    for row in range(len(histories)):
+        scores[row, histories.get(row)] = -np.inf
+
+
+def import_lightgbm() -> Any:
+    """LightGBM, which `rank` needs.
+
+    Raises:
+        ResourceError: it is not installed.
+    """
+    try:
+        import lightgbm
+    except ImportError as error:
+        raise ResourceError(
+            "rank: must have LightGBM, got no such package. Install it: pip install 'finetune-toolkit[recommend]', or "
+            "set rank: null for the sequence model alone."
+        ) from error
+    return lightgbm
+
+
+def _find_bounds(request: Numbers, count: int) -> list[slice]:
+    edges = np.searchsorted(request, np.arange(count + 1))
+    return [slice(int(start), int(end)) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _sum_groups(groups: Sequence[str], values: npt.ArrayLike) -> dict[str, float]:
+    sums = dict.fromkeys(groups, 0.0)
+    for group, value in zip(groups, np.asarray(values, float).tolist(), strict=True):
+        sums[group] += value
+    return sums
