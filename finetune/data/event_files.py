@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,20 @@ import pyarrow
 import pyarrow.compute as pc
 
 from finetune.data.catalog import DATA_VARIABLE, find_card_file, find_card_folder
+from finetune.data.checks import Finding
 from finetune.data.files import MAX_TEXT_CHARACTERS, list_names, read_columns
 from finetune.errors import DataError
 from finetune.recipe.card import Card
 from finetune.recipe.messages import show, suggest
 
+MAX_WHOLE_FLOAT = 2.0**53
+"""Above it floats skip whole numbers."""
 NO_GENRES = "(no genres listed)"
 """What MovieLens writes for a film without genres."""
 
 
-def read_card_events(card: Card) -> pyarrow.Table:
-    """The events of a card, in the order of its files.
+def read_card_events(card: Card) -> tuple[pyarrow.Table, list[Finding]]:
+    """The events of a card, in the order of its files; and what is not as its card says, or left out of them.
 
     Raises:
         DataError: the card's folder is not at hand, it deals its events out to splits, or a file cannot be trusted.
@@ -33,7 +35,16 @@ def read_card_events(card: Card) -> pyarrow.Table:
     files = [file for _, names in card.list_files() for file in names]
     tables = [read_columns(find_card_file(card, folder, file)) for file in files]
     table = tables[0] if len(tables) == 1 else pyarrow.concat_tables(tables, promote_options="permissive")
-    return _keep_purchases(table, card.name) if card.format == "online_retail" else table
+    count, expected = table.num_rows, card.rows.get("all", table.num_rows)
+    findings = []
+    if count != expected:
+        message = f"all: the card says {expected:,} rows, got {count:,}."
+        findings.append(Finding("row_count", "note", "all", 1, message))
+    if card.format == "online_retail":
+        table = _keep_purchases(table, card.name)
+        message = f"{count - table.num_rows:,} of {count:,} rows are no purchases of a known customer: left out."
+        findings.append(Finding("no_purchase", "note", "all", count - table.num_rows, message))
+    return table, findings
 
 
 def read_card_items(card: Card, file: str) -> pyarrow.Table:
@@ -81,7 +92,7 @@ def _read_films(table: pyarrow.Table) -> pyarrow.Table:
 
 
 def get_column(table: pyarrow.Table, column: str, where: str, key: str) -> pyarrow.ChunkedArray:
-    """A column by name.
+    """A column by name, its texts all of one type.
 
     Args:
         key: what names the column in a recipe, such as `columns.user`.
@@ -96,7 +107,10 @@ def get_column(table: pyarrow.Table, column: str, where: str, key: str) -> pyarr
             f"{where}: column {column!r} must exist, got {got}.{suggest(column, there)} Set {key} to the right one."
         )
     array = table[column]
-    return array.cast(array.type.value_type) if pyarrow.types.is_dictionary(array.type) else array
+    if pyarrow.types.is_dictionary(array.type):
+        array = array.cast(array.type.value_type)
+    is_wide = pyarrow.types.is_large_string(array.type) or pyarrow.types.is_string_view(array.type)
+    return array.cast(pyarrow.string()) if is_wide or pyarrow.types.is_null(array.type) else array
 
 
 def to_ids(array: pyarrow.ChunkedArray, where: str) -> tuple[pyarrow.ChunkedArray, str]:
@@ -109,16 +123,17 @@ def to_ids(array: pyarrow.ChunkedArray, where: str) -> tuple[pyarrow.ChunkedArra
     is_whole_number = pyarrow.types.is_integer(kind)
     if pyarrow.types.is_floating(kind):
         array = pc.if_else(pc.is_nan(array), None, array)
-        whole = pc.equal(pc.floor(array), array)
+        whole = pc.and_(pc.equal(pc.floor(array), array), pc.less(pc.abs(array), MAX_WHOLE_FLOAT))
         if pc.all(whole).as_py() is not False:
             array, is_whole_number = array.cast(pyarrow.int64()), True
-    if not (is_whole_number or pyarrow.types.is_floating(kind) or _is_text(kind)):
+    is_text = pyarrow.types.is_string(kind)
+    if not (is_whole_number or is_text or pyarrow.types.is_floating(kind) or pyarrow.types.is_decimal(kind)):
         raise DataError(f"{where}: must hold ids, which are text or numbers, got {kind}. Choose another column.")
     text = pc.utf8_trim_whitespace(array.cast(pyarrow.string()))
     check_all_present(pc.equal(text, ""), where, "an id")
     if not is_whole_number:
         text = pc.replace_substring_regex(text, r"^(-?[0-9]+)\.0*$", r"\1")
-    return text, "text" if _is_text(kind) else "numbers"
+    return text, "text" if is_text else "numbers"
 
 
 def check_all_present(is_empty: pyarrow.ChunkedArray, where: str, what: str) -> None:
@@ -153,29 +168,24 @@ def to_numbers(array: pyarrow.ChunkedArray, where: str) -> npt.NDArray[np.float6
     Raises:
         DataError: the first value that is no finite number.
     """
-    if _is_text(array.type):
+    if pyarrow.types.is_string(array.type):
         text = pc.utf8_trim_whitespace(array)
         array = pc.if_else(pc.equal(text, ""), None, text)
     try:
         values: npt.NDArray[np.float64] = array.cast(pyarrow.float64()).to_numpy()
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
-        row, value = _find_no_number(array.to_pylist())
-        raise DataError(f"{where}: row {row}: must be a number, got {show(value)}. Correct it.") from None
+        row = next(row for row, value in enumerate(array, start=1) if not _is_number(value))
+        got = show(array[row - 1].as_py())
+        raise DataError(f"{where}: row {row}: must be a number, got {got}. Correct it.") from None
     if np.isinf(values).any():
         row = int(np.argmax(np.isinf(values))) + 1
         raise DataError(f"{where}: row {row}: must be a finite number, got {values[row - 1]}. Correct it.")
     return values
 
 
-def _find_no_number(values: Sequence[object]) -> tuple[int, object]:
-    for row, value in enumerate(values, start=1):
-        try:
-            float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            if value is not None:
-                return row, value
-    return 1, values[0]
-
-
-def _is_text(kind: pyarrow.DataType) -> bool:
-    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+def _is_number(value: pyarrow.Scalar) -> bool:
+    try:
+        value.cast(pyarrow.float64())
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
+        return False
+    return True

@@ -122,18 +122,26 @@ def load_interactions(
     }
     if card is not None:
         name, origin, where = card.name, describe_location(card), card.name
-        table = read_card_events(card)
+        table, findings = read_card_events(card)
         catalogue = read_card_items(card, section.file) if section.file else None
     else:
-        path = find_path(reference, relative_to)
+        path, findings = _find_file(reference, relative_to), []
         name, origin, where = path.name.partition(".")[0], reference, str(path)
         table = read_columns(path)
         catalogue = read_columns(path.parent / section.file) if section.file else None
-    read = _Reading(where, roles, section, [])
+    read = _Reading(where, roles, section, findings)
     interactions = read.build(table, catalogue)
     return LoadedInteractions(
         name, origin, card, roles, section, _compute_fingerprint(interactions), interactions, tuple(read.findings)
     )
+
+
+def _find_file(reference: str, relative_to: Path | None) -> Path:
+    path = None if reference.startswith("hub:") else find_path(reference, relative_to)
+    if path is None or path.is_dir():
+        got = f"{reference!r}" + ("" if path is None else ", a folder")
+        raise DataError(f"data: must be a card or a file of events, got {got}. Name the file.")
+    return path
 
 
 @dataclass
@@ -174,10 +182,9 @@ class _Reading:
 
     def _read_times(self, table: pyarrow.Table) -> Numbers:
         array, where = self._column(table, "time")
-        text = array.cast(pyarrow.string()) if pyarrow.types.is_large_string(array.type) else array
-        is_text = pyarrow.types.is_string(text.type)
-        check_all_present(pc.equal(pc.utf8_trim_whitespace(text), "") if is_text else text.is_null(), where, "a time")
-        times, forms = parse_times(text, where)
+        is_text = pyarrow.types.is_string(array.type)
+        check_all_present(pc.equal(pc.utf8_trim_whitespace(array), "") if is_text else array.is_null(), where, "a time")
+        times, forms = parse_times(array, where)
         if len(forms) > 1:
             found = ", ".join(f"{count:,} {form}" for form, count in forms.items())
             message = f"times come in {len(forms)} forms, {found}; times without a zone are read as UTC."
@@ -189,7 +196,7 @@ class _Reading:
             return np.ones(table.num_rows, np.float32)
         array, where = self._column(table, "weight")
         weights = to_numbers(array, where)
-        refused = np.flatnonzero(np.isnan(weights) | (weights < 0))
+        refused = np.flatnonzero(~((weights >= 0) & (weights <= np.finfo(np.float32).max)))
         if len(refused):
             row = int(refused[0])
             got = "nothing" if np.isnan(weights[row]) else f"{weights[row]:g}"
@@ -237,10 +244,8 @@ class _Reading:
         """The catalogue, with items that only events name at its end, and the numbers of the events' items in it."""
         unknown = [name for name in names if name not in catalogue.numbers]
         if len(unknown) == len(names):
-            got = f"{unknown[0]!r} in the events and {catalogue.ids[0]!r} in the catalogue"
-            raise DataError(
-                f"{self.where}: events must name items of the catalogue, got none, but {got}. Set items.id."
-            )
+            got = f"only others, such as {unknown[0]!r} where the catalogue has {catalogue.ids[0]!r}"
+            raise DataError(f"{self.where}: events must name items of the catalogue, got {got}. Set items.id.")
         if unknown:
             size = len(unknown)
             message = f"{size:,} of {len(names):,} items of the events are not in the catalogue: they have no text."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from finetune.recipe.messages import show
 EPOCH_UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 EPOCH_BOUND = 10**11
 """Epoch seconds lie below it until the year 5138; as milliseconds it is the year 1973. Other units likewise."""
+
+MAX_ZONE_HOURS = 14
 
 _NUMBER = r"^[+-]?[0-9]{1,19}(\.[0-9]*)?$"
 _ISO = (
@@ -49,7 +51,7 @@ def parse_times(column: pyarrow.ChunkedArray, where: str) -> tuple[Seconds, dict
         return _to_numpy(micros.cast(pyarrow.int64())) // 10**6, {str(kind): len(column)}
     if pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind):
         return _scale(_to_numpy(column), where, np.arange(len(column)))
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    if not pyarrow.types.is_string(kind):
         raise DataError(f"{where}: must hold times, got {kind}. {_FIX}")
     return _parse_text(pc.utf8_trim_whitespace(column).combine_chunks(), where)
 
@@ -93,14 +95,14 @@ def _compute_seconds(fields: pyarrow.StructArray) -> tuple[Seconds, npt.NDArray[
 
     def get(name: str) -> Seconds:
         text = pc.struct_field(fields, name)
-        return _to_numpy(pc.if_else(pc.equal(text, ""), "0", text).cast(pyarrow.int64()))
+        return cast("Seconds", _to_numpy(pc.if_else(pc.equal(text, ""), "0", text).cast(pyarrow.int64())))
 
     year, month, day = (get(name) for name in ("year", "month", "day"))
     hour, minute, second = (get(name) for name in ("hour", "minute", "second"))
     months = ((year - 1970) * 12 + np.clip(month, 1, 12) - 1).astype("datetime64[M]")
     days = months.astype("datetime64[D]") + (day - 1)
     invalid = (month < 1) | (month > 12) | (days.astype("datetime64[M]") != months)
-    invalid |= (hour > 23) | (minute > 59) | (second > 59)
+    invalid |= (hour > 23) | (minute > 59) | (second > 59) | (get("zone_hour") > MAX_ZONE_HOURS)
     sign = np.where(_to_numpy(pc.equal(pc.struct_field(fields, "sign"), "-")), -1, 1)
     offset = sign * (get("zone_hour") * 3600 + get("zone_minute") * 60)
     return days.astype(np.int64) * 86400 + hour * 3600 + minute * 60 + second - offset, invalid

@@ -32,13 +32,17 @@ def test_shipped_cards_are_valid_and_complete():
     cards = {card.name: card for card in list_cards()}
     assert {"banking77", "clinc150", "twitter_fin_sentiment"} <= set(cards)
     assert {"bitext_intents", "dstc9_faq", "dstc11_faq_val"} <= set(cards)
+    assert {"ml_latest_small", "online_retail"} <= set(cards)
     assert {"multi30k_en_de", "tatoeba_en_zh", "tinyshakespeare", "chinese_poetry"} <= set(cards)
     for card in cards.values():
         assert card.licence
         assert card.notes
         assert (card.labels is not None) == ("label" in card.roles)
         optional = {"entry", "context"} | ({"passage"} if "target" in card.roles else set())
-        shapes = ({"text", "label"}, {"text", "target"}, {"text", "passage", "answer"}, {"text"})
+        events = {"user", "item", "time"}
+        optional |= {"weight"} if card.items else set()
+        assert (card.items is not None) == (events <= set(card.roles))
+        shapes = (events, {"text", "label"}, {"text", "target"}, {"text", "passage", "answer"}, {"text"})
         assert set(card.roles) - optional in shapes
         assert ("entry" in card.roles) <= (card.knowledge is not None)
         assert set(card.roles.values()) <= set(card.columns)

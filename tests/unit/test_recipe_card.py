@@ -89,6 +89,17 @@ def test_odd_names_inside_the_folder_are_fine(tmp_path: Path, name: str) -> None
             "rows: {trian: 10}",
             "line 7  rows.trian: the key must be one of train, validation, test, all, got 'trian'. Did you mean",
         ),
+        (
+            "rows: {train: 10}",
+            "items: {file: ../x.csv}",
+            "line 7  items.file: must be a path inside the data set's folder, without '..', got '../x.csv'.",
+        ),
+        (
+            "rows: {train: 10}",
+            "items: {categorical: [kind], numeric: [kind]}",
+            "line 7  items.numeric: must not repeat a column of `categorical`, got 'kind'.",
+        ),
+        ("rows: {train: 10}", "items: {txt: [a]}", "line 7  items.txt: unknown key. Did you mean 'text'?"),
         ("rows: {train: 10}", "rows: {train: -1}", "line 7  rows.train: must be at least 0, got -1."),
         (
             "revision: 0123456789abcdef0123456789abcdef01234567",
