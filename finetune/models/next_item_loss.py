@@ -11,45 +11,69 @@ float32. A bias of minus infinity leaves an item out, such as one that training 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, embedding, logsigmoid
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding, logsigmoid
 
-# Logits that are kept at once, 256 MiB in float32. More are computed in parts, and again on the way back.
-MOST_LOGITS = 2**26
+# Logits that are computed at once. On a CPU they stay near its cache: with 10,000 items, 4,096 targets and D = 64 on
+# one core a gradient takes two thirds of the time that one matrix of all logits takes.
+MOST_LOGITS = {"cpu": 2**22}
+MOST_LOGITS_ELSEWHERE = 2**26
 
 
 def full_softmax(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    item_vectors: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    most_logits: int = MOST_LOGITS,
+    hidden: torch.Tensor, targets: torch.Tensor, item_vectors: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Cross-entropy over all items: -s_target + log sum_i exp(s_i).
+    """Cross-entropy over all items: -s_target + log sum_i exp(s_i). Its logits, N x I, are never all in memory.
 
     Args:
         hidden, targets, item_vectors, bias: as above.
-        most_logits: above so many, N x I, memory is bounded by computing each part twice.
     """
-    rows = max(1, most_logits // len(item_vectors))
-    if len(hidden) <= rows:
-        return _compute_cross_entropy(hidden, targets, item_vectors, bias)
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.cat(
-        [
-            checkpoint(_compute_cross_entropy, *part, item_vectors, bias, use_reentrant=False, preserve_rng_state=False)
-            for part in parts
-        ]
-    )
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        apply: Callable[..., torch.Tensor] = _FullSoftmax.apply
+        return apply(hidden.to(dtype), targets, item_vectors.to(dtype), bias)
 
 
-def _compute_cross_entropy(
-    hidden: torch.Tensor, targets: torch.Tensor, item_vectors: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    return cross_entropy(_score(hidden, item_vectors, bias), targets, reduction="none")
+class _FullSoftmax(torch.autograd.Function):
+    """Some targets after another, forwards and again backwards: no logits are kept in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, vectors: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        sums = torch.cat([torch.logsumexp(_score(hidden[rows], vectors, bias), 1) for rows in _split(hidden, vectors)])
+        ctx.save_for_backward(hidden, targets, vectors, bias)
+        return sums - _score_targets(hidden, targets, vectors, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, targets, vectors, bias = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        to_vectors = torch.zeros_like(vectors, dtype=torch.float32)
+        to_bias = None if bias is None else torch.zeros_like(bias)
+        for rows in _split(hidden, vectors):
+            # Of a logit the loss's derivative is its probability, less 1 for the target.
+            slopes = torch.softmax(_score(hidden[rows], vectors, bias), 1)
+            slopes[torch.arange(len(slopes), device=slopes.device), targets[rows]] -= 1
+            if to_bias is not None:
+                to_bias += gradient[rows] @ slopes
+            slopes, weights = slopes.to(hidden.dtype), gradient[rows, None].to(hidden.dtype)
+            to_hidden[rows] = slopes @ vectors * weights
+            to_vectors += slopes.T @ (hidden[rows] * weights)
+        return to_hidden, None, to_vectors.to(vectors.dtype), to_bias
+
+
+def _split(hidden: torch.Tensor, vectors: torch.Tensor) -> list[slice]:
+    """Targets whose logits are computed at once."""
+    size = max(1, MOST_LOGITS.get(hidden.device.type, MOST_LOGITS_ELSEWHERE) // len(vectors))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
 def sampled_softmax(

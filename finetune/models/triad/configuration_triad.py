@@ -240,7 +240,7 @@ class TriadConfig(PreTrainedConfig):
             (self.item_text_size >= 0, f"item_text_size must be at least 0, got {self.item_text_size}."),
             (
                 self.num_items <= 0 or self.shape == "decoder",
-                f"num_items is for a decoder, which reads items in their order: shape must be decoder, got {self.shape}.",
+                f"num_items is for a model that reads items in order: shape must be decoder, got {self.shape}.",
             ),
             (
                 self.item_ids or self.item_text_size != 0,

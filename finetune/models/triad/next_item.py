@@ -97,6 +97,8 @@ class TriadForNextItem(TriadLabeler):
         self.items = TriadItems(config)
         self.output_items = None if config.tie_word_embeddings else TriadItems(config)
         self.item_bias = nn.Parameter(torch.zeros(config.num_items)) if config.item_bias else None
+        self.known: torch.Tensor
+        self.text_vectors: torch.Tensor | None
         self.register_buffer("known", torch.ones(config.num_items, dtype=torch.bool))
         text_size = config.item_text_size
         self.register_buffer("text_vectors", torch.zeros(config.num_items, text_size) if text_size else None)
@@ -112,13 +114,17 @@ class TriadForNextItem(TriadLabeler):
                 if tensor is not None:
                     initialization.zeros_(tensor)
 
-    def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
+    def get_input_embeddings(self) -> nn.Module | None:
         """The items' own embeddings; None where they have only text."""
         return self.items.id_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace them."""
         self.items.id_embeddings = value
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Embedding:
+        """New items have texts and are not known: `extend`."""
+        raise NotImplementedError("The items of a TriadForNextItem are changed by extend, not resize_token_embeddings.")
 
     # Items
 
@@ -129,6 +135,8 @@ class TriadForNextItem(TriadLabeler):
         Raises:
             ValueError: another shape, or numbers that are not finite.
         """
+        if self.text_vectors is None:
+            raise ValueError("Text vectors are for a model that reads texts, got config.item_text_size 0.")
         self.text_vectors.copy_(self._check_text_vectors(vectors, self.config.num_items))
 
     @torch.no_grad()
@@ -156,15 +164,14 @@ class TriadForNextItem(TriadLabeler):
         Raises:
             ValueError: text vectors missing, of another width, or for a model that reads none.
         """
-        if (text_vectors is None) == (self.text_vectors is not None):
-            wanted = "text_vectors" if self.text_vectors is not None else "count"
-            raise ValueError(f"extend needs {wanted}: config.item_text_size is {self.config.item_text_size}.")
         old = self.config.num_items
-        if text_vectors is not None:
-            texts = self._check_text_vectors(text_vectors, len(text_vectors)).to(self.text_vectors)
+        if self.text_vectors is not None and text_vectors is not None:
+            count = len(text_vectors)
+            texts = self._check_text_vectors(text_vectors, count).to(self.text_vectors)
             self.text_vectors = torch.cat([self.text_vectors, texts])
-            count = len(texts)
-        assert count is not None
+        elif self.text_vectors is not None or text_vectors is not None or count is None:
+            wanted = "count" if self.text_vectors is None else "text_vectors"
+            raise ValueError(f"extend needs {wanted}: config.item_text_size is {self.config.item_text_size}.")
         self.known = torch.cat([self.known, self.known.new_zeros(count)])
         if self.item_bias is not None:
             self.item_bias = nn.Parameter(torch.cat([self.item_bias, self.item_bias.new_zeros(count)]))
@@ -309,8 +316,6 @@ class TriadForNextItem(TriadLabeler):
 
     def _check_text_vectors(self, vectors: torch.Tensor, count: int) -> torch.Tensor:
         wanted = (count, self.config.item_text_size)
-        if self.text_vectors is None:
-            raise ValueError("Text vectors are for a model that reads texts, got config.item_text_size 0.")
         if tuple(vectors.shape) != wanted:
             raise ValueError(
                 f"Text vectors must have shape {wanted}, items x item_text_size, got {tuple(vectors.shape)}."
