@@ -197,6 +197,8 @@ def test_ids_that_are_no_whole_numbers_stay_as_they_are(load):
     ids = ["007", "7", "1.50", "1.0.0", "-3.0", "2.", ".0"]
     loaded = load({"user": ids, "item": ids, "time": list(range(len(ids)))}, None, name="events.parquet")
     assert loaded.interactions.users == tuple(sorted(["007", "7", "1.50", "1.0.0", "-3", "2", ".0"]))
+    large = {"user": [4e15 + 1, 3.0], "item": [1, 2], "time": [1, 2]}  # not 4.000000000000001e+15
+    assert load(large, None, name="large.parquet").interactions.users == ("3", "4000000000000001")
     halves = {"user": [1.5, 2.0], "item": [2.0**60, 0.5], "time": [1, 2]}
     assert load(halves, None, name="halves.parquet").interactions.users == ("1.5", "2")
 
@@ -380,7 +382,7 @@ rows: {all: 3}
 def test_movielens(card):
     folder = card(FILMS)
     write(folder / "ratings.csv", "userId,movieId,rating,timestamp\n10,1,4.0,964982703\n9,3,0.5,964981247\n")
-    films = 'movieId,title,genres\n1,Dawn (1995),Drama|War\n'
+    films = "movieId,title,genres\n1,Dawn (1995),Drama|War\n"
     films += '2,"Two, The (1990\u20131999) ",(no genres listed)\n3,None,Comedy\n'
     write(folder / "movies.csv", films)
     loaded = load_interactions("tiny", {})
