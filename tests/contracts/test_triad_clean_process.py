@@ -31,7 +31,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "TriadForQuestionAnswering": ("AutoModelForQuestionAnswering", {"norm_position": "pre"}),
     "TriadForSentenceEmbedding": ("AutoModel", {}),
     "TriadForMultiTask": ("AutoModel", {"heads": HEADS}),
+    "TriadForNextItem": ("AutoModel", DECODER | {"num_items": 40, "item_text_size": 6, "item_bias": True}),
 }
+FILES = {"TriadForNextItem": ["next_item.py"]}
+"""Those beside the two that all have."""
 GENERATE = ["TriadForCausalLM", "TriadForSeq2SeqLM"]
 IDS = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
@@ -66,6 +69,8 @@ print(json.dumps({"refusals": refusals, "classes": classes}))
 
 def compute(model, ids, mask, generates):  # no annotations: its text runs in the clean process too
     options = {"decoder_input_ids": ids[:, :3]} if model.config.is_encoder_decoder else {}
+    if model.config.num_items:
+        options["logits_to_keep"] = 0
     with torch.no_grad():
         output = model(input_ids=ids, attention_mask=mask, **options)
     found = {}
@@ -87,6 +92,8 @@ def build(name: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+        for tensor in model.buffers():
+            tensor.copy_(torch.randn(tensor.shape) > 0)
     return model
 
 
@@ -133,8 +140,8 @@ def test_refused_without_the_users_word(clean: dict[str, Any], name: str) -> Non
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_folder_holds_its_two_files_of_code(root: Path, name: str) -> None:
+def test_the_folder_holds_its_files_of_code(root: Path, name: str) -> None:
     code = {path.name for path in (root / name).glob("*.py")}
-    assert code == {"configuration_triad.py", "modeling_triad.py"}
+    assert code == {"configuration_triad.py", "modeling_triad.py", *FILES.get(name, [])}
     source = Path(triad.__file__).parent
     assert all((root / name / file).read_bytes() == (source / file).read_bytes() for file in code)

@@ -42,6 +42,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "causal": (triad.TriadForCausalLM, DECODER),
     "causal, sinusoidal": (triad.TriadForCausalLM, {"shape": "decoder", "pooling": "last"}),
     "seq2seq": (triad.TriadForSeq2SeqLM, SEQ2SEQ),
+    "items": (triad.TriadForNextItem, DECODER | {"num_items": VOCABULARY, "item_text_size": 6}),
 }
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
@@ -66,7 +67,7 @@ def compute(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["rows", "causal", "seq2seq"])
+@pytest.mark.parametrize("name", ["rows", "causal", "seq2seq", "items"])
 def test_checkpointing_changes_memory_only(name: str, attention: str) -> None:
     model = build(name, attention, dropout=0.1, attention_dropout=0.1).train()
     labels = torch.tensor([0, 2]) if name == "rows" else IDS
