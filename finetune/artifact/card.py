@@ -42,9 +42,10 @@ SHAPES = {
         "ForQuestionAnswering",
         "A model that finds the answer to a question in a passage, or says that there is none.",
     ),
+    "recommendation": ("other", "ForNextItem", "A recommender: the items that a person turns to next."),
 }
 SEVERAL = ("ForMultiTask", "A model with several heads.")
-NO_AUTO_CLASS = ("ForSentenceEmbedding", SEVERAL[0])
+NO_AUTO_CLASS = ("ForSentenceEmbedding", "ForNextItem", SEVERAL[0])
 """Classes that transformers has no Auto class of: theirs is `AutoModel`."""
 UNKNOWN_LICENCES = ("", "unknown", "other", "none")
 TRANSLATION = ("translation", "ForSeq2SeqLM", "A translation model.")

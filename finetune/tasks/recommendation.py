@@ -189,10 +189,11 @@ class Recommendation:
     def _compute_loss(
         self, states: torch.Tensor, targets: torch.Tensor, vectors: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """(N,)."""
-        if self.section.loss == "softmax":
-            return full_softmax(states, targets, vectors, bias)
+        """(N,). Items that training does not see are no wrong answers: their texts would learn to be unlikely."""
         known = torch.from_numpy(self.known).to(states.device)
+        if self.section.loss == "softmax":
+            free = states.new_zeros(len(known)) if bias is None else bias
+            return full_softmax(states, targets, vectors, free.masked_fill(~known, -torch.inf))
         if self.section.loss == "gbce":
             negatives, _ = draw_negatives(known.float(), self.section.negatives)
             return gbce(states, targets, vectors, negatives, bias)
