@@ -85,7 +85,7 @@ class Ranked:
 
     Args:
         places: of each request, the places of its targets, from 1.
-        lists: (R, 10) items, the best first.
+        lists: of each request at most 10 items, the best first.
         by_group: group of items -> the same places of those targets that are in it, None for a request without one;
             the other targets are out of the way.
         settings: what was chosen on validation.
@@ -113,10 +113,11 @@ class Ranked:
 
 
 def find_first(scores: npt.NDArray[np.floating[Any]], count: int) -> Numbers:
-    """The items with the largest scores, best first; of equal ones the first of the catalogue. (count or fewer,)."""
+    """The items with the largest scores, best first; of equal ones the first of the catalogue, and none at minus
+    infinity. (count or fewer,)."""
     count = min(count, len(scores))
     border = np.partition(scores, len(scores) - count)[len(scores) - count]
-    chosen = np.flatnonzero(scores >= border)
+    chosen = np.flatnonzero((scores >= border) & (scores > -np.inf))
     return chosen[np.argsort(-scores[chosen], kind="stable")][:count]
 
 
