@@ -139,9 +139,10 @@ def place_candidates(
 ) -> Scores:
     """Scores of the first stage with the candidates of the second in front, (R, I); people without a history keep
     those of the first, which then are popularity."""
-    known = (histories.end > histories.start)[table.request]
-    placed = np.array(scores, np.float32) - np.float32(BEHIND)
-    placed[histories.end == histories.start] += np.float32(BEHIND)
+    has_history = histories.end > histories.start
+    known = has_history[table.request]
+    placed = np.array(scores, np.float32)
+    placed[has_history] -= np.float32(BEHIND)
     placed[table.request[known], table.item[known]] = ranks[known]
     return placed
 
