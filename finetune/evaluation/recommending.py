@@ -239,7 +239,8 @@ def score_lists(
 
     Returns:
         As `score_corpus`, with the slice `next item`, and `lists`: of each system its NDCG in that slice, the share of
-        the catalogue that its lists show, and their novelty, the mean of -log2 of an item's share of all events.
+        the catalogue that its lists show, also when they are cut to 1 to 10 items, and their novelty, the mean of -log2
+        of an item's share of all events.
     """
     names = [name for name in section.metrics if name != "loss"]
     model = next(iter(systems))
@@ -264,7 +265,7 @@ def score_lists(
     headline = names[0]
     groups = {name: _score_group(name, questions, systems, headline, section, seed) for name in group_items(counts)}
     scored["slices"][TARGET] = [
-        {"value": name, "rows": found["people"], "metrics": {headline: found["systems"][model]}}
+        {"value": name, "rows": found["people"], "metrics": {headline: round_numbers(found["systems"][model])}}
         for name, found in groups.items()
         if found["people"]
     ]
@@ -277,7 +278,8 @@ def score_lists(
             "by_item": groups,
             "systems": {
                 name: {
-                    "coverage_at_10": len(np.unique(np.concatenate(ranked.lists))) / len(counts),
+                    "coverage_at_10": _measure_coverage(ranked.lists, len(counts))[-1],
+                    "coverage": _measure_coverage(ranked.lists, len(counts)),
                     "novelty_at_10": float(-np.log2(share[np.concatenate(ranked.lists)]).mean()),
                 }
                 for name, ranked in systems.items()
@@ -285,6 +287,13 @@ def score_lists(
         }
     )
     return scored
+
+
+def _measure_coverage(lists: Sequence[Numbers], items: int) -> list[float]:
+    """Share of the catalogue that is on some list, cut to its first 1 to 10 items."""
+    return [
+        len(np.unique(np.concatenate([shown[:length] for shown in lists]))) / items for length in range(1, LIST + 1)
+    ]
 
 
 def replace_slices(section: EvaluateSection, values: Sequence[Mapping[str, Any]]) -> EvaluateSection:

@@ -21,6 +21,7 @@ from finetune.evaluation.recommending import (
     rank_by_counting,
     score_lists,
 )
+from finetune.evaluation.report_samples import LIST_LABELS
 from finetune.evaluation.scoring import round_numbers
 from finetune.tasks.ranker import Counts, Ranker, Table, fit_trees
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores
@@ -220,6 +221,7 @@ def _show_people(
             "input": name(questions.histories.get(row)[-SHOWN:].tolist()),
             "output": name(model.lists[row][:SHOWN].tolist()),
             "reference": name(questions.targets[row][:SHOWN].tolist()),
+            "labels": LIST_LABELS,
             "note": f"{int(lengths[row]):,} events before, first hit at place {int(model.places[row][0]):,}",
         }
         for row in chosen
