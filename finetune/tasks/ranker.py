@@ -1,4 +1,4 @@
-"""The second stage of a recommender: candidates from several sources, ranked by trees that weigh them against each other.
+"""The second stage of a recommender: candidates from several sources, ranked by trees.
 
 A sequence model, counts, texts and the items' own columns each know something that the others do not. Gradient boosted
 trees with LambdaMART's gradient (LightGBM's `lambdarank`; Burges 2010, MSR-TR-2010-82) learn on validation what each is
@@ -109,6 +109,15 @@ class Counts:
             for name in names
         }
         return cls(matrices, {name: array for name, array in arrays.items() if "/" not in name})
+
+    def hide(self, items: npt.NDArray[np.bool_]) -> Counts:
+        """As if nobody ever had some of the items, (I,) true."""
+        keep = sparse.diags((~items).astype(np.float32))
+        vectors = {
+            name: np.where(items, np.float32(np.nan if name == "age" else 0), vector)
+            for name, vector in self.vectors.items()
+        }
+        return Counts({name: (keep @ matrix @ keep).tocsr() for name, matrix in self.matrices.items()}, vectors)
 
     def extend(self, count: int) -> Counts:
         """With so many items at the end that nothing is known of."""
