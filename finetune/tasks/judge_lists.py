@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from finetune.data.histories import Held
 from finetune.evaluation.counting import COUNTINGS, DAY, Events, Histories, Scores
 from finetune.evaluation.recommending import (
+    Judging,
     Questions,
     Ranked,
     choose_settings,
@@ -75,7 +76,7 @@ def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judg
             for baseline in held_out.section.baselines
         }
         opened = held_out.opened if name == "test" else None
-        scored[name] = score_lists(name, questions, systems, items, held_out.section, seed=held_out.seed, opened=opened)
+        scored[name] = score_lists(name, questions, systems, items, Judging(held_out.section, held_out.seed, opened))
     if ranker is not None:
         files = {RANKER_FILE: ranker.trees.model_to_string().encode(), COUNTS_FILE: save(ranker.counts.to_arrays())}
         scored["test"]["ranker"] = {"importances": round_numbers(ranker.compute_importances())}

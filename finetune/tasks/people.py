@@ -50,8 +50,8 @@ def load_people(
     for name, rows in splits.items():
         if not rows:
             raise DataError(
-                f"{loaded.origin}: {name} must have people with something to ask for, got none. Change split.validation "
-                "and split.test, or give more events."
+                f"{loaded.origin}: {name} must have people with something to ask for, got none. Change "
+                "split.validation and split.test, or give more events."
             )
     return loaded, task, splits
 

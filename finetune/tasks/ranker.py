@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -283,7 +284,8 @@ class Ranker:
             first = np.argpartition(-scores, count - 1, axis=1)[:, :count]
             rows = np.arange(len(scores))[:, None]
             chosen[rows, first] |= np.isfinite(scores[rows, first])
-        return np.nonzero(chosen)
+        request, item = np.nonzero(chosen)
+        return request.astype(np.int64), item.astype(np.int64)
 
     def _gather(self, computed: _Computed, histories: Histories) -> _Columns:
         pairs, vectors = computed.pairs, self.counts.vectors
@@ -418,7 +420,7 @@ def import_lightgbm() -> Any:
 
 def _find_bounds(request: Numbers, count: int) -> list[slice]:
     edges = np.searchsorted(request, np.arange(count + 1))
-    return [slice(int(start), int(end)) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(int(start), int(end)) for start, end in pairwise(edges)]
 
 
 def _sum_groups(groups: Sequence[str], values: npt.ArrayLike) -> dict[str, float]:

@@ -203,7 +203,7 @@ class Recommendation:
 
     def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
         """Positions that have a next item."""
-        return np.diff(examples.target_starts).astype(np.float32)
+        return examples.target_lengths.astype(np.float32)
 
     def compute_outputs(
         self,
