@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from finetune.errors import ModelError
 from finetune.models.vocabulary import trim_tokenizer
@@ -26,6 +26,7 @@ def learn(kind: str) -> Any:
     if kind == "BPE":
         backend = Tokenizer(models.BPE(unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
         trainer: Any = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
     elif kind == "Unigram":
         backend = Tokenizer(models.Unigram())
@@ -54,7 +55,7 @@ def test_the_same_pieces_for_kept_tokens_and_pieces_for_all_others(kind, tmp_pat
     tokenizer = learn(kind)
     used = {number for text in KEPT for number in tokenizer(text)["input_ids"]}
     trimmed, kept = trim_tokenizer(tokenizer, used)
-    assert len(trimmed) == len(kept) < 0.93 * len(tokenizer)
+    assert len(trimmed) == len(kept) < len(tokenizer) - 4
     assert set(used) <= set(kept.tolist())
     trimmed.save_pretrained(tmp_path)
     reloaded = type(trimmed).from_pretrained(tmp_path)
