@@ -1,7 +1,7 @@
 """The story of a compression: a finished run -> smaller models that learn from it -> a frontier -> the one that fits.
 
-Every size is a run of its own, trained and not judged on test. Their frontier is drawn on validation, and the test split
-is opened for the chosen one alone.
+Every size is a run of its own, trained and not judged on test. Their frontier is drawn on validation, and the test
+split is opened for the chosen one alone.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class _Work:
         return point, Contender(model, made.tokenizer)
 
 
-def compress(
+def compress(  # noqa: PLR0913  (as the command takes them)
     reference: str | Path,
     *,
     max_drop: float | None = None,

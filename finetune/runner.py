@@ -372,7 +372,7 @@ def _build_model(
     model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
     is_contrastive = recipe.train.few_shot == "contrastive"
     is_fresh = is_contrastive or not has_checkpoint(folder.checkpoints)
-    keeps_head = recipe.train.distill is not None and has_head(base, task.labels or [])
+    keeps_head = recipe.train.distill is not None and has_head(base, list(task.labels or []))
     if is_fresh and not is_contrastive and not keeps_head:  # the head of a contrastive phase is fitted
         task.start(model, train_rows, get_padding(model, tokenizer))
     new, head = task.list_modules(model)

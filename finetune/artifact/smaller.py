@@ -66,7 +66,9 @@ class Size:
         """
         found = re.fullmatch(r"(\d+)x(\d*\.?\d+)", text)
         if not found or not int(found[1]) or not 0 < float(found[2]) <= 1:
-            raise UsageError(f"--size: must be LAYERSxSHARE with a share above 0 and at most 1, such as 3x0.5, got {text!r}.")
+            raise UsageError(
+                f"--size: must be LAYERSxSHARE with a share above 0 and at most 1, such as 3x0.5, got {text!r}."
+            )
         return cls(int(found[1]), float(found[2]))
 
 
@@ -135,7 +137,8 @@ class Whole:
             raise UsageError(
                 f"--size: must have at most the {config.num_hidden_layers} layers of the run, got {size.name}."
             )
-        dropped = self.dropped[: config.num_hidden_layers - size.layers]
+        spared = config.num_hidden_layers - size.layers
+        dropped = self.dropped[:spared] if spared else []
         model = drop_layers(self.trimmed, [i for i in range(config.num_hidden_layers) if i not in dropped])
         heads, channels = (
             max(1, round(size.width * whole)) for whole in (config.num_key_value_heads, config.intermediate_size)

@@ -11,7 +11,7 @@ import typer
 from finetune.cli.output import AsJson, Overrides, RunArgument, print_json, print_table, print_text
 
 
-def compress_command(  # noqa: PLR0913, PLR0917  (a command's options)
+def compress_command(
     run: RunArgument,
     max_drop: Annotated[
         float | None,

@@ -51,7 +51,8 @@ def trim_tokenizer(tokenizer: Any, used: Iterable[int]) -> Trimmed:
     from transformers import AutoTokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
+    slow = {"model": {"type": type(tokenizer).__name__}}
+    content: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else slow
     kind = content["model"]["type"]
     if kind not in _MODELS:
         raise ModelError(

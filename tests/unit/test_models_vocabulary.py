@@ -37,7 +37,9 @@ def learn(kind: str) -> Any:
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
         trainer = trainers.WordPieceTrainer(**options)
     texts = [f"{text} {other}" for text in KEPT for other in OTHERS]
-    backend.train_from_iterator([*texts, "the slumping shareholders", "after warning hours", "profitable beat"], trainer)
+    backend.train_from_iterator(
+        [*texts, "the slumping shareholders", "after warning hours", "profitable beat"], trainer
+    )
     ends = [(piece, backend.token_to_id(piece)) for piece in ("</s>", "<s>")]
     backend.post_processor = {
         "BPE": processors.Sequence([processors.ByteLevel(), processors.RobertaProcessing(*ends)]),
@@ -98,5 +100,7 @@ def test_another_kind_of_vocabulary_is_refused():
 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-    with pytest.raises(ModelError, match=r"vocabulary: must be of WordPiece, BPE, Unigram in a fast .*, got WordLevel\."):
+    with pytest.raises(
+        ModelError, match=r"vocabulary: must be of WordPiece, BPE, Unigram in a fast .*, got WordLevel\."
+    ):
         trim_tokenizer(tokenizer, [1])

@@ -133,6 +133,8 @@ def test_a_trimmed_table_gives_the_same_logits_under_new_numbers(kind):
 
 
 def test_a_model_of_two_stacks_is_refused():
-    config = TriadConfig(shape="encoder_decoder", vocab_size=20, hidden_size=16, num_hidden_layers=1, intermediate_size=8)
+    config = TriadConfig(
+        shape="encoder_decoder", vocab_size=20, hidden_size=16, num_hidden_layers=1, intermediate_size=8
+    )
     with pytest.raises(ModelError, match=r"pruning: must get a Triad of one stack, got TriadForSeq2SeqLM\. Train with"):
         drop_layers(TriadForSeq2SeqLM(config), [0])

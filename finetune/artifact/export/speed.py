@@ -143,9 +143,7 @@ def _compute_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
-def _build_pipeline(
-    task: Task | MultiTask, contender: Contender, max_length: int
-) -> Callable[[Sequence[str]], Any]:
+def _build_pipeline(task: Task | MultiTask, contender: Contender, max_length: int) -> Callable[[Sequence[str]], Any]:
     model, tokenizer = contender.model, contender.tokenizer
     if isinstance(task, TextClassification):
         from transformers import pipeline

@@ -83,7 +83,7 @@ def compute_importance(model: Any, batches: Iterable[Any], compute_losses: Calla
     try:
         for batch in batches:
             with torch.enable_grad():
-                compute_losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+                compute_losses(batch).sum().backward()
             for (kind, number), flow in flows.items():
                 assert flow.grad is not None
                 leaning = (flow.detach() * flow.grad).sum(1).double().cpu()  # (B, T, width) -> (B, width)
