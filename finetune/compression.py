@@ -20,7 +20,7 @@ from finetune.artifact.load import Predictor, load
 from finetune.artifact.run_folder import RunFolder, find_run, load_json, now, save_json
 from finetune.artifact.save import SETTINGS, save_model
 from finetune.artifact.saved import compute_model_fingerprint, open_saved
-from finetune.artifact.smaller import Size, Whole, list_sizes
+from finetune.artifact.smaller import LEAST_TOKENS, Size, Whole, list_sizes
 from finetune.artifact.teacher import add_teacher_logits
 from finetune.errors import GateError, Interrupted, RecipeError, UsageError
 from finetune.evaluation.compression_page import write_page
@@ -130,7 +130,8 @@ class _Work:
 
     def learn(self, size: Size) -> RunFolder:
         """The run of one size, trained; only what is missing is done."""
-        start = self.root / "starts" / self.run.path.name / size.name
+        tokens = len(self.whole.vocabulary.tokenizer)
+        start = self.root / "starts" / self.run.path.name / f"{size.name}-{tokens}"
         if not (start / SETTINGS).exists():
             start.parent.mkdir(parents=True, exist_ok=True)
             settings = open_saved(self.run.model).own_settings
@@ -163,7 +164,7 @@ class _Work:
             update={
                 "name": self.root.name,
                 "description": f"{self.run.name} made smaller: {size.layers} layers, {size.width:.0%} of the heads and "
-                "channels of each, and the tokens of its train rows.",
+                "channels of each, and the tokens that it needs.",
                 "model": whole.model.model_copy(update=model),
                 "adapter": AdapterSection(method="full"),
                 "train": whole.train.model_copy(update=train),
@@ -173,7 +174,7 @@ class _Work:
                 "hub": HubSection(private=whole.hub.private),
             }
         )
-        path = start.with_suffix(".yaml")
+        path = start.with_name(f"{start.name}.yaml")
         path.write_text(dump_recipe(recipe), encoding="utf-8")
         return load_recipe(path, self.overrides)
 
@@ -221,6 +222,7 @@ def compress(  # noqa: PLR0913  (as the command takes them)
     min_speedup: float | None = None,
     output: str | Path | None = None,
     sizes: Sequence[str] = (),
+    tokens: int | None = None,
     overrides: Sequence[str] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -232,6 +234,7 @@ def compress(  # noqa: PLR0913  (as the command takes them)
         min_speedup: in its place: how many times the run's rows per second it must reach.
         output: where runs are kept; default beside the run's own. The smaller runs lie in `<name>-compressed`.
         sizes: such as `3x0.5`, three layers with half of their heads and channels; default about nine.
+        tokens: of the smaller vocabulary, at least: those of the train rows, then the commonest others; default 8,000.
         overrides: `train.<key>=value` for the smaller runs.
         quiet: no words on standard error.
 
@@ -248,12 +251,15 @@ def compress(  # noqa: PLR0913  (as the command takes them)
     run = find_run(reference)
     recipe = load_recipe(run.recipe)
     _check_run(run, recipe)
+    tokens = LEAST_TOKENS if tokens is None else tokens
+    if tokens < 0:
+        raise UsageError(f"--tokens: must be at least 0, got {tokens}. 0 keeps those of the train rows alone.")
     wanted = [Size.parse(size) for size in sizes]
     root = (Path(output) if output is not None else run.path.parent.parent) / f"{recipe.name[:53]}-compressed"
     root.mkdir(parents=True, exist_ok=True)
     held = RunFolder(root).hold()
     try:
-        work = _open(run, recipe, root, overrides, (lambda _text: None) if quiet else _write_line)
+        work = _open(run, recipe, root, tokens, overrides, (lambda _text: None) if quiet else _write_line)
         results = _draw_frontier(work, wanted or list_sizes(work.whole.model.config.num_hidden_layers), budget)
         _write(root, results)
         if results["chosen"] is None:
@@ -300,7 +306,9 @@ def _check_run(run: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def _open(run: RunFolder, recipe: Recipe, root: Path, overrides: Sequence[str], tell: Callable[[str], None]) -> _Work:
+def _open(
+    run: RunFolder, recipe: Recipe, root: Path, tokens: int, overrides: Sequence[str], tell: Callable[[str], None]
+) -> _Work:
     """Load the run, read its rows again, and encode them for the trimmed tokenizer."""
     tell(f"reading {run.name}")
     _, prepared = runner.prepare_again(run, recipe)
@@ -320,7 +328,13 @@ def _open(run: RunFolder, recipe: Recipe, root: Path, overrides: Sequence[str], 
     validation = part.examples["validation"]
     before = Answers(predictor.task.compute_outputs(model, validation, None), validation.labels)
     whole = Whole(
-        model, predictor.tokenizer, predictor.task, part.examples["train"], predictor.max_length, recipe.train.seed
+        model=model,
+        tokenizer=predictor.tokenizer,
+        task=predictor.task,
+        train=part.examples["train"],
+        max_length=predictor.max_length,
+        seed=recipe.train.seed,
+        least_tokens=tokens,
     )
     own = add_teacher_logits(_encode_again(prepared, name, part, whole), whole.logits)
     return _Work(run, recipe, predictor, own, whole, judged, before, root, overrides, tell)

@@ -30,6 +30,8 @@ LAYER_ROWS = 512
 """Train rows that say which layer to drop: each is looked at once for every layer that could go."""
 PART_ROWS = 2048
 """Train rows that say which heads and channels to keep."""
+LEAST_TOKENS = 8000
+"""Tokens that stay at least: few train rows use few words, and new texts have others (docs/decisions/0023)."""
 SHARES = (
     *((1, 1), (1, 0.5), (1, 0.25)),
     *((2 / 3, 0.75), (2 / 3, 0.5)),
@@ -88,6 +90,7 @@ class Whole:
         train: rows as it reads them.
         max_length: tokens after which a text is cut.
         seed: draws rows.
+        least_tokens: of the smaller vocabulary, see `trim_tokenizer`.
     """
 
     model: Any
@@ -96,6 +99,7 @@ class Whole:
     train: Examples
     max_length: int
     seed: int
+    least_tokens: int = LEAST_TOKENS
     _importance: dict[int, Importance] = field(default_factory=dict)
     """Layers that are left -> what their heads and channels count for."""
 
@@ -106,8 +110,8 @@ class Whole:
 
     @cached_property
     def vocabulary(self) -> Any:
-        """The tokenizer cut to the tokens of the train rows, and the numbers that they had."""
-        return trim_tokenizer(self.tokenizer, np.unique(self.train.input_ids))
+        """The tokenizer cut to the tokens of the train rows and common ones, and the numbers that they had."""
+        return trim_tokenizer(self.tokenizer, np.unique(self.train.input_ids), self.least_tokens)
 
     @cached_property
     def trimmed(self) -> Any:

@@ -24,6 +24,10 @@ def compress_command(
         list[str] | None,
         typer.Option("--size", metavar="LAYERSxSHARE", help="Try this size, such as 3x0.5; repeatable."),
     ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", help="Tokens to keep at least: those of train rows, then common ones; default 8000."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Where runs are kept; default beside the run's own.")
     ] = None,
@@ -38,6 +42,7 @@ def compress_command(
         max_drop=max_drop,
         min_speedup=min_speedup,
         sizes=sizes or (),
+        tokens=tokens,
         output=output,
         overrides=overrides or (),
         quiet=as_json,

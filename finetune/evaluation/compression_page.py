@@ -79,7 +79,7 @@ def list_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     whole = results["run"] | {"lost": None, "speedup": {"rows_per_second": 1.0, "p50": 1.0}, "heads": None}
     points = sorted(results["points"].items(), key=lambda item: -item[1]["bytes"])
     return [
-        {"name": name, "chosen": name == results["chosen"], "bytes_share": one["bytes"] / whole["bytes"], **one}
+        {**one, "name": name, "chosen": name == results["chosen"], "bytes_share": one["bytes"] / whole["bytes"]}
         for name, one in [(WHOLE, whole), *points]
     ]
 

@@ -10,6 +10,7 @@ import copy
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -21,6 +22,10 @@ from finetune.errors import ModelError
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What stands for a space in front of a word in SentencePiece's vocabularies."""
+
+
+UNUSED = "[unused"
+"""How BERT's vocabulary begins: places for pieces that nobody has put there."""
 
 
 class Trimmed(NamedTuple):
@@ -35,7 +40,7 @@ class Trimmed(NamedTuple):
     kept: npt.NDArray[np.int64]
 
 
-def trim_tokenizer(tokenizer: Any, used: Iterable[int]) -> Trimmed:
+def trim_tokenizer(tokenizer: Any, used: Iterable[int], least: int = 0) -> Trimmed:
     """Leave out the tokens that nobody uses.
 
     WordPiece takes the longest piece at each place, and Unigram the likeliest cut: what won among more wins among
@@ -44,6 +49,8 @@ def trim_tokenizer(tokenizer: Any, used: Iterable[int]) -> Trimmed:
     Args:
         tokenizer: a fast one, of WordPiece, BPE or Unigram; it stays as it is.
         used: numbers of the tokens to keep, beside special tokens, single characters and bytes.
+        least: where these are fewer, the first of the vocabulary stay too, up to so many: vocabularies are learned and
+            written down from the commonest piece to the rarest.
 
     Raises:
         ModelError: another kind of vocabulary.
@@ -64,6 +71,8 @@ def trim_tokenizer(tokenizer: Any, used: Iterable[int]) -> Trimmed:
     special = {*tokenizer.all_special_tokens, *(token["content"] for token in content["added_tokens"])}
     wanted = special | {pieces[int(number)] for number in used}
     wanted |= {piece for piece in pieces.values() if _is_single(piece, content["model"])}
+    more = (pieces[number] for number in sorted(pieces) if not pieces[number].startswith(UNUSED))
+    wanted |= set(islice((piece for piece in more if piece not in wanted), max(0, least - len(wanted))))
     if kind == "BPE":
         wanted = _add_parts(wanted, content["model"])
     kept = np.array(sorted(numbers[piece] for piece in wanted if piece in numbers), dtype=np.int64)

@@ -95,6 +95,17 @@ def test_bert_as_people_have_it(tiny_base: Path):
     assert trimmed(text, "gains")["token_type_ids"] == tokenizer(text, "gains")["token_type_ids"]
 
 
+def test_the_first_of_the_vocabulary_fill_up_what_is_wanted_at_least():
+    tokenizer = learn("BPE")
+    used = [number for piece, number in tokenizer.get_vocab().items() if len(piece) > 6][:1]
+    few, some = (trim_tokenizer(tokenizer, used, least) for least in (0, 290))
+    assert len(few.kept) < 290 <= len(some.kept) < 300  # a piece brings those that it is merged from
+    assert set(few.kept) < set(some.kept)
+    left_out = sorted(set(range(len(tokenizer))) - set(some.kept.tolist()))
+    filled = sorted(set(some.kept.tolist()) - set(few.kept.tolist()))
+    assert max(filled) < min(left_out)
+
+
 def test_another_kind_of_vocabulary_is_refused():
     from transformers import PreTrainedTokenizerFast
 
