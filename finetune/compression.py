@@ -6,6 +6,7 @@ split is opened for the chosen one alone.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from finetune.artifact.saved import compute_model_fingerprint, open_saved
 from finetune.artifact.smaller import LEAST_TOKENS, Size, Whole, list_sizes
 from finetune.artifact.teacher import add_teacher_logits
 from finetune.errors import GateError, Interrupted, RecipeError, UsageError
+from finetune.evaluation.budget import Budget
 from finetune.evaluation.compression_page import write_page
 from finetune.models.base import resolve_base
 from finetune.recipe import Recipe, dump_recipe, load_recipe
@@ -31,73 +33,11 @@ from finetune.tasks import TextClassification
 from finetune.tasks.preparation import Part, Prepared
 
 RESULTS, PAGE = "compress.json", "compress.html"
-MAX_DROP = 0.01
-"""What the chosen model may lose of the headline, where no budget is stated."""
 LEARNING_RATE = 3e-4
+SETTLED = ("train.seed", "train.few_shot", "train.distill", "train.distill.teacher")
+"""Keys that the run has settled: another seed would split its rows in another way, and let test rows into train."""
 LEAST_EPOCHS = 8
 """A cut model has more to find again than an adapter has to learn."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What is asked of the smaller model; one of the two.
-
-    Args:
-        max_drop: the most that it may lose of the headline on validation; the fastest of those is taken.
-        min_speedup: times the rows per second of the run, at least; the best of those is taken.
-    """
-
-    max_drop: float | None = None
-    min_speedup: float | None = None
-
-    @classmethod
-    def build(cls, max_drop: float | None, min_speedup: float | None) -> Budget:
-        """Settle what was asked for.
-
-        Raises:
-            UsageError: both, or one that says nothing.
-        """
-        if max_drop is not None and min_speedup is not None:
-            raise UsageError(
-                f"compress: must get one budget, got --max-drop {max_drop:g} and --min-speedup {min_speedup:g}. "
-                "Leave one out."
-            )
-        if min_speedup is not None:
-            if not min_speedup >= 1:
-                raise UsageError(f"--min-speedup: must be at least 1, got {min_speedup:g}.")
-            return cls(min_speedup=min_speedup)
-        max_drop = MAX_DROP if max_drop is None else max_drop
-        if not 0 <= max_drop < 1:
-            raise UsageError(f"--max-drop: must be at least 0 and below 1, got {max_drop:g}. .01 is one point.")
-        return cls(max_drop=max_drop)
-
-    def choose(self, points: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, str]:
-        """The point that is taken, None where none keeps the budget; and the one that comes nearest to it.
-
-        Args:
-            points: name -> `lost`, of the headline, and `speedup`.
-        """
-
-        def rank(name: str) -> tuple[float, float]:
-            lost, speedup = points[name]["lost"]["value"], points[name]["speedup"]["rows_per_second"]
-            lost = float("inf") if lost is None else lost
-            return (lost, -speedup) if (self.max_drop is None) == keeps(name) else (-speedup, lost)
-
-        def keeps(name: str) -> bool:
-            lost, speedup = points[name]["lost"]["value"], points[name]["speedup"]["rows_per_second"]
-            if self.max_drop is not None:
-                return lost is not None and lost <= self.max_drop
-            return bool(speedup >= self.min_speedup)
-
-        kept = [name for name in points if keeps(name)]
-        best = min(kept or points, key=rank)
-        return (best if kept else None), best
-
-    def describe(self) -> str:
-        """In words, behind "must"."""
-        if self.max_drop is not None:
-            return f"lose at most {self.max_drop:g} on validation"
-        return f"be at least {self.min_speedup:g} times as fast as the run"
 
 
 @dataclass(frozen=True)
@@ -141,11 +81,18 @@ class _Work:
         if folder is None:
             ready = resolve_base(str(start)), self.prepared
             folder = runner.start(recipe, dump_recipe(recipe).encode(), self.run.recipe_folder, ready, self.root.parent)
-            parent = {"run": self.run.name, "sha256": compute_model_fingerprint(self.run.model)}
-            save_json(folder.lock, load_json(folder.lock) | {"parent": parent | {"size": size.name}})
+            save_json(folder.lock, load_json(folder.lock) | {"parent": self._describe_parent() | {"size": size.name}})
         if folder.load_status()["state"] not in ("trained", "finished"):
             runner.search(folder, quiet=True)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)  # three times the weights, and nothing goes on from them
         return folder
+
+    def _describe_parent(self) -> dict[str, Any]:
+        """The run, its weights, and the base on the Hub that all of them come from, where there is one."""
+        known = self.recipe.model.base
+        base = None if Path(known).is_dir() else known
+        base = load_json(self.run.lock).get("parent", {}).get("base", base)  # of a run that was made smaller itself
+        return {"run": self.run.name, "base": base, "sha256": compute_model_fingerprint(self.run.model)}
 
     def _build_recipe(self, size: Size, start: Path) -> Recipe:
         """The run's recipe for a model that is there already and learns from the run."""
@@ -288,9 +235,11 @@ def _write_line(text: str) -> None:
 
 def _check_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
-        if not override.startswith("train.") or override.startswith("train.distill.teacher"):
+        key = override.partition("=")[0].strip()
+        if not key.startswith("train.") or key in SETTLED:
             raise UsageError(
-                f"compress: --set must change how the smaller models are trained, train.<key>, got {override!r}."
+                f"compress: --set must change how the smaller models are trained, train.<key> but "
+                f"{', '.join(SETTLED)}, got {override!r}."
             )
 
 

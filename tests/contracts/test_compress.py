@@ -16,12 +16,14 @@ from sklearn.metrics import f1_score
 
 import finetune
 from finetune import compression, runner
+from finetune.artifact.card import build_model_card
 from finetune.artifact.export import speed
 from finetune.artifact.export.export_run import export_run
 from finetune.artifact.push import push
 from finetune.artifact.run_folder import RunFolder
-from finetune.compression import Budget, compress
-from finetune.errors import GateError, UsageError
+from finetune.compression import compress
+from finetune.errors import GateError, Interrupted, UsageError
+from finetune.evaluation.budget import Budget
 from finetune.recipe import load_recipe
 
 SPEEDUPS = {"2x1": 1.1, "1x0.5": 3.0}
@@ -109,7 +111,13 @@ def test_the_result_is_an_ordinary_run_that_names_its_parent(results, parent, tm
     run = Path(results["points"]["1x0.5"]["run"])
     lock = json.loads((run / "run.lock").read_text())
     assert lock["parent"]["run"] == f"tiny/{parent.name}"
+    assert lock["parent"]["size"] == "1x0.5"
+    card = (run / "MODEL_CARD.md").read_text()
+    assert (
+        f"Made of the run `tiny/{parent.name}`: layers, attention heads, feed-forward channels and tokens were" in card
+    )
     assert "tiny/" in load_recipe(run / "recipe.yaml").description
+    assert not (run / "checkpoints").exists()
     texts, _ = read_texts(parent, "test")
     predictor = finetune.load(run.parent)  # the only finished one
     model = AutoModelForSequenceClassification.from_pretrained(run / "model").eval()
@@ -122,6 +130,16 @@ def test_the_result_is_an_ordinary_run_that_names_its_parent(results, parent, tm
     assert finetune.evaluate(own)["opened"] == 2
     assert push(own, "me/tiny", dry_run=True)["weights"] == "whole"
     assert export_run(own, "torch-export").parity["tasks"]["tone"]["equal_decisions"] == 1
+
+
+def test_the_card_names_the_base_on_the_hub_through_all_generations(results):
+    run = RunFolder(Path(results["points"]["1x0.5"]["run"]))
+    lock = json.loads(run.lock.read_text())
+    lock["parent"]["base"] = "org/encoder"
+    test = {"tone": json.loads((run.evaluation / "test.json").read_text())}
+    card = build_model_card(load_recipe(run.recipe), {"tone": None}, test, run.load_status(), lock)
+    assert "base_model: org/encoder" in card
+    assert f"Made of the run `{lock['parent']['run']}` on `org/encoder`: layers" in card
 
 
 def test_again_nothing_is_trained_and_another_budget_takes_another_size(results, parent, monkeypatch):
@@ -145,6 +163,20 @@ def test_the_vocabulary_alone_changes_no_answer_and_the_head_is_kept(own_run):
     np.testing.assert_allclose(finetune.load(point["run"]).compute_text_logits(texts), logits, atol=1e-4)
     learned_from = load_file(Path(point["run"]) / "data" / "train.safetensors")["teacher_logits"]
     np.testing.assert_allclose(learned_from, logits, atol=1e-4)
+
+
+def test_what_was_stopped_goes_on(own_run, monkeypatch):
+    def stop(*_: Any, **__: Any) -> None:
+        raise Interrupted("stopped by SIGTERM after step 1 of 9; saved.")
+
+    options = {"max_drop": 0.99, "sizes": ["1x0.5"], "overrides": ["train.epochs=1"], "quiet": True}
+    search = runner.search
+    monkeypatch.setattr(runner, "search", stop)
+    with pytest.raises(Interrupted, match=r"what is done is kept\. Go on with: finetune compress "):
+        compress(own_run, **options)
+    monkeypatch.setattr(runner, "search", search)
+    (begun,) = own_run.parents[1].glob("*-compressed/*/status.json")
+    assert compress(own_run, **options)["points"]["1x0.5"]["run"] == str(begun.parent)
 
 
 def test_a_budget_that_no_size_keeps(command, own_run, monkeypatch):
@@ -207,6 +239,7 @@ def test_the_nearest_to_a_drop_loses_least():
         ({"sizes": ["three"]}, r"--size: must be LAYERSxSHARE .*, got 'three'\."),
         ({"sizes": ["9x1"]}, r"--size: must have at most the 2 layers of the run, got 9x1\."),
         ({"tokens": -1}, r"--tokens: must be at least 0, got -1\. 0 keeps those of the train rows alone\."),
+        ({"overrides": ["train.epochs=1", "train.seed=2"]}, r"train\.<key> but train\.seed, .*, got 'train\.seed=2'\."),
         ({"overrides": ["tasks.tone.data=a.csv"]}, r"compress: --set must change how the smaller .*, got 'tasks\.tone"),
     ],
 )
