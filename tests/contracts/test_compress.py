@@ -100,6 +100,7 @@ def test_the_test_split_is_opened_once_for_the_chosen_one_alone(results):
 
 def test_scores_are_those_of_the_saved_models_on_validation(results, parent):
     texts, labels = read_texts(parent, "validation")
+    assert results["rows"] == len(texts)
     for point in results["points"].values():
         found = [prediction.label for prediction in finetune.load(Path(point["run"]) / "model").predict(texts)]
         assert point["score"]["value"] == pytest.approx(f1_score(labels, found, average="macro"), abs=1e-6)
