@@ -18,7 +18,7 @@ import torch
 from measuring import describe_machine, write_json
 
 from finetune.artifact.export.formats import FORMATS
-from finetune.artifact.export.speed import measure
+from finetune.artifact.export.speed import Contender, measure
 from finetune.artifact.load import list_predictors, load
 from finetune.artifact.run_folder import find_run
 from finetune.artifact.saved import open_saved
@@ -39,8 +39,9 @@ def main() -> None:
     loaded = load(run.model)
     tokenizer = next(iter(list_predictors(loaded, [""]).values())).tokenizer
     models = {"run": loaded.model.cpu()} | {name: load(run.path, engine=name).model for name in made}
+    contenders = {name: Contender(model, tokenizer) for name, model in models.items()}
     saved, examples = open_saved(run.model), Examples.load(run.examples("validation"))
-    found = measure(saved.task, models, tokenizer, examples, saved.settings["max_length"], rounds=arguments.rounds)
+    found = measure(saved.task, contenders, examples, saved.settings["max_length"], rounds=arguments.rounds)
     print(f"{found['rows']} rows of {found['tokens_per_row']} tokens, {torch.get_num_threads()} threads")
     print(f"{'':16}{'rows/s':>10}{'times':>8}{'p50 ms':>10}{'p95 ms':>10}{'times':>8}")
     for name in ("pipeline", *models):

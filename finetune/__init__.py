@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from finetune.artifact.merge import merge_adapters
     from finetune.artifact.pool import AdapterPool, load_adapters
     from finetune.comparison import compare
+    from finetune.compression import compress
     from finetune.label_audit import audit
     from finetune.runner import Run, check, evaluate, resume, run
     from finetune.search import sweep
@@ -28,6 +29,7 @@ __all__ = [
     "audit",
     "check",
     "compare",
+    "compress",
     "evaluate",
     "load",
     "load_adapters",
@@ -43,6 +45,7 @@ _HOMES = {
     "Predictor": "finetune.artifact.load",
     "audit": "finetune.label_audit",
     "compare": "finetune.comparison",
+    "compress": "finetune.compression",
     "load": "finetune.artifact.load",
     "load_adapters": "finetune.artifact.pool",
     "merge_adapters": "finetune.artifact.merge",

@@ -40,6 +40,7 @@ from finetune.artifact.run_folder import (
 )
 from finetune.artifact.save import save_model
 from finetune.artifact.starting import check_adapters, compute_fingerprints, settle_adapters, start_from_adapters
+from finetune.artifact.teacher import ask_teacher
 from finetune.data.batches import Batch, Examples
 from finetune.data.checks import findings_to_json
 from finetune.errors import DataError, GateError, Interrupted, ResourceError, UsageError
@@ -47,13 +48,14 @@ from finetune.evaluation.gates import join_gates, raise_on_failed_gates
 from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.scoring import check_early_stop, check_section
 from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
-from finetune.models.classifier import get_padding
+from finetune.models.classifier import get_padding, has_head
 from finetune.models.quantization import check_quantization, quantize_layers
 from finetune.recipe import dump_recipe, find_recipe, load_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
-from finetune.tasks import TASKS, MultiTask, Task, load_task
+from finetune.tasks import TASKS, MultiTask, Task, TextClassification, load_task
 from finetune.tasks.contrastive import ContrastivePhase, check_rows_per_class
+from finetune.tasks.distillation import compute_distilled_losses
 from finetune.tasks.preparation import Prepared, prepare
 from finetune.training.checkpoint import has_checkpoint, prune_checkpoints
 from finetune.training.events import load_events
@@ -199,7 +201,7 @@ def evaluate(reference: str | Path, data: str | None = None, task: str | None = 
     lock = folder.hold()
     try:
         recipe = load_recipe(folder.recipe)
-        base, prepared = _prepare_again(folder, recipe)
+        base, prepared = prepare_again(folder, recipe)
         if data is None:
             return take_only(assess(folder, recipe, prepared, base))
         return assess_held_out(folder, recipe, prepared, base, _settle_task(folder, task), data)
@@ -207,11 +209,19 @@ def evaluate(reference: str | Path, data: str | None = None, task: str | None = 
         lock.release()
 
 
-def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFolder:
-    """Lay out the folder of a run whose data passed every check: recipe, rows, what a repetition needs."""
+def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: Path | None) -> RunFolder:
+    """Lay out the folder of a run whose data passed every check: recipe, rows, what a repetition needs.
+
+    Args:
+        recipe: resolved.
+        text: the recipe as it was given.
+        recipe_folder: for its relative paths.
+        ready: its base and its rows.
+        runs: where runs are kept.
+    """
     base, prepared = ready
     folder = create_run_folder(recipe.name, dump_recipe(recipe), runs)
-    write_file_atomically(folder.path / "recipe.yaml", path.read_bytes())
+    write_file_atomically(folder.path / "recipe.yaml", text)
     write_file_atomically(folder.recipe, dump_recipe(recipe).encode())
     ids = {
         name: {split: [row.id for row in rows] for split, rows in part.splits.items()}
@@ -235,7 +245,7 @@ def start(recipe: Recipe, path: Path, ready: Ready, runs: Path | None) -> RunFol
             "data": {"name": prepared.source_name, "sha256": prepared.fingerprint},
         },
     )
-    folder.update_status(state="started", recipe_folder=str(path.parent.resolve()))
+    folder.update_status(state="started", recipe_folder=str(recipe_folder.resolve()))
     return folder
 
 
@@ -250,7 +260,9 @@ def lay_out(recipe: Recipe, path: Path, runs: Path | None) -> tuple[RunFolder, R
     recipe = settle_base(recipe)
     ready = _prepare(recipe, path.parent)
     _plan_parameters(recipe, ready)  # what cannot be built leaves no folder
-    return start(recipe, path, ready, runs), ready
+    if recipe.train.distill:
+        ready = ready[0], ask_teacher(ready[1], recipe.train.distill)
+    return start(recipe, path.read_bytes(), path.parent, ready, runs), ready
 
 
 def search(folder: RunFolder, *, gives_up: GivesUp = never, quiet: bool = False) -> dict[str, Any]:
@@ -289,6 +301,11 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
     phase = ContrastivePhase(model, train_rows, pad_token_id) if recipe.train.few_shot == "contrastive" else None
     if phase:
         compute_losses = phase.compute_losses
+    if recipe.train.distill:
+        assert isinstance(task, TextClassification)  # the schema lets no other in
+        compute_losses = partial(
+            compute_distilled_losses, task, recipe.train.distill, label_smoothing=recipe.train.label_smoothing
+        )
     budget = build_budget(model, recipe.adapter)
     count = count_parameters(model)
     problem = Problem(
@@ -355,7 +372,8 @@ def _build_model(
     model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
     is_contrastive = recipe.train.few_shot == "contrastive"
     is_fresh = is_contrastive or not has_checkpoint(folder.checkpoints)
-    if is_fresh and not is_contrastive:  # its head is fitted
+    keeps_head = recipe.train.distill is not None and has_head(base, list(task.labels or []))
+    if is_fresh and not is_contrastive and not keeps_head:  # the head of a contrastive phase is fitted
         task.start(model, train_rows, get_padding(model, tokenizer))
     new, head = task.list_modules(model)
     if recipe.model.quantize != "none":
@@ -381,7 +399,7 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, 
     try:
         recipe = load_recipe(folder.recipe)
         # Before training, so that rows that changed since the start cost no time.
-        base, prepared = ready or _prepare_again(folder, recipe)
+        base, prepared = ready or prepare_again(folder, recipe)
         _narrate(quiet, f"{folder.path}: {_count_rows(prepared)} from {prepared.origin}")
         if folder.load_status().get("state") != "trained":
             folder.update_status(state="training", pid=os.getpid())
@@ -510,7 +528,11 @@ def _plan_parameters(recipe: Recipe, ready: Ready) -> ParameterCount:
 def settle_base(recipe: Recipe) -> Recipe:
     """A recipe with the models of the runs that it starts from: a name may mean another run tomorrow."""
     model = recipe.model.model_copy(update={"adapters": settle_adapters(recipe.model.adapters)})
-    recipe = recipe.model_copy(update={"model": model})
+    train = recipe.train
+    if train.distill and is_run(Path(train.distill.teacher)):
+        teacher = str(find_run(train.distill.teacher).model.resolve())
+        train = train.model_copy(update={"distill": train.distill.model_copy(update={"teacher": teacher})})
+    recipe = recipe.model_copy(update={"model": model, "train": train})
     path = Path(recipe.model.base).expanduser()
     if not is_run(path):
         return recipe
@@ -524,7 +546,7 @@ def _load_tokenizer(folder: RunFolder) -> Any:
     return load_tokenizer(BaseModel(str(path), path, "this run")) if path.is_dir() else None
 
 
-def _prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
+def prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
     """The rows of a run, read anew and held against what it was started with.
 
     Raises:

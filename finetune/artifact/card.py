@@ -152,6 +152,9 @@ def build_model_card(
     kind = parts[0].section.type
     base = split_revision(recipe.model.base)[0]
     is_scratch = recipe.model.base == SCRATCH_BASE
+    parent = lock.get("parent")
+    if parent:
+        base = parent["base"] or base
     is_hub_base = not is_scratch and not Path(base).is_dir()
     is_translation = kind == "seq2seq" and bool(cards) and len(cards[0].language) > 1
     # The Hub has no task for other texts from texts: it counts them as text generation.
@@ -191,6 +194,7 @@ def build_model_card(
         meanings={name: MEANINGS[name] for name in names if name in MEANINGS},
         training=status["training"],
         lock=lock,
+        parent=parent,
         tuning=describe(recipe.adapter),
         peft=is_peft,
         triad=recipe.model.architecture == "triad",

@@ -13,6 +13,7 @@ from finetune.cli import (
     adapters,
     chat,
     compare,
+    compress,
     data,
     doctor,
     evaluate,
@@ -49,6 +50,7 @@ app.command("compare")(compare.compare_command)
 app.command("predict")(predict.predict_command)
 app.command("push")(push.push_command)
 app.command("export")(export.export_command)
+app.command("compress")(compress.compress_command)
 app.command("generate")(generate.generate_command)
 app.command("chat")(chat.chat_command)
 app.command("monitor")(monitor.monitor_command)

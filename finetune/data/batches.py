@@ -44,6 +44,7 @@ class Examples:
             dealt with the rows that need them, and not by themselves.
         companion_starts: as `starts`, for `companions`.
         token_type_ids: of rows of two texts, which of them each token belongs to, laid out as `input_ids`; else None.
+        teacher_logits: what another model says of each row, (N, K) float32, where one is learned from; else None.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -54,6 +55,7 @@ class Examples:
     companions: Indices | None = None
     companion_starts: Indices | None = None
     token_type_ids: npt.NDArray[np.int32] | None = None
+    teacher_logits: npt.NDArray[np.float32] | None = None
 
     @classmethod
     def build(
@@ -102,7 +104,7 @@ class Examples:
         return np.maximum(self.lengths, self.target_lengths)
 
     def take(self, rows: Indices) -> Examples:
-        """Some of the rows, in that order; without targets and companions."""
+        """Some of the rows, in that order; without targets, companions and a teacher."""
         starts, lengths = self.starts[rows], self.lengths[rows]
         types = None if self.token_type_ids is None else _take(self.token_type_ids, starts, lengths)
         tokens = _take(self.input_ids, starts, lengths)
@@ -255,7 +257,7 @@ def collate(examples: Examples, rows: Indices, pad_token_id: int | None) -> Batc
         `input_ids` (B, T) with `attention_mask` (B, T), 1 = real. Packed: `input_ids` (1, total) with `position_ids`
         (1, total), which start again at each row, as Hugging Face's DataCollatorWithFlattening has it. `labels`: (B,),
         or the targets where rows have them, (B, T) padded with -100, packed (1, total). `token_type_ids`, laid out like
-        `input_ids`, where rows have them.
+        `input_ids`, where rows have them. `teacher_logits`: (B, K), where rows have them.
     """
     lengths = examples.lengths[rows]
     tokens = _take(examples.input_ids, examples.starts[rows], lengths)
@@ -274,7 +276,10 @@ def collate(examples: Examples, rows: Indices, pad_token_id: int | None) -> Batc
     if examples.token_type_ids is not None:
         types = _take(examples.token_type_ids, examples.starts[rows], lengths)
         arrays["token_type_ids"] = types[None] if pad_token_id is None else _pad(types, lengths, 0)
-    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    batch = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    if examples.teacher_logits is not None:
+        batch["teacher_logits"] = torch.from_numpy(examples.teacher_logits[rows])
+    return batch
 
 
 def _lay_end_to_end(rows: Sequence[Tokens]) -> tuple[npt.NDArray[np.int32], Indices]:
@@ -298,5 +303,5 @@ def _pad(tokens: npt.NDArray[np.int32], lengths: Indices, value: int) -> Indices
 
 
 def list_inputs(batch: Batch) -> Batch:
-    """What of a batch the model takes: all but the labels."""
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+    """What of a batch the model takes: all but what it is to answer."""
+    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "teacher_logits")}

@@ -72,21 +72,27 @@ def split_by_time(
     }
 
 
-def split_leave_one_out(interactions: Interactions) -> dict[Held, Requests]:
-    """Hold out the last event of each person with at least 3 for test, and the one before it for validation.
+def split_leave_one_out(interactions: Interactions, requests: int = 1) -> dict[Held, Requests]:
+    """Hold out the last event of each person with at least 3 for test, and those before it for validation.
 
     Events at one time are in the order of the file, so that a history may hold events of the moment itself. The history
-    for test holds the event of validation. Other people's later events stay in train: scores are those of papers, not
+    for test holds the events of validation. Other people's later events stay in train: scores are those of papers, not
     of a recommender in use.
+
+    Args:
+        requests: at most so many events of each person for validation, and at most half of those before the last.
     """
     starts, ends = _find_people(interactions)
     asked = ends - starts >= MIN_EVENTS
     starts, ends = starts[asked], ends[asked]
 
-    def ask(targets: Numbers) -> Requests:
+    def ask(starts: Numbers, targets: Numbers) -> Requests:
         return Requests(interactions.user[targets], interactions.time[targets], starts, targets, targets, targets + 1)
 
-    return {"validation": ask(ends - 2), "test": ask(ends - 1)}
+    held = np.minimum(requests, (ends - 1 - starts) // 2)
+    age = np.arange(int(held.sum())) - np.repeat(np.cumsum(held) - held, held)  # from 0, the oldest of each person's
+    validation = np.repeat(ends - 1 - held, held) + age
+    return {"validation": ask(np.repeat(starts, held), validation), "test": ask(starts, ends - 1)}
 
 
 def before(interactions: Interactions, cut: int) -> npt.NDArray[np.bool_]:

@@ -45,7 +45,7 @@ def compute_ranking_baselines(
     return {name: rankings[name] for name in names}
 
 
-def find_places(scores: Scores, right: Sequence[int]) -> Ints:
+def find_places(scores: Scores, right: Sequence[int] | Ints) -> Ints:
     """The places of the right entries in the ranking of one question, from 1, the first one first.
 
     Args:

@@ -149,7 +149,7 @@ def average_by_person(
     count = np.bincount(number, minlength=len(people))
     tables = {}
     for name in names:
-        values = compute_rank_statistics(name, [places[row] for row in kept])[:, 0]
+        values = compute_rank_statistics(name, [found for found in places if found is not None])[:, 0]
         mean = np.bincount(number, values, minlength=len(people)) / np.maximum(1, count)
         tables[name] = np.column_stack([mean, np.ones(len(people))])
     return tables
@@ -208,7 +208,7 @@ def rank_by_counting(
     """What a baseline makes of requests."""
     (fitted,) = counting.fit_all(events, [settings])
     ranked = rank_all(questions, _score_by(fitted), groups)
-    ranked.settings = {name: value for name, value in settings.items()}
+    ranked.settings = dict(settings)
     return ranked
 
 
@@ -216,15 +216,27 @@ def _score_by(fitted: Fitted) -> Callable[[Questions], Scores]:
     return lambda part: fitted(part.histories)
 
 
+@dataclass(frozen=True)
+class Judging:
+    """How a split is judged.
+
+    Args:
+        section: the recipe's `evaluate`.
+        seed: of the resamples.
+        opened: how often the test split was opened; None for another.
+    """
+
+    section: EvaluateSection
+    seed: int
+    opened: int | None
+
+
 def score_lists(
     split: str,
     questions: Questions,
     systems: Mapping[str, Ranked],
     counts: Scores,
-    section: EvaluateSection,
-    *,
-    seed: int,
-    opened: int | None,
+    judging: Judging,
 ) -> dict[str, Any]:
     """Score a split: each person's mean, with intervals over people, against every other system.
 
@@ -233,15 +245,14 @@ def score_lists(
         questions: what was asked.
         systems: name -> what it made of them; the first is the model.
         counts: events of each item in train, (I,).
-        section: the recipe's `evaluate`.
-        seed: of the resamples.
-        opened: how often the test split was opened.
+        judging: how.
 
     Returns:
         As `score_corpus`, with the slice `next item`, and `lists`: of each system its NDCG in that slice, the share of
         the catalogue that its lists show, also when they are cut to 1 to 10 items, and their novelty, the mean of -log2
         of an item's share of all events.
     """
+    section = judging.section
     names = [name for name in section.metrics if name != "loss"]
     model = next(iter(systems))
     people, first = np.unique(questions.person, return_index=True)
@@ -257,13 +268,13 @@ def score_lists(
             baselines={
                 name: ranked.to_output(questions.person, names) for name, ranked in systems.items() if name != model
             },
-            opened=opened,
+            opened=judging.opened,
         ),
         replace_slices(section, values),
-        seed,
+        judging.seed,
     )
     headline = names[0]
-    groups = {name: _score_group(name, questions, systems, headline, section, seed) for name in group_items(counts)}
+    groups = {name: _score_group(name, questions, systems, headline, judging) for name in group_items(counts)}
     scored["slices"][TARGET] = [
         {"value": name, "rows": found["people"], "metrics": {headline: round_numbers(found["systems"][model])}}
         for name, found in groups.items()
@@ -303,13 +314,13 @@ def replace_slices(section: EvaluateSection, values: Sequence[Mapping[str, Any]]
 
 
 def _score_group(
-    name: str, questions: Questions, systems: Mapping[str, Ranked], metric: str, section: EvaluateSection, seed: int
+    name: str, questions: Questions, systems: Mapping[str, Ranked], metric: str, judging: Judging
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"people": 0, "systems": {}}
     for system, ranked in systems.items():
         tables = average_by_person(ranked.by_group.get(name, []), questions.person, [metric])
         found["people"] = len(tables[metric])
         if found["people"]:
-            estimates = compute_corpus_estimates(tables, resamples=section.resamples, seed=seed)
-            found["systems"][system] = compute_interval(estimates[metric], section.confidence)
+            estimates = compute_corpus_estimates(tables, resamples=judging.section.resamples, seed=judging.seed)
+            found["systems"][system] = compute_interval(estimates[metric], judging.section.confidence)
     return found

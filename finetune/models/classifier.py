@@ -142,6 +142,12 @@ def load_weights(folder: Path, config: Any, classes: ModelClass) -> nn.Module:
         raise ModelError(f"{folder}: must load as {classes.words}; {error}") from error
 
 
+def has_head(base: BaseModel, labels: Sequence[str]) -> bool:
+    """Whether a base is itself a Triad that gives these classes, in this order."""
+    config = load_config(base)
+    return CLASSIFIER.triad in (config.architectures or []) and list(config.id2label.values()) == list(labels)
+
+
 def load_saved_classifier(folder: Path, base: BaseModel | None) -> nn.Module:
     """A classifier that was saved; see `load_saved`."""
     return load_saved(folder, base, CLASSIFIER)

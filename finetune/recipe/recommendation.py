@@ -55,8 +55,8 @@ class RecommendSection(Section):
     """How a recommender is asked, and how its first stage reads histories."""
 
     requests: int = Field(default=10, ge=1)
-    """Where the split is by time: at most so many moments of each person are asked for; the more, the longer it takes
-    and the tighter the intervals."""
+    """At most so many moments of each person are asked for; the more, the longer it takes and the tighter the
+    intervals. With leave_one_out test asks for the last event alone, and this holds for validation."""
     exclude_seen: bool = True
     """Leave out what a person had. False where things are bought again."""
     vectors: Literal["both", "ids", "text"] = "both"

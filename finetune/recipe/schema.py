@@ -179,7 +179,8 @@ class TaskSection(Section):
     """Role -> column of the data; roles are named by the task type: `text`, and `label`, `target` or `entry`; for
     question_answering `passage` and `answer`, and `answer_start` where there is one. `context`: what was said before a
     text, and for completion `passage`: what it is answered from, both read where they are named. For recommendation
-    `user`, `item`, `time`, and `weight` where events have one. Where a card has entries and its rows name them, `title` and `passage` are columns too: those of the row's entries."""
+    `user`, `item`, `time`, and `weight` where events have one. Where a card has entries and its rows name them, `title`
+    and `passage` are columns too: those of the row's entries."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     out_of_scope: str | None = Field(default=None, min_length=1)
@@ -266,6 +267,18 @@ class EarlyStopSection(Section):
     learning rate validation falls before it rises."""
 
 
+class DistillSection(Section):
+    """A model that this one learns from, beside the labels (arXiv:1503.02531)."""
+
+    teacher: str = Field(min_length=1)
+    """A finished run for the same classes, or its `model/` folder; `finetune compress` sets it to the run that it made
+    smaller."""
+    temperature: float = Field(default=2.0, gt=0, le=100)
+    """What the logits of both are divided by, so that small probabilities count too."""
+    weight: float = Field(default=0.5, ge=0, le=1)
+    """Share of the teacher's scores in the loss; the labels have the rest."""
+
+
 class TrainSection(Section):
     """The loop."""
 
@@ -300,6 +313,9 @@ class TrainSection(Section):
     few_shot: Literal["none", "contrastive"] = "none"
     """`contrastive`, for few rows a class: the base is tuned until texts of one class lie close together, then a
     logistic regression on its features becomes the head, arXiv:2209.11055."""
+    distill: DistillSection | None = None
+    """Learn from another model's scores too; for text_classification. A base that is a classifier of the same classes
+    keeps its head."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """`auto` measures whether bf16 products are faster on this device."""
     evaluations_per_epoch: int = Field(default=1, ge=1, le=100)

@@ -20,7 +20,7 @@ WITH_HEAD = ("text_classification", "question_answering")
 
 def list_problems(recipe: Recipe) -> list[str]:
     """Every problem of a recipe whose sections are good by themselves."""
-    checks = (_check_base, _check_tasks, _check_several, _check_outside_gates, _check_applications)
+    checks = (_check_base, _check_tasks, _check_several, _check_teacher, _check_outside_gates, _check_applications)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -205,6 +205,24 @@ def _check_several(recipe: Recipe) -> list[str]:
         for gate in sorted(known)
         if gate.partition(".")[0] not in recipe.tasks
     ]
+    return problems
+
+
+def _check_teacher(recipe: Recipe) -> list[str]:
+    """A teacher has one head for classes."""
+    if recipe.train.distill is None:
+        return []
+    types = [task.type for task in recipe.tasks.values()]
+    problems = []
+    if types != ["text_classification"]:
+        problems.append(
+            f"train.distill: must be left out unless the recipe has one task, text_classification, got "
+            f"{', '.join(types)}."
+        )
+    if recipe.train.few_shot != "none":
+        problems.append(
+            f"train.distill: must be left out when train.few_shot is {recipe.train.few_shot}, whose head is fitted."
+        )
     return problems
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors.numpy import save
 
 from finetune.data.histories import Held
 from finetune.evaluation.counting import COUNTINGS, DAY, Events, Histories, Scores
 from finetune.evaluation.recommending import (
+    Judging,
     Questions,
     Ranked,
     choose_settings,
@@ -31,6 +34,8 @@ RANKER_FILE = "ranker.txt"
 COUNTS_FILE = "counts.safetensors"
 FOLDS = 3
 """Parts of the people of validation; each is ranked by trees that were fitted on the others."""
+HIDDEN_SHARE = 0.15
+"""Items that the trees learn without knowing them."""
 SEQUENCE = "sequence"
 """The first stage alone, as a system that the two together are compared with."""
 SHOWN = 5
@@ -72,9 +77,7 @@ def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judg
             for baseline in held_out.section.baselines
         }
         opened = held_out.opened if name == "test" else None
-        scored[name] = score_lists(
-            name, questions, systems, items, held_out.section, seed=held_out.seed, opened=opened
-        )
+        scored[name] = score_lists(name, questions, systems, items, Judging(held_out.section, held_out.seed, opened))
     if ranker is not None:
         files = {RANKER_FILE: ranker.trees.model_to_string().encode(), COUNTS_FILE: save(ranker.counts.to_arrays())}
         scored["test"]["ranker"] = {"importances": round_numbers(ranker.compute_importances())}
@@ -97,9 +100,7 @@ def _choose_baselines(task: Recommendation, record: Record, held_out: HeldOut) -
     questions = record.ask("validation", exclude_seen=task.section.exclude_seen)
     events = record.list_known("validation")
     headline = held_out.section.metrics[0]
-    return {
-        name: choose_settings(COUNTINGS[name], events, questions, headline) for name in held_out.section.baselines
-    }
+    return {name: choose_settings(COUNTINGS[name], events, questions, headline) for name in held_out.section.baselines}
 
 
 class _First:
@@ -112,6 +113,16 @@ class _First:
     def compute(self, histories: Histories) -> Scores:
         """(R, I); nan where a history is empty."""
         return compute_sequence_scores(self.model, histories, self.max_length)
+
+    @contextmanager
+    def without(self, items: npt.NDArray[np.bool_]) -> Iterator[None]:
+        """Within it the model takes some items, (I,) true, for items that training never saw."""
+        known = self.model.known.clone()
+        self.model.set_known(known & ~torch.from_numpy(items).to(known.device))
+        try:
+            yield
+        finally:
+            self.model.set_known(known)
 
     def score(self, questions: Questions) -> Scores:
         """(R, I)."""
@@ -135,9 +146,7 @@ class _Both:
         return place_candidates(self.first.fill(sequence), table, self.ranker.score(table), questions.histories)
 
 
-def place_candidates(
-    scores: Scores, table: Table, ranks: npt.NDArray[np.float64], histories: Histories
-) -> Scores:
+def place_candidates(scores: Scores, table: Table, ranks: npt.NDArray[np.float64], histories: Histories) -> Scores:
     """Scores of the first stage with the candidates of the second in front, (R, I); people without a history keep
     those of the first, which then are popularity."""
     has_history = histories.end > histories.start
@@ -155,18 +164,23 @@ def _fit_ranker(
     groups: Mapping[str, npt.NDArray[np.bool_]],
     seed: int,
 ) -> tuple[Any, Ranked]:
-    """Trees fitted on all of validation, and its ranking by trees that were fitted on other people."""
+    """Trees fitted on all of validation, and its ranking by trees that were fitted on other people.
+
+    The trees learn while a share of the items is hidden from counts and ids, as items are that come out later: of those
+    validation may hold few, and the trees would take "never seen" for "not wanted".
+    """
     chunks = questions.chunk()
-    sequences = [first.compute(questions.histories.take(rows)) for rows in chunks]
-    tables = [
-        ranker.build_table(questions.histories.take(rows), sequence)
-        for rows, sequence in zip(chunks, sequences, strict=True)
-    ]
+    sequences, tables = _build_tables(ranker, first, questions)
+    lessons = tables
+    if ranker.items.texts is not None:
+        hidden = np.random.default_rng(seed).random(len(ranker.counts.vectors["age"])) < HIDDEN_SHARE
+        with first.without(hidden):
+            _, lessons = _build_tables(replace(ranker, counts=ranker.counts.hide(hidden)), first, questions)
     _, number = np.unique(questions.person, return_inverse=True)
     ranks = [np.zeros(len(table.item)) for table in tables]
     for fold in range(FOLDS):
         others = [_keep(questions, rows, number % FOLDS != fold) for rows in chunks]
-        trees = fit_trees(tables, others, seed)
+        trees = fit_trees(lessons, others, seed)
         for table, rank, rows in zip(tables, ranks, chunks, strict=True):
             own = (number[rows] % FOLDS == fold)[table.request]
             if own.any():
@@ -175,7 +189,14 @@ def _fit_ranker(
     for rows, sequence, table, rank in zip(chunks, sequences, tables, ranks, strict=True):
         part = questions.take(rows)
         ranked.add(place_candidates(first.fill(sequence), table, rank, part.histories), part, groups)
-    return fit_trees(tables, [_keep(questions, rows) for rows in chunks], seed), ranked
+    return fit_trees(lessons, [_keep(questions, rows) for rows in chunks], seed), ranked
+
+
+def _build_tables(ranker: Ranker, first: _First, questions: Questions) -> tuple[list[Scores], list[Table]]:
+    """Scores of the first stage, and candidates with features, of each chunk."""
+    histories = [questions.histories.take(rows) for rows in questions.chunk()]
+    sequences = [first.compute(part) for part in histories]
+    return sequences, [ranker.build_table(part, scores) for part, scores in zip(histories, sequences, strict=True)]
 
 
 def _keep(questions: Questions, rows: slice, mask: npt.NDArray[np.bool_] | None = None) -> list[Any]:
@@ -187,9 +208,7 @@ def _keep(questions: Questions, rows: slice, mask: npt.NDArray[np.bool_] | None 
     return [targets if keep else nothing for targets, keep in zip(part.targets, chosen, strict=True)]
 
 
-def _list_predictions(
-    task: Recommendation, record: Record, questions: Questions, model: Ranked
-) -> dict[str, Any]:
+def _list_predictions(task: Recommendation, record: Record, questions: Questions, model: Ranked) -> dict[str, Any]:
     """A row for each request of test."""
     ids, users = task.catalogue.ids, record.interactions.users
     lengths = questions.histories.end - questions.histories.start
@@ -203,9 +222,7 @@ def _list_predictions(
     }
 
 
-def _show_people(
-    task: Recommendation, questions: Questions, model: Ranked, held_out: HeldOut
-) -> list[dict[str, Any]]:
+def _show_people(task: Recommendation, questions: Questions, model: Ranked, held_out: HeldOut) -> list[dict[str, Any]]:
     """Some people, spread over all that have a history, at their first request."""
     _, first = np.unique(questions.person, return_index=True)
     lengths = questions.histories.end - questions.histories.start

@@ -39,7 +39,7 @@ def load_people(
     if split.by == "time":
         cuts, requests = split_by_time(log, split.validation, split.test, recommend.requests, seed)
     else:
-        cuts, requests = None, split_leave_one_out(log)
+        cuts, requests = None, split_leave_one_out(log, recommend.requests)
     record = Record(log, requests, cuts)
     known = train_mask(log, requests, "validation", cuts)
     counts = np.bincount(log.item[known], minlength=len(log.catalogue.ids))

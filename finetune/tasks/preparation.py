@@ -194,7 +194,7 @@ def _prepare_part(
     return Part(section, task, source, splits, examples, findings, entries), tokenizer
 
 
-def _prepare_people(  # noqa: PLR0913  (as _prepare_part)
+def _prepare_people(
     section: TaskSection,
     model: ModelSection,
     base: BaseModel,

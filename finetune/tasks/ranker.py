@@ -1,4 +1,4 @@
-"""The second stage of a recommender: candidates from several sources, ranked by trees that weigh them against each other.
+"""The second stage of a recommender: candidates from several sources, ranked by trees.
 
 A sequence model, counts, texts and the items' own columns each know something that the others do not. Gradient boosted
 trees with LambdaMART's gradient (LightGBM's `lambdarank`; Burges 2010, MSR-TR-2010-82) learn on validation what each is
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,15 @@ class Counts:
             for name in names
         }
         return cls(matrices, {name: array for name, array in arrays.items() if "/" not in name})
+
+    def hide(self, items: npt.NDArray[np.bool_]) -> Counts:
+        """As if nobody ever had some of the items, (I,) true."""
+        keep = sparse.diags((~items).astype(np.float32))
+        vectors = {
+            name: np.where(items, np.float32(np.nan if name == "age" else 0), vector)
+            for name, vector in self.vectors.items()
+        }
+        return Counts({name: (keep @ matrix @ keep).tocsr() for name, matrix in self.matrices.items()}, vectors)
 
     def extend(self, count: int) -> Counts:
         """With so many items at the end that nothing is known of."""
@@ -274,7 +284,8 @@ class Ranker:
             first = np.argpartition(-scores, count - 1, axis=1)[:, :count]
             rows = np.arange(len(scores))[:, None]
             chosen[rows, first] |= np.isfinite(scores[rows, first])
-        return np.nonzero(chosen)
+        request, item = np.nonzero(chosen)
+        return request.astype(np.int64), item.astype(np.int64)
 
     def _gather(self, computed: _Computed, histories: Histories) -> _Columns:
         pairs, vectors = computed.pairs, self.counts.vectors
@@ -407,7 +418,7 @@ def import_lightgbm() -> Any:
 
 def _find_bounds(request: Numbers, count: int) -> list[slice]:
     edges = np.searchsorted(request, np.arange(count + 1))
-    return [slice(int(start), int(end)) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(int(start), int(end)) for start, end in pairwise(edges)]
 
 
 def _sum_groups(groups: Sequence[str], values: npt.ArrayLike) -> dict[str, float]:

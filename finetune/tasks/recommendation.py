@@ -203,7 +203,7 @@ class Recommendation:
 
     def compute_row_weights(self, examples: Examples, scheme: str) -> npt.NDArray[np.float32]:
         """Positions that have a next item."""
-        return np.diff(examples.target_starts).astype(np.float32)
+        return examples.target_lengths.astype(np.float32)
 
     def compute_outputs(
         self,
@@ -349,9 +349,7 @@ def _measure_places(places: npt.NDArray[np.int64]) -> list[float]:
     return [float(compute_rank_statistics(name, [places])[0, 0]) for name in WATCHED[1:]]
 
 
-def _build_sequences(
-    record: Record, people: npt.NDArray[np.int64], max_length: int, *, by_moment: bool
-) -> Examples:
+def _build_sequences(record: Record, people: npt.NDArray[np.int64], max_length: int, *, by_moment: bool) -> Examples:
     """What people had, cut into pieces of at most `max_length`, and what came next at each place.
 
     `by_moment`: next is one of the things that the person did at the next time, in turns, so that each place of a

@@ -23,7 +23,7 @@ from finetune.cli.main import app
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = [
     *("run", "check", "resume", "evaluate", "predict", "push", "export", "generate", "chat", "monitor", "compare"),
-    "sweep",
+    *("compress", "sweep"),
     *("recipes", "data", "adapters", "schema", "doctor"),
 ]
 COMMANDS = [
@@ -35,6 +35,7 @@ COMMANDS = [
     "predict",
     "push",
     "export",
+    "compress",
     "generate",
     "chat",
     "monitor",

@@ -218,6 +218,19 @@ def test_items_that_join_later_have_no_counts(ranker):
         np.testing.assert_array_equal(longer.vectors[name][ITEMS:], [np.nan if name == "age" else 0] * 2)
 
 
+def test_hidden_items_are_as_if_nobody_had_them(ranker):
+    hidden = np.arange(ITEMS) % 5 == 1
+    counts = ranker.counts.hide(hidden)
+    for name, matrix in ranker.counts.matrices.items():
+        expected = matrix.toarray()
+        expected[hidden] = 0
+        expected[:, hidden] = 0
+        np.testing.assert_array_equal(counts.matrices[name].toarray(), expected)
+    for name, vector in ranker.counts.vectors.items():
+        assert np.isnan(counts.vectors[name][hidden]).all() if name == "age" else not counts.vectors[name][hidden].any()
+        np.testing.assert_array_equal(counts.vectors[name][~hidden], vector[~hidden])
+
+
 # Trees
 
 

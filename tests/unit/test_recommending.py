@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from finetune.evaluation.counting import COUNTINGS, Counting, Events, Histories
 from finetune.evaluation.recommending import (
+    Judging,
     Ranked,
     average_by_person,
     build_questions,
@@ -176,7 +177,7 @@ def test_settings_are_those_that_are_best_on_validation():
 
 def score(systems, questions, counts, **keys):
     section = EvaluateSection(metrics=["ndcg_at_10", "mrr"], slices=["history", "other"], resamples=200, **keys)
-    return score_lists("test", questions, systems, np.array(counts, np.float32), section, seed=0, opened=1)
+    return score_lists("test", questions, systems, np.array(counts, np.float32), Judging(section, 0, 1))
 
 
 def test_scores_of_lists_by_hand():

@@ -34,7 +34,7 @@ from finetune.artifact.export.parity import (
     list_excesses,
     settle_max_drop,
 )
-from finetune.artifact.export.speed import describe_machine, measure
+from finetune.artifact.export.speed import Contender, describe_machine, measure
 from finetune.artifact.export.torch_format import write_torch
 from finetune.artifact.export.transformers_format import write_transformers
 from finetune.artifact.load import list_predictors, load
@@ -186,7 +186,7 @@ def _write(
     check_drop(str(source.run.path), list_excesses(tasks, source.max_drop), kept=(folder / PARITY).exists())
     narrate("measuring its speed")
     max_length = int(source.saved.settings["max_length"])
-    contenders = {"run": source.model, "export": model}
+    contenders = {"run": Contender(source.model, source.tokenizer), "export": Contender(model, source.tokenizer)}
     parity = {
         "format": format_.name,
         "created": now(),
@@ -200,7 +200,7 @@ def _write(
             "after": sum(p.stat().st_size for p in _list_weights(temporary)),
         },
         "machine": describe_machine(),
-        "speed": measure(source.saved.task, contenders, source.tokenizer, source.examples, max_length),
+        "speed": measure(source.saved.task, contenders, source.examples, max_length),
     }
     save_json(temporary / PARITY, parity)
     return parity

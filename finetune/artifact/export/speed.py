@@ -28,6 +28,14 @@ MOST_SECONDS = 10.0
 """Of one turn: a slow model is measured on fewer rows."""
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A model, and the tokenizer that it reads with."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
 @dataclass
 class Times:
     """What one contender took.
@@ -59,12 +67,12 @@ def write_texts(examples: Examples, tokenizer: Any) -> list[str]:
 
 def measure(
     task: Task | MultiTask,
-    models: Mapping[str, nn.Module],
-    tokenizer: Any,
+    contenders: Mapping[str, Contender],
     examples: Examples,
     max_length: int,
     *,
     rounds: int = ROUNDS,
+    reference: str = "pipeline",
 ) -> dict[str, Any]:
     """Rows a second and the latency of one row, from text to logits.
 
@@ -74,36 +82,36 @@ def measure(
 
     Args:
         task: of the run.
-        models: contender -> model.
-        tokenizer: theirs.
-        examples: rows to draw from; texts are made of their tokens.
+        contenders: name -> model and tokenizer.
+        examples: rows to draw from, as the first of them reads them; texts are made of their tokens.
         max_length: tokens after which a text is cut.
         rounds: turns of each.
+        reference: the one that the others' ratios are to: `pipeline`, or a contender.
 
     Returns:
-        Contender -> figures; `ratios` to `pipeline`; `rows` and `tokens_per_row`.
+        Contender -> figures; `ratios` to `reference`; `rows` and `tokens_per_row`.
     """
     chosen = np.linspace(0, len(examples) - 1, min(ROWS, len(examples))).astype(np.int64)
-    texts = write_texts(examples.take(chosen), tokenizer)
+    first = next(iter(contenders.values()))
+    texts = write_texts(examples.take(chosen), first.tokenizer)
     single = texts[:: max(1, len(texts) // SINGLE_ROWS)][:SINGLE_ROWS]
-    contenders: dict[str, Callable[[Sequence[str]], Any]] = {
-        "pipeline": _build_pipeline(task, next(iter(models.values())), tokenizer, max_length)
-    } | {name: _build_batches(model, tokenizer, max_length) for name, model in models.items()}
-    times = {name: Times() for name in contenders}
-    for answer in contenders.values():
+    answers: dict[str, Callable[[Sequence[str]], Any]] = {"pipeline": _build_pipeline(task, first, max_length)} | {
+        name: _build_batches(contender, max_length) for name, contender in contenders.items()
+    }
+    times = {name: Times() for name in answers}
+    for answer in answers.values():
         answer(single[:4])  # what is loaded on first use is loaded
     for _ in range(rounds):
-        for name, answer in contenders.items():
+        for name, answer in answers.items():
             _take_turn(times[name], answer, texts, single)
     found = {name: one.summarize() for name, one in times.items()}
-    plain = times["pipeline"]
     ratios = {
         name: {
-            "rows_per_second": round(_compute_ratio(one.rates, plain.rates), 2),
-            "p50": round(found["pipeline"]["p50_ms"] / max(found[name]["p50_ms"], 1e-9), 2),
+            "rows_per_second": round(_compute_ratio(one.rates, times[reference].rates), 2),
+            "p50": round(found[reference]["p50_ms"] / max(found[name]["p50_ms"], 1e-9), 2),
         }
         for name, one in times.items()
-        if name != "pipeline"
+        if name != reference
     }
     return {
         "rows": len(texts),
@@ -135,9 +143,8 @@ def _compute_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
-def _build_pipeline(
-    task: Task | MultiTask, model: nn.Module, tokenizer: Any, max_length: int
-) -> Callable[[Sequence[str]], Any]:
+def _build_pipeline(task: Task | MultiTask, contender: Contender, max_length: int) -> Callable[[Sequence[str]], Any]:
+    model, tokenizer = contender.model, contender.tokenizer
     if isinstance(task, TextClassification):
         from transformers import pipeline
 
@@ -154,7 +161,8 @@ def _build_pipeline(
     return answer
 
 
-def _build_batches(model: nn.Module, tokenizer: Any, max_length: int) -> Callable[[Sequence[str]], Any]:
+def _build_batches(contender: Contender, max_length: int) -> Callable[[Sequence[str]], Any]:
+    model, tokenizer = contender.model, contender.tokenizer
     pad_token_id = get_padding(model, tokenizer)
 
     def answer(texts: Sequence[str]) -> None:
