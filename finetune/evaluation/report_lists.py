@@ -63,7 +63,7 @@ def _draw_coverage(systems: Mapping[str, Mapping[str, Any]], model: str) -> str:
         f"{format_share(own[-1][1])} with {own[-1][0]}."
     )
     others = [Series(points[name], "faint") for name in systems if name != model]
-    return charts.curve_chart([*others, Series(own)], label, from_zero=True)
+    return charts.curve_chart([*others, Series(own)], label, from_zero=True, x_ticks=5)  # whole numbers
 
 
 def _build_importances(importances: Mapping[str, Any]) -> list[dict[str, Any]]:

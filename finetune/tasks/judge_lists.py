@@ -40,6 +40,8 @@ SEQUENCE = "sequence"
 """The first stage alone, as a system that the two together are compared with."""
 SHOWN = 5
 """Items of a history, and of a list, in the report."""
+SHOWN_CHARACTERS = 100
+"""Of an item's text, which there is its first sentence, or title."""
 BEHIND = 1e3
 """What parts candidates from other items in one array of scores."""
 
@@ -231,7 +233,8 @@ def _show_people(task: Recommendation, questions: Questions, model: Ranked, held
     chosen = [known[place * len(known) // count] for place in range(count)] if count else []
 
     def name(items: Sequence[Any]) -> str:
-        return " | ".join(task.catalogue.texts[item] or task.catalogue.ids[item] for item in items)
+        texts = [task.catalogue.texts[item].partition(". ")[0] or task.catalogue.ids[item] for item in items]
+        return "\n".join(text[:SHOWN_CHARACTERS] for text in texts)
 
     return [
         {

@@ -255,6 +255,20 @@ def test_what_validation_says_does_not_depend_on_test(judged, model, tmp_path):
     assert again.scored["test"]["metrics"] != judgement.scored["test"]["metrics"]
 
 
+def test_what_is_counted_for_a_split_ends_at_its_own_cut(judged, model, monkeypatch):
+    _, task, _ = judged
+    counted = []
+    fit, rank, choose = Counts.fit, judge_lists.rank_by_counting, judge_lists.choose_settings
+    monkeypatch.setattr(judge_lists.Counts, "fit", lambda events: counted.append(events) or fit(events))
+    monkeypatch.setattr(judge_lists, "rank_by_counting", lambda *given: counted.append(given[2]) or rank(*given))
+    monkeypatch.setattr(judge_lists, "choose_settings", lambda *given: counted.append(given[1]) or choose(*given))
+    judge(task, model)
+    first, second = task.record.cuts
+    # Two baselines are tuned; for each split the trees' counts, then both baselines.
+    assert [events.now for events in counted] == [first] * 5 + [second] * 3
+    assert all(events.time.max() < events.now for events in counted)
+
+
 # Scores
 
 
@@ -308,7 +322,8 @@ def test_texts_are_shown_of_people_with_a_history(judged):
     samples = judged[2].samples
     assert samples
     for sample in samples:
-        assert all(part.startswith("word") for part in sample["input"].split(" | "))
+        assert 0 < len(sample["input"].split("\n")) <= 5
+        assert all(part.startswith("word") for part in sample["input"].split("\n"))
         assert sample["reference"]
         assert "events before, first hit at place" in sample["note"]
 
