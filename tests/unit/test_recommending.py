@@ -200,6 +200,8 @@ def test_scores_of_lists_by_hand():
     assert lists["by_item"]["popular"] == {"people": 0, "systems": {}}
     bits = -np.log2(np.array([9, 2, 1, 8]) / 20)
     assert lists["systems"]["both"]["coverage_at_10"] == 1
+    assert lists["systems"]["both"]["coverage"] == [0.75] * 3 + [1] * 7
+    assert lists["systems"]["popular"]["coverage"] == [0.25, 0.5, 0.75] + [1] * 7
     shown = [0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]  # person 0 had item 3
     assert lists["systems"]["popular"]["novelty_at_10"] == pytest.approx(bits[shown].mean(), abs=1e-6)
 
