@@ -150,13 +150,14 @@ def bar(share: Any) -> Markup:
     return _svg([Markup(f'{track}<rect class="fill" x="0" y="2" width="{width:.1f}%" height="6" rx="3"/>')], 10)
 
 
-def curve_chart(series: Sequence[Series], label: str, *, from_zero: bool = False) -> Markup:
+def curve_chart(series: Sequence[Series], label: str, *, from_zero: bool = False, x_ticks: int = 4) -> Markup:
     """Curves over training steps with both axes; an empty string when no point is finite.
 
     Args:
         series: Drawn in order, the last on top.
         label: What the chart shows, for a screen reader.
         from_zero: Start the vertical axis at 0 when no value is below it.
+        x_ticks: About so many numbers below the horizontal axis.
     """
     curves = [(one.look, thin([point for point in one.points if all(map(is_number, point))])) for one in series]
     curves = [(look, points) for look, points in curves if points]
@@ -168,7 +169,7 @@ def curve_chart(series: Sequence[Series], label: str, *, from_zero: bool = False
     if from_zero and min(ys) >= 0:
         y_scale = Scale(0.0, y_scale.high)
     return _svg(
-        _axes(x_scale, y_scale) + [_curve(look, points, x_scale, y_scale) for look, points in curves],
+        _axes(x_scale, y_scale, x_ticks=x_ticks) + [_curve(look, points, x_scale, y_scale) for look, points in curves],
         CURVE_HEIGHT,
         label,
     )
@@ -232,14 +233,15 @@ def _vertical(x: str, look: str) -> Markup:
     return Markup(f'<line class="{look}" x1="{x}" x2="{x}" y1="0" y2="100%"/>')
 
 
-def _axes(x_scale: Scale, y_scale: Scale, height: float = CURVE_HEIGHT) -> list[Markup]:
+def _axes(x_scale: Scale, y_scale: Scale, height: float = CURVE_HEIGHT, x_ticks: int = 4) -> list[Markup]:
     parts = []
     for tick in y_scale.ticks():
         y = height * (1 - y_scale.share(tick))
         parts.append(Markup(f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'))
         parts.append(_text(format_tick(tick), "0", y + 4, "end", shift=-8))
     parts += [
-        _text(format_tick(tick), f"{100 * x_scale.share(tick):.2f}%", height + 18, "middle") for tick in x_scale.ticks()
+        _text(format_tick(tick), f"{100 * x_scale.share(tick):.2f}%", height + 18, "middle")
+        for tick in x_scale.ticks(x_ticks)
     ]
     return parts
 

@@ -85,7 +85,7 @@ class Ranked:
 
     Args:
         places: of each request, the places of its targets, from 1.
-        lists: (R, 10) items, the best first.
+        lists: of each request at most 10 items, the best first.
         by_group: group of items -> the same places of those targets that are in it, None for a request without one;
             the other targets are out of the way.
         settings: what was chosen on validation.
@@ -113,10 +113,11 @@ class Ranked:
 
 
 def find_first(scores: npt.NDArray[np.floating[Any]], count: int) -> Numbers:
-    """The items with the largest scores, best first; of equal ones the first of the catalogue. (count or fewer,)."""
+    """The items with the largest scores, best first; of equal ones the first of the catalogue, and none at minus
+    infinity. (count or fewer,)."""
     count = min(count, len(scores))
     border = np.partition(scores, len(scores) - count)[len(scores) - count]
-    chosen = np.flatnonzero(scores >= border)
+    chosen = np.flatnonzero((scores >= border) & (scores > -np.inf))
     return chosen[np.argsort(-scores[chosen], kind="stable")][:count]
 
 
@@ -248,7 +249,8 @@ def score_lists(
 
     Returns:
         As `score_corpus`, with the slice `next item`, and `lists`: of each system its NDCG in that slice, the share of
-        the catalogue that its lists show, and their novelty, the mean of -log2 of an item's share of all events.
+        the catalogue that its lists show, also when they are cut to 1 to 10 items, and their novelty, the mean of -log2
+        of an item's share of all events.
     """
     section = judging.section
     names = [name for name in section.metrics if name != "loss"]
@@ -274,7 +276,7 @@ def score_lists(
     headline = names[0]
     groups = {name: _score_group(name, questions, systems, headline, judging) for name in group_items(counts)}
     scored["slices"][TARGET] = [
-        {"value": name, "rows": found["people"], "metrics": {headline: found["systems"][model]}}
+        {"value": name, "rows": found["people"], "metrics": {headline: round_numbers(found["systems"][model])}}
         for name, found in groups.items()
         if found["people"]
     ]
@@ -287,7 +289,8 @@ def score_lists(
             "by_item": groups,
             "systems": {
                 name: {
-                    "coverage_at_10": len(np.unique(np.concatenate(ranked.lists))) / len(counts),
+                    "coverage_at_10": _measure_coverage(ranked.lists, len(counts))[-1],
+                    "coverage": _measure_coverage(ranked.lists, len(counts)),
                     "novelty_at_10": float(-np.log2(share[np.concatenate(ranked.lists)]).mean()),
                 }
                 for name, ranked in systems.items()
@@ -295,6 +298,13 @@ def score_lists(
         }
     )
     return scored
+
+
+def _measure_coverage(lists: Sequence[Numbers], items: int) -> list[float]:
+    """Share of the catalogue that is on some list, cut to its first 1 to 10 items."""
+    return [
+        len(np.unique(np.concatenate([shown[:length] for shown in lists]))) / items for length in range(1, LIST + 1)
+    ]
 
 
 def replace_slices(section: EvaluateSection, values: Sequence[Mapping[str, Any]]) -> EvaluateSection:

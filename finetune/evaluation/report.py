@@ -13,6 +13,8 @@ from markupsafe import Markup
 from finetune.evaluation import charts, wording
 from finetune.evaluation.charts import Scale, Series, is_number
 from finetune.evaluation.metrics import OUTSIDE_METRICS, is_larger_better
+from finetune.evaluation.report_lists import build_lists
+from finetune.evaluation.report_samples import build_sample, describe_samples, shorten
 from finetune.evaluation.verdict import build_verdict, compute_gap, gate_decimals, is_scaled
 from finetune.evaluation.wording import Score, decimals_of, format_count, format_number, name_of, part_of
 
@@ -30,8 +32,7 @@ COVERAGES = (0.5, 0.8, 0.9, 0.95, 1.0)
 CONFUSION_NUMBERS_UP_TO = 12
 """Classes up to which the confusion matrix is a table of counts."""
 MOST_CONFUSED, MISTAKES_SHOWN, SAMPLES_SHOWN, CLASSES_SHOWN = 15, 10, 10, 12
-ROW_REFERENCES, TEXT_CHARACTERS, SAMPLE_CHARACTERS = 5, 600, 2000
-SAMPLE_PARTS = {"input": "Given", "output": "Model", "reference": "Reference"}
+ROW_REFERENCES, TEXT_CHARACTERS = 5, 600
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class ReportData:
     recipe_yaml: str
     samples: list[dict[str, Any]] = field(default_factory=list)
     """What a model that writes made of rows of the test split: input, output (without the input), reference, note; each
-    may be "". With `continues` true, output and reference go on where the input ends, and are shown so."""
+    may be "". With `continues` true, output and reference go on where the input ends, and are shown so; `labels` says
+    what else the three are called."""
     samples_title: str = ""
     """Heading of the samples, such as "Translations"."""
 
@@ -87,11 +89,12 @@ def render_report(data: ReportData) -> str:
         "selective": _build_selective(part_of(data.test, "selective")),
         "outside": _build_outside(data.test),
         "slices": _build_slices(data.test, primary),
+        "lists": build_lists(data.test),
         "mistakes": [_build_mistake(mistake) for mistake in data.mistakes],
         "mistakes_shown": MISTAKES_SHOWN,
-        "samples": [_build_sample(sample) for sample in data.samples],
+        "samples": [build_sample(sample) for sample in data.samples],
         "samples_shown": SAMPLES_SHOWN,
-        "samples_read": _describe_samples(data.samples),
+        "samples_read": describe_samples(data.samples),
         "digits": decimals_of(primary),
         "findings": sorted(map(_build_finding, data.findings), key=lambda finding: finding["order"]),
         "meanings": [(name_of(key), wording.MEANINGS[key]) for key in metrics if key in wording.MEANINGS],
@@ -353,34 +356,8 @@ def _build_slices(test: Mapping[str, Any], primary: str | None) -> list[dict[str
 
 
 def _build_mistake(mistake: Mapping[str, Any]) -> dict[str, Any]:
-    text = _shorten(mistake.get("text"), TEXT_CHARACTERS)
+    text = shorten(mistake.get("text"), TEXT_CHARACTERS)
     return {key: mistake.get(key) for key in ("id", "reference", "prediction", "confidence")} | {"text": text}
-
-
-def _build_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    continues = bool(sample.get("continues"))
-    start = str(sample.get("input") or "").lstrip("\n") if continues else ""
-    # An empty input or reference is none; an empty output is what the model wrote.
-    parts = [
-        {"key": key, "label": label, "start": start, "text": _shorten(sample.get(key), SAMPLE_CHARACTERS)}
-        for key, label in SAMPLE_PARTS.items()
-        if key == "output" or (sample.get(key) and not (continues and key == "input"))
-    ]
-    return {"parts": parts, "note": str(sample.get("note") or "")}
-
-
-def _describe_samples(samples: Sequence[Mapping[str, Any]]) -> str:
-    words = ["Rows of the test split and what the model wrote."]
-    if any(sample.get("continues") for sample in samples):
-        words = ["Beginnings from the test split in grey, and how the model goes on."]
-    if any(sample.get("reference") for sample in samples):
-        words.append("A reference is one good answer, not the only one.")
-    return " ".join(words)
-
-
-def _shorten(text: Any, characters: int) -> str:
-    whole = str(text or "").rstrip("\n")
-    return whole if len(whole) <= characters else whole[:characters].rstrip() + " \N{HORIZONTAL ELLIPSIS}"
 
 
 def _build_finding(finding: Mapping[str, Any]) -> dict[str, Any]:

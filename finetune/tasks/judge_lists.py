@@ -24,6 +24,7 @@ from finetune.evaluation.recommending import (
     rank_by_counting,
     score_lists,
 )
+from finetune.evaluation.report_samples import LIST_LABELS
 from finetune.evaluation.scoring import round_numbers
 from finetune.tasks.ranker import Counts, Ranker, Table, fit_trees
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores
@@ -39,6 +40,8 @@ SEQUENCE = "sequence"
 """The first stage alone, as a system that the two together are compared with."""
 SHOWN = 5
 """Items of a history, and of a list, in the report."""
+SHOWN_CHARACTERS = 100
+"""Of an item's text, which there is its first sentence, or title."""
 BEHIND = 1e3
 """What parts candidates from other items in one array of scores."""
 
@@ -148,9 +151,10 @@ class _Both:
 def place_candidates(scores: Scores, table: Table, ranks: npt.NDArray[np.float64], histories: Histories) -> Scores:
     """Scores of the first stage with the candidates of the second in front, (R, I); people without a history keep
     those of the first, which then are popularity."""
-    known = (histories.end > histories.start)[table.request]
-    placed = np.array(scores, np.float32) - np.float32(BEHIND)
-    placed[histories.end == histories.start] += np.float32(BEHIND)
+    has_history = histories.end > histories.start
+    known = has_history[table.request]
+    placed = np.array(scores, np.float32)
+    placed[has_history] -= np.float32(BEHIND)
     placed[table.request[known], table.item[known]] = ranks[known]
     return placed
 
@@ -229,13 +233,15 @@ def _show_people(task: Recommendation, questions: Questions, model: Ranked, held
     chosen = [known[place * len(known) // count] for place in range(count)] if count else []
 
     def name(items: Sequence[Any]) -> str:
-        return " | ".join(task.catalogue.texts[item] or task.catalogue.ids[item] for item in items)
+        texts = [task.catalogue.texts[item].partition(". ")[0] or task.catalogue.ids[item] for item in items]
+        return "\n".join(text[:SHOWN_CHARACTERS] for text in texts)
 
     return [
         {
             "input": name(questions.histories.get(row)[-SHOWN:].tolist()),
             "output": name(model.lists[row][:SHOWN].tolist()),
             "reference": name(questions.targets[row][:SHOWN].tolist()),
+            "labels": LIST_LABELS,
             "note": f"{int(lengths[row]):,} events before, first hit at place {int(model.places[row][0]):,}",
         }
         for row in chosen

@@ -47,11 +47,14 @@ def load_people(
         log.catalogue, tuple(counts.tolist()), recommend, rank, by_moment=cuts is not None, record=record
     )
     splits = _list_people(log, record)
+    held: tuple[Held, ...] = ("validation", "test")
+    asked = {name: len(record.ask(name, exclude_seen=recommend.exclude_seen)) for name in held}
     for name, rows in splits.items():
-        if not rows:
+        if not rows or not asked.get(name, 1):
             raise DataError(
                 f"{loaded.origin}: {name} must have people with something to ask for, got none. Change "
-                "split.validation and split.test, or give more events."
+                "split.validation and split.test, or give more events; where things are had again, set "
+                "recommend.exclude_seen: false."
             )
     return loaded, task, splits
 
@@ -95,4 +98,9 @@ def _settle_rank(
         features = [name for name in features if name != "text"]
     if recommend.exclude_seen:
         features = [name for name in features if name != "repeats"]
+    if not features:
+        raise DataError(
+            f"rank.features: must leave one, got {', '.join(rank.features)}: text is nothing where recommend.vectors "
+            "is ids, and repeats where recommend.exclude_seen is true. Add sequence."
+        )
     return rank.model_copy(update={"features": features})

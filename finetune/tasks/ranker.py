@@ -300,11 +300,9 @@ class Ranker:
             if name in groups:
                 columns.pairs |= {f"{name}: {key}": pairs[key] for key in pairs if key.startswith(groups[name])}
             elif name == "popularity":
-                columns.items |= {
-                    f"{name}: {key}": np.log1p(vector)
-                    for key, vector in vectors.items()
-                    if key.startswith("popularity")
-                }
+                # In this order, whatever that of a file: the trees know features by their places.
+                keys = ["popularity", *(f"popularity {days}" for days in RECENT_DAYS)]
+                columns.items |= {f"{name}: {key}": np.log1p(vectors[key]) for key in keys}
             elif name == "recency":
                 columns.items[f"{name}: age"] = vectors["age"]
             elif name == "history":
