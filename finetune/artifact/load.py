@@ -43,6 +43,7 @@ USES = {
     "completion": "Use finetune generate.",
     "retrieval": "Use its `embed` from Python.",
     "reranking": "Use its `score_pairs` from Python.",
+    "recommendation": "Use finetune recommend.",
     "question_answering": "In Python: finetune.load(RUN).answer(question, passage).",
 }
 """Task type -> what its runs are for; all others are bases."""

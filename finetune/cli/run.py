@@ -118,6 +118,7 @@ def _show(run: Run, as_json: bool) -> None:
             "masked_lm": f"next    finetune run RECIPE --set model.base={name}",
             "retrieval": f'use     finetune.load("{name}").embed([text])',
             "reranking": f'use     finetune.load("{name}").score_pairs(question, entries)',
+            "recommendation": f"use     finetune recommend {name} --history ID,ID,ID",
             "question_answering": f"answer  finetune.load({str(name)!r}).answer(question, passage)  in Python",
         }.get(run.task_type, f'write   finetune generate {name} --prompt "some text"')
     )

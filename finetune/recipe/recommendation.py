@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 FEATURES = ("sequence", "co_occurrence", "ease", "text", "popularity", "recency", "repeats", "history")
 """What `rank.features` can name beside columns of the catalogue."""
+EVENT_SPLITS = ("time_cut", "leave_one_out")
+"""Values of `split.by` for recommendation."""
 
 
 class ItemsSection(Section):
@@ -78,12 +80,13 @@ def list_recommendation_problems(recipe: Recipe, where: str, task: TaskSection) 
         problems = [
             f"{where}.{key}: must be left out for {task.type}, got a section." for key, value in given.items() if value
         ]
-        if task.split.by == "leave_one_out":
-            problems.append(f"{where}.split.by: must be for recommendation where it is leave_one_out, got {task.type}.")
+        if task.split.by in EVENT_SPLITS:
+            problems.append(f"{where}.split.by: must part rows, not events, for {task.type}, got {task.split.by!r}.")
         return problems
     problems = []
-    if task.split.by not in ("time", "leave_one_out"):
-        problems.append(f"{where}.split.by: must be time or leave_one_out for recommendation, got {task.split.by!r}.")
+    if task.split.by not in EVENT_SPLITS:
+        expected = " or ".join(EVENT_SPLITS)
+        problems.append(f"{where}.split.by: must be {expected} for recommendation, got {task.split.by!r}.")
     if recipe.adapter.method != "full":
         problems.append(
             f"adapter.method: must be full for recommendation, got {recipe.adapter.method!r}: the first stage starts "

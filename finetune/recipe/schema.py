@@ -122,9 +122,10 @@ def check_classes(labels: list[str] | dict[str, str]) -> None:
 class SplitSection(Section):
     """How rows become train, validation and test."""
 
-    by: Literal["random", "group", "time", "order", "given", "leave_one_out"] = "random"
+    by: Literal["random", "group", "time", "order", "given", "time_cut", "leave_one_out"] = "random"
     """`random`: stratified by label. `group`: no value of `column` in two splits. `time`: oldest first by `column`.
-    For recommendation `time`, the default there, cuts the events, and `leave_one_out` takes each person's last.
+    For recommendation: `time_cut`, the default there, two cuts in time that are the same for everyone, behind which
+    nothing is known but what a person did; or `leave_one_out`, each person's last event, as in papers.
     `order`: as the rows stand, train first and test last. `given`: the card's or folder's own splits; a missing
     validation split is cut from train."""
     column: str | None = None
@@ -143,8 +144,8 @@ class SplitSection(Section):
     @model_validator(mode="after")
     def _check(self) -> SplitSection:
         problems = []
-        if self.by == "group" and not self.column:
-            problems.append("column: must name a column when `by` is group, got nothing.")
+        if self.by in ("group", "time") and not self.column:
+            problems.append(f"column: must name a column when `by` is {self.by}, got nothing.")
         if self.by not in ("group", "time") and self.column:
             problems.append(f"column: must be left out unless `by` is group or time, got {self.column!r}.")
         if self.by != "given":
@@ -238,16 +239,10 @@ class TaskSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _split_by_time(cls, task: Any) -> Any:
+    def _split_events(cls, task: Any) -> Any:
         if isinstance(task, dict) and task.get("type") == "recommendation" and isinstance(task.get("split", {}), dict):
-            return {**task, "split": {"by": "time", **task.get("split", {})}}
+            return {**task, "split": {"by": "time_cut", **task.get("split", {})}}
         return task
-
-    @model_validator(mode="after")
-    def _check_time(self) -> TaskSection:
-        if self.split.by == "time" and not self.split.column and self.type != "recommendation":
-            raise ValueError("split.column: must name a column when `by` is time, got nothing.")
-        return self
 
     @field_validator("prompt")
     @classmethod

@@ -36,7 +36,7 @@ def load_people(
     recommend = section.recommend or RecommendSection()
     rank = _settle_rank(section.rank, loaded, recommend)
     split = section.split
-    if split.by == "time":
+    if split.by == "time_cut":
         cuts, requests = split_by_time(log, split.validation, split.test, recommend.requests, seed)
     else:
         cuts, requests = None, split_leave_one_out(log, recommend.requests)

@@ -40,11 +40,10 @@ WINDOWS = (1, 5, 20)
 DECAYS = (0.5, 0.8, 0.95)
 RECENT_DAYS = (7, 30, 180)
 EASE_PENALTY = 200.0
+EASE_DECAYS = (0.5, 0.8, 0.95, 1.0)
 LAST_EVENTS = 50
 """Of a history, the newest events that count for what decays, and for a person's taste in columns."""
-FEATURES = ("sequence", "co_occurrence", "ease", "text", "popularity", "recency", "repeats", "history")
-"""What `rank.features` can name beside the columns of the catalogue."""
-SOURCES = ("sequence", "follows 5, 0.5", "follows 20, 0.8", "ease 0.8", "text 0.5", "text 0.8")
+SOURCES = ("sequence", "follows 5, 0.5", "follows 20, 0.8", "ease 0.5", "ease 0.8", "text 0.5", "text 0.8")
 """Features whose first items become candidates."""
 TREES = {
     "objective": "lambdarank",
@@ -194,7 +193,7 @@ class Ranker:
     """The second stage.
 
     Args:
-        features: out of `FEATURES` and the columns of the catalogue.
+        features: those of `rank.features` in the recipe, and columns of the catalogue.
         candidates: so many from each source.
         exclude_seen: whether what a person had is left out.
         counts: what was counted.
@@ -252,7 +251,7 @@ class Ranker:
             pairs |= {f"follows {window}, {decay}": apply(weights[decay], matrix) for decay in DECAYS}
         pairs["precedes"] = apply(weights[DECAYS[1]], self.counts.matrices["precedes"])
         long = {**weights, 1.0: histories.weigh(size, 1.0)}
-        pairs |= {f"ease {decay}": apply(long[decay], self.counts.matrices["ease"]) for decay in (0.8, 0.95, 1.0)}
+        pairs |= {f"ease {decay}": apply(long[decay], self.counts.matrices["ease"]) for decay in EASE_DECAYS}
         if self.items.texts is not None:
             for decay in DECAYS:
                 mean = weights[decay] @ self.items.texts

@@ -117,7 +117,7 @@ CASES: list[tuple[str, str]] = [
     (
         "tasks: {s: {data: d}}",
         "tasks.s.type: must be given, as one of text_classification, causal_lm, masked_lm, seq2seq, completion, "
-        "retrieval, reranking, question_answering.",
+        "retrieval, reranking, question_answering, recommendation.",
     ),
     ("tasks: {s: {type: text_classification}}", "tasks.s.data: must be given. A card in the catalog or the samples,"),
 ]
@@ -175,7 +175,7 @@ def test_a_list_of_choices_suggests_the_nearest() -> None:
     sentences = dict(explain(caught.value.errors(), Recipe))
     assert sentences["evaluate", "baselines", 0] == (
         "must be one of majority, tfidf_logreg, frozen_logreg, unigram, ngram, copy, nearest, bm25, "
-        "frozen, fused, no_answer, bm25_sentence, got 'tfidf'. Did you mean 'tfidf_logreg'?"
+        "frozen, fused, no_answer, bm25_sentence, popular, popular_week, own_history, item_knn, ease, co_occurrence, got 'tfidf'. Did you mean 'tfidf_logreg'?"
     )
 
 
