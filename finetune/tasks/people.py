@@ -48,7 +48,7 @@ def load_people(
     )
     splits = _list_people(log, record)
     held: tuple[Held, ...] = ("validation", "test")
-    asked = {name: len(record.ask(name, exclude_seen=recommend.exclude_seen)) for name in held}
+    asked: dict[str, int] = {name: len(record.ask(name, exclude_seen=recommend.exclude_seen)) for name in held}
     for name, rows in splits.items():
         if not rows or not asked.get(name, 1):
             raise DataError(
