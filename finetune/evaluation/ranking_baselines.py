@@ -52,9 +52,8 @@ def find_places(scores: Scores, right: Sequence[int] | Ints) -> Ints:
         scores: (E,). Of equal scores a wrong entry comes first, so that what cannot be told apart is no success.
         right: Numbers of entries.
     """
-    wrong = np.ones(len(scores), dtype=bool)
-    wrong[list(right)] = False
-    chosen = np.sort(scores[list(right)])[::-1]
-    before = (scores[None, wrong] >= chosen[:, None]).sum(axis=1)  # (R,)
+    chosen = np.sort(scores[np.asarray(right)])[::-1]
+    before = np.array([np.count_nonzero(scores >= score) for score in chosen])  # (R,)
+    before -= (chosen[None] >= chosen[:, None]).sum(axis=1)  # those that are right
     places: Ints = before + np.arange(1, len(chosen) + 1)
     return places

@@ -6,7 +6,7 @@ be told apart is no success; in a list, the one that stands first in the catalog
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,13 @@ class Questions:
         """Some of them."""
         return Questions(self.person[rows], self.histories.take(rows), self.targets[rows], self.exclude_seen)
 
+    def find_places(self, scores: Scores) -> Iterator[npt.NDArray[np.int64]]:
+        """Places of each request's targets, from scores (R, I), in which what is not to be shown becomes -inf."""
+        for row, targets in enumerate(self.targets):
+            if self.exclude_seen:
+                scores[row, self.histories.get(row)] = -np.inf
+            yield find_places(scores[row], targets)
+
     def chunk(self) -> list[slice]:
         """Parts of them that fit into memory."""
         return [slice(start, start + CHUNK) for start in range(0, len(self), CHUNK)]
@@ -98,11 +105,9 @@ class Ranked:
 
     def add(self, scores: Scores, questions: Questions, groups: Mapping[str, npt.NDArray[np.bool_]]) -> None:
         """Take in the scores of a chunk, (r, I); they are changed."""
-        for row, targets in enumerate(questions.targets):
-            own = scores[row]
-            if questions.exclude_seen:
-                own[questions.histories.get(row)] = -np.inf
-            self.places.append(find_places(own, targets))
+        for row, places in enumerate(questions.find_places(scores)):
+            own, targets = scores[row], questions.targets[row]
+            self.places.append(places)
             self.lists.append(find_first(own, LIST))
             for name, members in groups.items():
                 self.by_group.setdefault(name, []).append(_find_group_places(own, targets, members))
@@ -193,8 +198,11 @@ def choose_settings(counting: Counting, events: Events, questions: Questions, me
         return settings[0]
     scores = []
     for fitted in counting.fit_all(events, settings):
-        ranked = rank_all(questions, _score_by(fitted), {})
-        scores.append(float(average_by_person(ranked.places, questions.person, [metric])[metric][:, 0].mean()))
+        places = []
+        for rows in questions.chunk():
+            part = questions.take(rows)
+            places += list(part.find_places(fitted(part.histories)))
+        scores.append(float(average_by_person(places, questions.person, [metric])[metric][:, 0].mean()))
     return settings[int(np.argmax(scores))]
 
 

@@ -41,6 +41,8 @@ DECAYS = (0.5, 0.8, 0.95)
 RECENT_DAYS = (7, 30, 180)
 EASE_PENALTY = 200.0
 EASE_DECAYS = (0.5, 0.8, 0.95, 1.0)
+SLOW_DECAY = 0.99
+PRIOR_PEOPLE = 5
 LAST_EVENTS = 50
 """Of a history, the newest events that count for what decays, and for a person's taste in columns."""
 SOURCES = ("sequence", "follows 5, 0.5", "follows 20, 0.8", "ease 0.5", "ease 0.8", "text 0.5", "text 0.8")
@@ -69,8 +71,8 @@ class Counts:
 
     Args:
         matrices: name -> items by items, CSR (I, I): `follows <window>`, `precedes`, `ease`.
-        vectors: name -> (I,) float32: `popularity`, `popularity <days>`, and `age`, days since an item's first event,
-            nan where there was none.
+        vectors: name -> (I,) float32: `popularity`, `popularity <days>`, `again`, the share of its people who had it
+            more than once, and `age`, days since its first event, nan where there was none.
     """
 
     matrices: Mapping[str, Matrix]
@@ -85,7 +87,7 @@ class Counts:
         first = np.full(events.items, np.inf)
         np.minimum.at(first, events.item, events.time)
         age = np.where(np.isfinite(first), (events.now - first) / DAY, np.nan)
-        vectors = {"popularity": events.count(), "age": age.astype(np.float32)}
+        vectors = {"popularity": events.count(), "age": age.astype(np.float32), "again": _count_again(events)}
         vectors |= {f"popularity {days}": events.count(events.now - days * DAY) for days in RECENT_DAYS}
         return cls({name: keep_strongest(matrix, NEIGHBOURS) for name, matrix in matrices.items()}, vectors)
 
@@ -260,6 +262,8 @@ class Ranker:
         if not self.exclude_seen:
             pairs["times"] = np.asarray(long[1.0].toarray(), np.float32)
             pairs["newest"] = np.asarray(weights[DECAYS[2]].toarray(), np.float32)
+            pairs["lately"] = np.asarray(histories.weigh(size, SLOW_DECAY).toarray(), np.float32)
+            pairs["since"] = _count_since(histories, size)
         return _Computed(pairs, weights[DECAYS[2]])
 
     def _choose(self, computed: _Computed, histories: Histories) -> tuple[Numbers, Numbers]:
@@ -294,11 +298,13 @@ class Ranker:
             "co_occurrence": ("follows", "precedes"),
             "ease": ("ease",),
             "text": ("text",),
-            "repeats": ("times", "newest"),
+            "repeats": ("times", "newest", "lately", "since"),
         }
         for name in self.features:
             if name in groups:
                 columns.pairs |= {f"{name}: {key}": pairs[key] for key in pairs if key.startswith(groups[name])}
+                if name == "repeats":
+                    columns.items[f"{name}: by others"] = vectors["again"]
             elif name == "popularity":
                 # In this order, whatever that of a file: the trees know features by their places.
                 keys = ["popularity", *(f"popularity {days}" for days in RECENT_DAYS)]
@@ -361,6 +367,23 @@ class _Columns:
             ),
         ]
         return np.column_stack(columns).astype(np.float32)
+
+
+def _count_again(events: Events) -> Scores:
+    """Share of an item's people who had it more than once, (I,); towards 0 where they are few."""
+    pairs, times = np.unique(events.user * events.items + events.item, return_counts=True)
+    item = pairs % events.items
+    people, often = (np.bincount(item[chosen], minlength=events.items) for chosen in (times > 0, times > 1))
+    return (often / (people + PRIOR_PEOPLE)).astype(np.float32)
+
+
+def _count_since(histories: Histories, items: int) -> Scores:
+    """Events since a person last had an item, from 1, (R, I); nan where never."""
+    since = np.full((len(histories), items), np.nan, np.float32)
+    for row in range(len(histories)):
+        own = histories.get(row)
+        since[row, own] = np.arange(len(own), 0, -1)  # of an item that comes several times the last one stays
+    return since
 
 
 def fit_trees(tables: Sequence[Table], targets: Sequence[Sequence[Numbers]], seed: int) -> Any:
