@@ -116,7 +116,13 @@ def test_what_a_person_had_is_a_candidate_only_where_it_may_come_again(ranker, s
     times = table.values[:, again.names.index("repeats: times")]
     assert times[(table.request == 4) & (table.item == 14)].tolist() == [2]
     newest = table.values[:, again.names.index("repeats: newest")]
-    assert newest[(table.request == 4) & (table.item == 14)] == pytest.approx(0.95 + 0.95**2)
+    own = (table.request == 4) & (table.item == 14)
+    assert newest[own] == pytest.approx(0.95 + 0.95**2)
+    values = dict(zip(again.names, table.values.T, strict=True))
+    assert values["repeats: lately"][own] == pytest.approx(0.99 + 0.99**2)
+    assert values["repeats: since"][own].tolist() == [2], "from the last time that it was had"
+    assert np.isnan(values["repeats: since"][table.request == 2]).all(), "never"
+    np.testing.assert_array_equal(values["repeats: by others"], again.counts.vectors["again"][table.item])
 
 
 def test_more_candidates_than_items_are_all_that_may_be_shown(ranker, sequence):
@@ -184,6 +190,7 @@ def test_counts_by_hand():
     counts = Counts.fit(events)
     assert {name: vector.tolist() for name, vector in counts.vectors.items() if name != "age"} == {
         "popularity": [1, 2, 0],
+        "again": [0, 0, 0],
         "popularity 7": [0, 2, 0],
         "popularity 30": [0, 2, 0],
         "popularity 180": [1, 2, 0],
@@ -191,6 +198,12 @@ def test_counts_by_hand():
     np.testing.assert_array_equal(counts.vectors["age"], np.array([100, 2, np.nan], np.float32))
     assert list(counts.matrices) == ["follows 1", "follows 5", "follows 20", "precedes", "ease"]
     assert counts.matrices["follows 1"][0, 1] == counts.matrices["precedes"][1, 0] == pytest.approx(0.5**0.5)
+
+
+def test_how_many_come_back_by_hand():
+    # Of item 1's two people one had it twice, of item 0's two nobody; five more who do not come back are assumed.
+    events = Events(np.array([0, 0, 0, 1, 1]), np.array([1, 0, 1, 1, 0]), np.arange(5), 3, 10)
+    assert Counts.fit(events).vectors["again"].tolist() == pytest.approx([0, 1 / 7, 0])
 
 
 def test_counts_come_back_from_a_file(ranker, sequence):

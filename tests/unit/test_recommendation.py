@@ -400,7 +400,7 @@ tasks:
     [
         (
             {"more": "split: {by: random}"},
-            "tasks.next_item.split.by: must be time or leave_one_out for recommendation, got 'random'.",
+            "tasks.next_item.split.by: must be time_cut or leave_one_out for recommendation, got 'random'.",
         ),
         (
             {"method": "lora"},
@@ -418,7 +418,7 @@ tasks:
         ),
         (
             {"type": "text_classification", "more": "split: {by: leave_one_out}"},
-            "tasks.next_item.split.by: must be for recommendation where it is leave_one_out, got text_classification.",
+            "tasks.next_item.split.by: must part rows, not events, for text_classification, got 'leave_one_out'.",
         ),
         (
             {"more": "items: {categorical: [price], numeric: [price]}"},
