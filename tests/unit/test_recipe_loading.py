@@ -60,7 +60,7 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines(path: Path) -> No
     assert _message(_write(path, text), "adapter.rank=0") == (
         "x.yaml: 4 problems\n"
         "  line 6   tasks.sentiment.type: must be one of text_classification, causal_lm, masked_lm, seq2seq, "
-        "completion, retrieval, reranking, question_answering, got 'text_clasification'."
+        "completion, retrieval, reranking, question_answering, recommendation, got 'text_clasification'."
         " Did you mean 'text_classification'?\n"
         "  line 9   train.epochs: must be at least 1, got 0.\n"
         "  line 10  train.lerning_rate: unknown key. Did you mean 'learning_rate'?\n"
