@@ -18,6 +18,7 @@ from finetune.evaluation.recommending import (
     Judging,
     Questions,
     Ranked,
+    average_by_person,
     choose_settings,
     group_items,
     rank_all,
@@ -26,7 +27,7 @@ from finetune.evaluation.recommending import (
 )
 from finetune.evaluation.report_samples import LIST_LABELS
 from finetune.evaluation.scoring import round_numbers
-from finetune.tasks.ranker import Counts, Ranker, Table, fit_trees
+from finetune.tasks.ranker import ROUNDS, Counts, Ranker, Table, fit_trees
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores
 from finetune.tasks.task import HeldOut, Judgement
 
@@ -42,6 +43,8 @@ SHOWN = 5
 """Items of a history, and of a list, in the report."""
 SHOWN_CHARACTERS = 100
 """Of an item's text, which there is its first sentence, or title."""
+HEADLINE = "ndcg_at_10"
+"""What the number of trees is chosen by."""
 BEHIND = 1e3
 """What parts candidates from other items in one array of scores."""
 
@@ -168,7 +171,7 @@ def _fit_ranker(
 ) -> tuple[Any, Ranked]:
     """Trees fitted on all of validation, and its ranking by trees that were fitted on other people.
 
-    The trees learn while a share of the items is hidden from counts and ids, as items are that come out later: of those
+    How many trees there are is what is best for the latter. They learn while a share of the items is hidden from counts and ids, as items are that come out later: of those
     validation may hold few, and the trees would take "never seen" for "not wanted".
     """
     chunks = questions.chunk()
@@ -179,19 +182,26 @@ def _fit_ranker(
         with first.without(hidden):
             _, lessons = _build_tables(replace(ranker, counts=ranker.counts.hide(hidden)), first, questions)
     _, number = np.unique(questions.person, return_inverse=True)
-    ranks = [np.zeros(len(table.item)) for table in tables]
+    ranks = {rounds: [np.zeros(len(table.item)) for table in tables] for rounds in ROUNDS}
     for fold in range(FOLDS):
         others = [_keep(questions, rows, number % FOLDS != fold) for rows in chunks]
         trees = fit_trees(lessons, others, seed)
-        for table, rank, rows in zip(tables, ranks, chunks, strict=True):
+        for place, (table, rows) in enumerate(zip(tables, chunks, strict=True)):
             own = (number[rows] % FOLDS == fold)[table.request]
             if own.any():
-                rank[own] = trees.predict(table.values[own])
-    ranked = Ranked()
-    for rows, sequence, table, rank in zip(chunks, sequences, tables, ranks, strict=True):
-        part = questions.take(rows)
-        ranked.add(place_candidates(first.fill(sequence), table, rank, part.histories), part, groups)
-    return fit_trees(lessons, [_keep(questions, rows) for rows in chunks], seed), ranked
+                for rounds, found in ranks.items():
+                    found[place][own] = trees.predict(table.values[own], num_iteration=rounds)
+    ranked: dict[int, Ranked] = {}
+    scores: dict[int, float] = {}
+    for rounds, found in ranks.items():
+        ranked[rounds] = Ranked()
+        for rows, sequence, table, rank in zip(chunks, sequences, tables, found, strict=True):
+            part = questions.take(rows)
+            ranked[rounds].add(place_candidates(first.fill(sequence), table, rank, part.histories), part, groups)
+        means = average_by_person(ranked[rounds].places, questions.person, [HEADLINE])[HEADLINE]
+        scores[rounds] = float(means[:, 0].mean())
+    best = max(scores, key=lambda rounds: scores[rounds])
+    return fit_trees(lessons, [_keep(questions, rows) for rows in chunks], seed, best), ranked[best]
 
 
 def _build_tables(ranker: Ranker, first: _First, questions: Questions) -> tuple[list[Scores], list[Table]]:

@@ -61,7 +61,8 @@ TREES = {
     "force_row_wise": True,
     "verbose": -1,
 }
-ROUNDS = 200
+ROUNDS = (50, 100, 200, 400)
+"""Numbers of trees that validation chooses among."""
 Gains = Mapping[str, float]
 
 
@@ -386,13 +387,14 @@ def _count_since(histories: Histories, items: int) -> Scores:
     return since
 
 
-def fit_trees(tables: Sequence[Table], targets: Sequence[Sequence[Numbers]], seed: int) -> Any:
+def fit_trees(tables: Sequence[Table], targets: Sequence[Sequence[Numbers]], seed: int, rounds: int = ROUNDS[-1]) -> Any:
     """Fit the trees on candidates whose outcome is known; requests none of whose targets is a candidate say nothing.
 
     Args:
         tables: of several chunks.
         targets: of each chunk, the items that each request was answered with.
         seed: of the draws of rows and features.
+        rounds: trees.
 
     Raises:
         DataError: no request has a target among its candidates.
@@ -413,7 +415,7 @@ def fit_trees(tables: Sequence[Table], targets: Sequence[Sequence[Numbers]], see
             "or set rank: null."
         )
     data = lightgbm.Dataset(np.concatenate(values), np.concatenate(labels).astype(np.int32), group=groups)
-    return lightgbm.train(TREES | {"seed": seed}, data, num_boost_round=ROUNDS)
+    return lightgbm.train(TREES | {"seed": seed}, data, num_boost_round=rounds)
 
 
 def forbid_seen(scores: Scores, histories: Histories) -> None:
