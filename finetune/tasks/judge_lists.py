@@ -171,8 +171,9 @@ def _fit_ranker(
 ) -> tuple[Any, Ranked]:
     """Trees fitted on all of validation, and its ranking by trees that were fitted on other people.
 
-    How many trees there are is what is best for the latter. They learn while a share of the items is hidden from counts and ids, as items are that come out later: of those
-    validation may hold few, and the trees would take "never seen" for "not wanted".
+    How many trees there are is what is best for the latter. They learn while a share of the items is hidden from counts
+    and ids, as items are that come out later: of those validation may hold few, and the trees would take "never seen"
+    for "not wanted".
     """
     chunks = questions.chunk()
     sequences, tables = _build_tables(ranker, first, questions)

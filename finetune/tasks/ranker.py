@@ -387,7 +387,9 @@ def _count_since(histories: Histories, items: int) -> Scores:
     return since
 
 
-def fit_trees(tables: Sequence[Table], targets: Sequence[Sequence[Numbers]], seed: int, rounds: int = ROUNDS[-1]) -> Any:
+def fit_trees(
+    tables: Sequence[Table], targets: Sequence[Sequence[Numbers]], seed: int, rounds: int = ROUNDS[-1]
+) -> Any:
     """Fit the trees on candidates whose outcome is known; requests none of whose targets is a candidate say nothing.
 
     Args:
