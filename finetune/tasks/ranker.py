@@ -290,11 +290,9 @@ class Ranker:
             if name in groups:
                 columns.pairs |= {f"{name}: {key}": pairs[key] for key in pairs if key.startswith(groups[name])}
             elif name == "popularity":
-                columns.items |= {
-                    f"{name}: {key}": np.log1p(vector)
-                    for key, vector in vectors.items()
-                    if key.startswith("popularity")
-                }
+                # Not in the order of `vectors`: a file hands them back in another one.
+                spans = ["popularity", *(f"popularity {days}" for days in RECENT_DAYS)]
+                columns.items |= {f"{name}: {key}": np.log1p(vectors[key]) for key in spans}
             elif name == "recency":
                 columns.items[f"{name}: age"] = vectors["age"]
             elif name == "history":
