@@ -60,6 +60,9 @@ TREES = {
     "verbose": -1,
 }
 ROUNDS = 200
+FEW_VECTORS = 8
+TEXT_BLOCK = 512
+"""Texts that stay in the processor's cache while several vectors are multiplied with them."""
 Gains = Mapping[str, float]
 
 
@@ -123,6 +126,11 @@ class Counts:
             for name, vector in self.vectors.items()
         }
         return Counts(matrices, vectors)
+
+    @cached_property
+    def logs(self) -> dict[str, Scores]:
+        """log(1 + count) of each item, (I,), for each vector of counts."""
+        return {name: np.log1p(vector) for name, vector in self.vectors.items() if name.startswith("popularity")}
 
 
 @dataclass(frozen=True)
@@ -236,18 +244,22 @@ class Ranker:
     def _compute(self, histories: Histories, sequence: Scores) -> _Computed:
         size = len(self.items.catalogue.ids)
         weights = {decay: histories.weigh(size, decay, LAST_EVENTS) for decay in DECAYS}
+        every = sparse.vstack([weights[decay] for decay in DECAYS], format="csr")
         pairs: dict[str, Scores] = {"sequence": sequence}
         for window in WINDOWS:
-            matrix = self.counts.matrices[f"follows {window}"]
-            pairs |= {f"follows {window}, {decay}": apply(weights[decay], matrix) for decay in DECAYS}
+            parts = np.split(apply(every, self.counts.matrices[f"follows {window}"]), len(DECAYS))
+            pairs |= {f"follows {window}, {decay}": part for decay, part in zip(DECAYS, parts, strict=True)}
         pairs["precedes"] = apply(weights[DECAYS[1]], self.counts.matrices["precedes"])
         long = {**weights, 1.0: histories.weigh(size, 1.0)}
-        pairs |= {f"ease {decay}": apply(long[decay], self.counts.matrices["ease"]) for decay in (0.8, 0.95, 1.0)}
+        chosen = (0.8, 0.95, 1.0)
+        longer = sparse.vstack([long[decay] for decay in chosen], format="csr")
+        parts = np.split(apply(longer, self.counts.matrices["ease"]), len(chosen))
+        pairs |= {f"ease {decay}": part for decay, part in zip(chosen, parts, strict=True)}
         if self.items.texts is not None:
-            for decay in DECAYS:
-                mean = weights[decay] @ self.items.texts
-                mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-9)
-                pairs[f"text {decay}"] = (mean @ self.items.texts.T).astype(np.float32)
+            means = every @ self.items.texts
+            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-9)
+            parts = np.split(multiply(means, self.items.texts), len(DECAYS))
+            pairs |= {f"text {decay}": part for decay, part in zip(DECAYS, parts, strict=True)}
         if not self.exclude_seen:
             pairs["times"] = np.asarray(long[1.0].toarray(), np.float32)
             pairs["newest"] = np.asarray(weights[DECAYS[2]].toarray(), np.float32)
@@ -267,13 +279,13 @@ class Ranker:
         count = min(self.candidates, popular.shape[0])
         chosen = np.zeros(sources[0].shape, bool)
         for source in sources:
-            scores = np.array(source, np.float32)
-            scores[np.isnan(scores)] = -np.inf
+            costs = np.negative(source, dtype=np.float32)
+            np.copyto(costs, np.inf, where=np.isnan(costs))
             if self.exclude_seen:
-                forbid_seen(scores, histories)
-            first = np.argpartition(-scores, count - 1, axis=1)[:, :count]
-            rows = np.arange(len(scores))[:, None]
-            chosen[rows, first] |= np.isfinite(scores[rows, first])
+                forbid_seen(costs, histories, np.inf)
+            first = np.argpartition(costs, count - 1, axis=1)[:, :count]
+            rows = np.arange(len(costs))[:, None]
+            chosen[rows, first] |= np.isfinite(costs[rows, first])
         return np.nonzero(chosen)
 
     def _gather(self, computed: _Computed, histories: Histories) -> _Columns:
@@ -292,7 +304,7 @@ class Ranker:
             elif name == "popularity":
                 # Not in the order of `vectors`: a file hands them back in another one.
                 spans = ["popularity", *(f"popularity {days}" for days in RECENT_DAYS)]
-                columns.items |= {f"{name}: {key}": np.log1p(vectors[key]) for key in spans}
+                columns.items |= {f"{name}: {key}": self.counts.logs[key] for key in spans}
             elif name == "recency":
                 columns.items[f"{name}: age"] = vectors["age"]
             elif name == "history":
@@ -383,10 +395,26 @@ def fit_trees(tables: Sequence[Table], targets: Sequence[Sequence[Numbers]], see
     return lightgbm.train(TREES | {"seed": seed}, data, num_boost_round=ROUNDS)
 
 
-def forbid_seen(scores: Scores, histories: Histories) -> None:
-    """Minus infinity for what a person had, in place; scores are (R, I)."""
+def multiply(means: Scores, texts: npt.NDArray[np.float32]) -> Scores:
+    """Products of some vectors (N, S) with those of all items, (N, I).
+
+    A few vectors wait for the memory, not for the processor: then each part of the texts is fetched once for all of
+    them, which a matrix product of so few rows does not do well.
+    """
+    if len(means) > FEW_VECTORS:
+        return np.asarray(means @ texts.T, np.float32)
+    found = np.empty((len(means), len(texts)), np.float32)
+    for start in range(0, len(texts), TEXT_BLOCK):
+        part = texts[start : start + TEXT_BLOCK]
+        for mean, own in zip(means, found, strict=True):
+            np.dot(part, mean, out=own[start : start + TEXT_BLOCK])
+    return found
+
+
+def forbid_seen(scores: Scores, histories: Histories, value: float = -np.inf) -> None:
+    """Minus infinity, or another value, for what a person had, in place; scores are (R, I)."""
     for row in range(len(histories)):
-        scores[row, histories.get(row)] = -np.inf
+        scores[row, histories.get(row)] = value
 
 
 def import_lightgbm() -> Any:

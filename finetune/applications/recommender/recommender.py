@@ -96,7 +96,7 @@ class Recommender:
     def answer(self, histories: Sequence[History], wish: Wish) -> Iterator[RankedList]:
         """A list for each history, in order."""
         allowed = find_matching(wish.filters, self.task.catalogue) if wish.filters else None
-        step = max(1, min(MAX_CHUNK, CELLS // len(self.task.catalogue.ids)))
+        step = choose_chunk(len(self.task.catalogue.ids))
         for start in range(0, len(histories), step):
             yield from self._answer_chunk(histories[start : start + step], wish, allowed)
 
@@ -243,6 +243,11 @@ class _Scored:
     def get(self, row: int, item: int, place: int) -> float:
         """Score of the stage that put an item into its place."""
         return float(self.first[row, item] if place < 0 or self.ranks is None else self.ranks[place])
+
+
+def choose_chunk(items: int) -> int:
+    """Histories that are scored at once against so many items."""
+    return max(1, min(MAX_CHUNK, CELLS // items))
 
 
 def diversify(vectors: npt.NDArray[np.float32], top: int, diversity: float) -> Numbers:
