@@ -1,11 +1,11 @@
 """Speed of recommendation: one person, and many, against a large catalogue, beside the bare matrix products.
 
-The catalogue, what was counted and the people are drawn at random, in the sizes of a shop: speed does not depend on what
-they say. The sequence model has random weights, the trees are fitted on random answers. One person is asked for with and
-without reasons. Many people are ranked in one call, without reasons; in turns with it, in the same process, the matrix
-products are timed that this cannot do without: each history's state with every item's vector, and, where there are two
-stages, its mean texts with every item's text. Machines are shared and noisy: read the share, which compares neighbours
-in time.
+The catalogue, what was counted and the people are drawn at random, in the sizes of a shop: speed does not depend on
+what they say. The sequence model has random weights, the trees are fitted on random answers. One person is asked for
+with and without reasons. Many people are ranked in one call, without reasons; in turns with it, in the same process,
+the matrix products are timed that this cannot do without: each history's state with every item's vector, and, where
+there are two stages, its mean texts with every item's text. Machines are shared and noisy: read the share, which
+compares neighbours in time.
 
 To repeat, on a machine that does nothing else:
 

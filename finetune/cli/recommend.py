@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,6 @@ from finetune.cli.output import AsJson, RunArgument, make_printable, print_json,
 
 if TYPE_CHECKING:
     from finetune.applications.recommender.records import RankedList
-    from finetune.applications.recommender.recommender import Wish
 
 
 def recommend_command(

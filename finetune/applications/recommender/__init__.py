@@ -8,7 +8,7 @@ for item in recommender.recommend(["B0001", "B0007"], top=5).items:
 """
 
 from finetune.applications.recommender.load import load_recommender
-from finetune.applications.recommender.records import RankedList, Recommended
 from finetune.applications.recommender.recommender import Recommender
+from finetune.applications.recommender.records import RankedList, Recommended
 
 __all__ = ["RankedList", "Recommended", "Recommender", "load_recommender"]

@@ -16,7 +16,7 @@ from finetune.artifact.run_folder import RunFolder, find_run
 from finetune.artifact.save import SETTINGS
 from finetune.artifact.saved import open_saved
 from finetune.data.catalog import card_names, load_card
-from finetune.data.interactions import Catalogue, load_catalogue, settle_items
+from finetune.data.interactions import ROLES, Catalogue, load_catalogue, settle_items
 from finetune.errors import DataError, ResourceError, UsageError
 from finetune.models.base import load_tokenizer, resolve_base
 from finetune.recipe import load_recipe
@@ -130,6 +130,7 @@ def _load_section(folder: RunFolder) -> TaskSection:
 
 
 def _list_columns(section: TaskSection) -> dict[str, str]:
-    """Role -> column of the run's own events."""
+    """Role -> column of the run's own events, of those that say what people had."""
     card = load_card(section.data) if section.data in card_names() else None
-    return (card.roles if card else {}) | section.columns
+    named = (card.roles if card else {}) | section.columns
+    return {role: named[role] for role in ROLES if role in named}

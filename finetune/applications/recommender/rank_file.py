@@ -14,8 +14,8 @@ import pyarrow
 import pyarrow.parquet
 
 from finetune.applications.recommender.histories import read_people
-from finetune.applications.recommender.records import RankedList
 from finetune.applications.recommender.recommender import Recommender, Wish
+from finetune.applications.recommender.records import RankedList
 from finetune.artifact.score_file import show_progress
 from finetune.errors import ResourceError, UsageError
 

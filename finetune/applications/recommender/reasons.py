@@ -87,9 +87,10 @@ class Reasons:
         adding = {name: features[name] for name in carried if name in parts and parts[name][:, column].any()}
         if not adding:
             return ()
-        total = sum(value * parts[name][:, column] for name, value in adding.items()) / sum(adding.values())
-        found = []
-        for row in np.argsort(-np.asarray(total), kind="stable")[:MAX_REASONS].tolist():
+        weights = np.array(list(adding.values())) / sum(adding.values())
+        total = np.column_stack([parts[name][:, column] for name in adding]) @ weights  # (H,)
+        found: list[Because] = []
+        for row in np.argsort(-total, kind="stable")[:MAX_REASONS].tolist():
             if total[row] < LEAST_SHARE and found:
                 break
             shares = {name: round(float(parts[name][row, column]), 4) for name in adding}
@@ -101,4 +102,5 @@ class Reasons:
 def _deal_out(values: Scores) -> Scores:
     """Columns that sum to 1, or to 0."""
     sums = values.sum(axis=0, keepdims=True)
-    return np.divide(values, sums, out=np.zeros_like(values), where=sums > 0)
+    dealt: Scores = np.divide(values, sums, out=np.zeros_like(values), where=sums > 0)
+    return dealt
