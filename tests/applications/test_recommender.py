@@ -23,6 +23,7 @@ from finetune.applications.recommender.recommender import choose_chunk, diversif
 from finetune.artifact.run_folder import RunFolder
 from finetune.data.interactions import Catalogue
 from finetune.errors import FinetuneError, ResourceError, UsageError
+from finetune.evaluation.recommending import find_first
 from finetune.recipe import load_recipe
 from finetune.tasks import people as people_module
 from finetune.tasks.ranker import Counts, multiply
@@ -136,6 +137,19 @@ def test_without_a_second_stage_the_sequence_model_ranks(recommender, judged):
     assert all(item.features == {} for item in found.items)
     assert all(set(one.through) == {"sequence"} for item in found.items for one in item.because)
     assert any(item.because for item in found.items)
+
+
+@pytest.mark.parametrize("size", [3, 64, 700, 5000])
+def test_the_first_of_many_are_those_of_a_stable_sort(size):
+    generator = np.random.default_rng(size)
+    many_ties = generator.integers(0, 40, size).astype(np.float32)
+    few = generator.standard_normal(size).astype(np.float32)
+    few[generator.random(size) < 0.5] = -np.inf
+    alone = np.full(size, -np.inf, np.float32)
+    alone[size // 2] = 1
+    for scores in (many_ties, few, alone):
+        for count in (1, 10, 100):
+            assert find_first(scores, count).tolist() == np.argsort(-scores, kind="stable")[:count].tolist()
 
 
 def test_chunks_stay_small():

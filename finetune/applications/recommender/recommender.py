@@ -120,10 +120,14 @@ class Recommender:
     def _score(self, histories: Histories, *, exclude_seen: bool) -> _Scored:
         """As `tasks.judge_lists` does it."""
         sequence = compute_sequence_scores(self.model, histories, self.max_length, self._vectors)
-        first = np.where(np.isnan(sequence), self._popular, sequence).astype(np.float32)
+        nobody = histories.end == histories.start
+        first = sequence
+        if nobody.any():
+            first = sequence.copy()
+            first[nobody] = self._popular
         ranker = self._get_ranker(exclude_seen=exclude_seen)
         if ranker is None:
-            return _Scored(first.copy(), first)
+            return _Scored(first, first)
         table = ranker.build_table(histories, sequence)
         ranks = ranker.score(table)
         return _Scored(place_candidates(first, table, ranks, histories), first, table, ranks)
@@ -219,7 +223,7 @@ class _Scored:
     """Scores of a chunk.
 
     Args:
-        placed: what items are ordered by, (R, I).
+        placed: what items are ordered by, (R, I); lists put what they leave out at minus infinity.
         first: scores of the first stage, (R, I).
         table, ranks: the candidates of the second, and their scores, (C,).
     """
