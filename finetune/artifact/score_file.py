@@ -62,7 +62,7 @@ def score_file(
         for name, part in list_predictors(predictor, [""]).items()
     }
     _check_free(source, records[0], [column for columns in added.values() for column in columns])
-    with _show_progress("predict", len(texts), quiet) as advance:
+    with show_progress("predict", len(texts), quiet) as advance:
         answers = predictor.predict(texts, advance=advance)
     predictions = answers if isinstance(answers, dict) else {"": answers}
     scored = [
@@ -89,7 +89,7 @@ def generate_file(
     """
     records, texts = _read(source, output, column)
     _check_free(source, records[0], ["generated"])
-    with _show_progress("generate", len(texts), quiet) as advance:
+    with show_progress("generate", len(texts), quiet) as advance:
         columns = [{name: _write_value(value) for name, value in record.items()} for record in records]
         written = generate(texts, columns=columns, advance=advance)
     write_records([record | {"generated": text} for record, text in zip(records, written, strict=True)], output)
@@ -129,7 +129,8 @@ def _check_free(source: Path, names: Container[str], added: Sequence[str]) -> No
 
 
 @contextmanager
-def _show_progress(verb: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+def show_progress(verb: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, and what moves it on; none if quiet."""
     with Progress(console=Console(stderr=True), disable=quiet) as progress:
         task = progress.add_task(verb, total=total)
         yield lambda count: progress.advance(task, count)

@@ -23,6 +23,7 @@ from finetune.cli import (
     predict,
     push,
     recipes,
+    recommend,
     run,
     schema,
     sweep,
@@ -54,6 +55,7 @@ app.command("compress")(compress.compress_command)
 app.command("generate")(generate.generate_command)
 app.command("chat")(chat.chat_command)
 app.command("monitor")(monitor.monitor_command)
+app.command("recommend")(recommend.recommend_command)
 app.command("sweep")(sweep.sweep_command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")

@@ -114,8 +114,7 @@ def load_interactions(
             catalogue.
     """
     card = load_card(reference) if reference in card_names() else None
-    given = items.model_dump(exclude_unset=True) if items else {}
-    section = ItemsSection.model_validate((card.items.model_dump() if card and card.items else {}) | given)
+    section = settle_items(reference, items)
     named = (card.roles if card else {}) | dict(columns)
     roles = {role: named.get(role, role) for role in ROLES} | {
         role: named[role] for role in ("weight",) if role in named
@@ -134,6 +133,26 @@ def load_interactions(
     return LoadedInteractions(
         name, origin, card, roles, section, _compute_fingerprint(interactions), interactions, tuple(read.findings)
     )
+
+
+def settle_items(reference: str, items: ItemsSection | None) -> ItemsSection:
+    """How a recipe's catalogue is read: its own keys, then those of the card that its `data` names."""
+    card = load_card(reference) if reference in card_names() else None
+    given = items.model_dump(exclude_unset=True) if items else {}
+    return ItemsSection.model_validate((card.items.model_dump() if card and card.items else {}) | given)
+
+
+def load_catalogue(path: Path, items: ItemsSection) -> Catalogue:
+    """A catalogue by itself.
+
+    Args:
+        path: CSV, TSV, JSONL or Parquet.
+        items: its columns; `file` counts for nothing.
+
+    Raises:
+        DataError: a file that cannot be trusted, a missing column, or an item twice.
+    """
+    return _Reading(str(path), {}, items, []).read_catalogue(read_columns(path))
 
 
 def _find_file(reference: str, relative_to: Path | None) -> Path:
@@ -167,7 +186,7 @@ class _Reading:
             rows = first[np.searchsorted(item[first], np.arange(len(names)))]
             known = self._describe(names, table.take(pyarrow.array(rows)), "")
         else:
-            known = self._read_catalogue(catalogue, kind)
+            known = self.read_catalogue(catalogue, kind)
             known, item = self._join(known, names, item)
         kept = self._drop_repeated(order, user, item, time)
         return Interactions(tuple(users), known, user[kept], item[kept], time[kept], weight[kept])
@@ -205,7 +224,8 @@ class _Reading:
             raise DataError(f"{where}: row {row + 1}: {must} ({len(refused):,} rows are not), got {got}. {fix}")
         return weights.astype(np.float32)
 
-    def _read_catalogue(self, table: pyarrow.Table, kind_in_events: str) -> Catalogue:
+    def read_catalogue(self, table: pyarrow.Table, kind_in_events: str | None = None) -> Catalogue:
+        """The items of `table`, whose ids events hold as numbers or text."""
         where = f"{self.where}: items: column {self.items.id!r}"
         column, kind = to_ids(get_column(table, self.items.id, f"{self.where}: items", "items.id"), where)
         ids = column.to_pylist()
@@ -214,7 +234,7 @@ class _Reading:
             if rows.setdefault(item, row) != row:
                 must = f"must name each item once, got {item!r} in rows {rows[item]} and {row}"
                 raise DataError(f"{where}: {must}. Remove one of them.")
-        if kind != kind_in_events:
+        if kind_in_events not in (None, kind):
             message = f"ids of items are {kind_in_events} in the events and {kind} in the catalogue; joined as text."
             self._find("id_types", "note", len(ids), message)
         return self._describe(ids, table, ": items")

@@ -25,6 +25,8 @@ LIST = 10
 """Items of a list."""
 CHUNK = 128
 """Requests that are scored at once."""
+BLOCK = 64
+"""Items whose best is looked at first where a list is made of many."""
 POPULAR_SHARE = 0.1
 """Share of the items that are called popular, by their events."""
 RARE_EVENTS = 5
@@ -121,8 +123,15 @@ def find_first(scores: npt.NDArray[np.floating[Any]], count: int) -> Numbers:
     """The items with the largest scores, best first; of equal ones the first of the catalogue, and none at minus
     infinity. (count or fewer,)."""
     count = min(count, len(scores))
-    border = np.partition(scores, len(scores) - count)[len(scores) - count]
-    chosen = np.flatnonzero((scores >= border) & (scores > -np.inf))
+    blocks = len(scores) // BLOCK
+    chosen = np.arange(len(scores))
+    if blocks > count:
+        # So many blocks hold an item as good as the worst of their best: no item below it is in the list.
+        best = scores[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+        chosen = np.flatnonzero(scores >= np.partition(best, blocks - count)[blocks - count])
+    found = scores[chosen]
+    border = np.partition(found, len(found) - count)[len(found) - count]
+    chosen = chosen[(found >= border) & (found > -np.inf)]
     return chosen[np.argsort(-scores[chosen], kind="stable")][:count]
 
 

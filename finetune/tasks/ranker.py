@@ -63,6 +63,9 @@ TREES = {
 }
 ROUNDS = (50, 100, 200, 400)
 """Numbers of trees that validation chooses among."""
+FEW_VECTORS = 8
+TEXT_BLOCK = 512
+"""Texts that stay in the processor's cache while several vectors are multiplied with them."""
 Gains = Mapping[str, float]
 
 
@@ -135,6 +138,11 @@ class Counts:
             for name, vector in self.vectors.items()
         }
         return Counts(matrices, vectors)
+
+    @cached_property
+    def logs(self) -> dict[str, Scores]:
+        """log(1 + count) of each item, (I,), for each vector of counts."""
+        return {name: np.log1p(vector) for name, vector in self.vectors.items() if name.startswith("popularity")}
 
 
 @dataclass(frozen=True)
@@ -248,18 +256,21 @@ class Ranker:
     def _compute(self, histories: Histories, sequence: Scores) -> _Computed:
         size = len(self.items.catalogue.ids)
         weights = {decay: histories.weigh(size, decay, LAST_EVENTS) for decay in DECAYS}
+        every = sparse.vstack([weights[decay] for decay in DECAYS], format="csr")
         pairs: dict[str, Scores] = {"sequence": sequence}
         for window in WINDOWS:
-            matrix = self.counts.matrices[f"follows {window}"]
-            pairs |= {f"follows {window}, {decay}": apply(weights[decay], matrix) for decay in DECAYS}
+            parts = np.split(apply(every, self.counts.matrices[f"follows {window}"]), len(DECAYS))
+            pairs |= {f"follows {window}, {decay}": part for decay, part in zip(DECAYS, parts, strict=True)}
         pairs["precedes"] = apply(weights[DECAYS[1]], self.counts.matrices["precedes"])
         long = {**weights, 1.0: histories.weigh(size, 1.0)}
-        pairs |= {f"ease {decay}": apply(long[decay], self.counts.matrices["ease"]) for decay in EASE_DECAYS}
+        longer = sparse.vstack([long[decay] for decay in EASE_DECAYS], format="csr")
+        parts = np.split(apply(longer, self.counts.matrices["ease"]), len(EASE_DECAYS))
+        pairs |= {f"ease {decay}": part for decay, part in zip(EASE_DECAYS, parts, strict=True)}
         if self.items.texts is not None:
-            for decay in DECAYS:
-                mean = weights[decay] @ self.items.texts
-                mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-9)
-                pairs[f"text {decay}"] = (mean @ self.items.texts.T).astype(np.float32)
+            means = every @ self.items.texts
+            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-9)
+            parts = np.split(multiply(means, self.items.texts), len(DECAYS))
+            pairs |= {f"text {decay}": part for decay, part in zip(DECAYS, parts, strict=True)}
         if not self.exclude_seen:
             pairs["times"] = np.asarray(long[1.0].toarray(), np.float32)
             pairs["newest"] = np.asarray(weights[DECAYS[2]].toarray(), np.float32)
@@ -281,13 +292,13 @@ class Ranker:
         count = min(self.candidates, popular.shape[0])
         chosen = np.zeros(sources[0].shape, bool)
         for source in sources:
-            scores = np.array(source, np.float32)
-            scores[np.isnan(scores)] = -np.inf
+            costs = np.negative(source, dtype=np.float32)
+            np.copyto(costs, np.inf, where=np.isnan(costs))
             if self.exclude_seen:
-                forbid_seen(scores, histories)
-            first = np.argpartition(-scores, count - 1, axis=1)[:, :count]
-            rows = np.arange(len(scores))[:, None]
-            chosen[rows, first] |= np.isfinite(scores[rows, first])
+                forbid_seen(costs, histories, np.inf)
+            first = np.argpartition(costs, count - 1, axis=1)[:, :count]
+            rows = np.arange(len(costs))[:, None]
+            chosen[rows, first] |= np.isfinite(costs[rows, first])
         request, item = np.nonzero(chosen)
         return request.astype(np.int64), item.astype(np.int64)
 
@@ -307,9 +318,9 @@ class Ranker:
                 if name == "repeats":
                     columns.items[f"{name}: by others"] = vectors["again"]
             elif name == "popularity":
-                # In this order, whatever that of a file: the trees know features by their places.
-                keys = ["popularity", *(f"popularity {days}" for days in RECENT_DAYS)]
-                columns.items |= {f"{name}: {key}": np.log1p(vectors[key]) for key in keys}
+                # Not in the order of `vectors`: a file hands them back in another one.
+                spans = ["popularity", *(f"popularity {days}" for days in RECENT_DAYS)]
+                columns.items |= {f"{name}: {key}": self.counts.logs[key] for key in spans}
             elif name == "recency":
                 columns.items[f"{name}: age"] = vectors["age"]
             elif name == "history":
@@ -420,10 +431,26 @@ def fit_trees(
     return lightgbm.train(TREES | {"seed": seed}, data, num_boost_round=rounds)
 
 
-def forbid_seen(scores: Scores, histories: Histories) -> None:
-    """Minus infinity for what a person had, in place; scores are (R, I)."""
+def multiply(means: Scores, texts: npt.NDArray[np.float32]) -> Scores:
+    """Products of some vectors (N, S) with those of all items, (N, I).
+
+    A few vectors wait for the memory, not for the processor: then each part of the texts is fetched once for all of
+    them, which a matrix product of so few rows does not do well.
+    """
+    if len(means) > FEW_VECTORS:
+        return np.asarray(means @ texts.T, np.float32)
+    found = np.empty((len(means), len(texts)), np.float32)
+    for start in range(0, len(texts), TEXT_BLOCK):
+        part = texts[start : start + TEXT_BLOCK]
+        for mean, own in zip(means, found, strict=True):
+            np.dot(part, mean, out=own[start : start + TEXT_BLOCK])
+    return found
+
+
+def forbid_seen(scores: Scores, histories: Histories, value: float = -np.inf) -> None:
+    """Minus infinity, or another value, for what a person had, in place; scores are (R, I)."""
     for row in range(len(histories)):
-        scores[row, histories.get(row)] = -np.inf
+        scores[row, histories.get(row)] = value
 
 
 def import_lightgbm() -> Any:

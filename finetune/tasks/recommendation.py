@@ -315,15 +315,20 @@ def encode_questions(questions: Questions, rows: Sequence[int], max_length: int)
 
 
 @torch.inference_mode()
-def compute_sequence_scores(model: nn.Module, histories: Histories, max_length: int) -> Scores:
-    """Log probability of every item after each history, (R, I); nan where the history is empty."""
+def compute_sequence_scores(
+    model: nn.Module, histories: Histories, max_length: int, item_vectors: torch.Tensor | None = None
+) -> Scores:
+    """Log probability of every item after each history, (R, I); nan where the history is empty.
+
+    `item_vectors`: of all items, (I, D), where they are computed already.
+    """
     inner: Any = model
     size = int(inner.config.num_items)
     scores = np.full((len(histories), size), np.nan, np.float32)
     rows = np.flatnonzero(histories.end > histories.start)
     if not len(rows):
         return scores
-    vectors = _compute_vectors(inner)
+    vectors = _compute_vectors(inner) if item_vectors is None else item_vectors
     examples = Examples.build([histories.get(row)[-max_length:].astype(np.int32) for row in rows.tolist()])
 
     def measure(batch: Batch, _rows: Indices) -> torch.Tensor:

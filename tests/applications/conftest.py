@@ -11,6 +11,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
 from finetune.applications.support.assistant import Assistant
 from finetune.applications.support.index import KnowledgeIndex
@@ -141,3 +142,35 @@ def words():
     sys.modules["word_monitor"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def shop_run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """The folder of a finished recommender of the bookshop, hardly trained; only to be read."""
+    import finetune
+
+    folder = tmp_path_factory.mktemp("shop")
+    features = ["sequence", "co_occurrence", "ease", "text", "popularity", "price", "category"]
+    recipe = {
+        "recipe": 1,
+        "name": "shop",
+        "model": {
+            "base": str(tiny_base),
+            "max_length": 20,
+            "scratch": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        },
+        "tasks": {
+            "shop": {
+                "type": "recommendation",
+                "data": "bookshop",
+                "recommend": {"requests": 1},
+                "rank": {"features": features, "candidates": 20},
+            }
+        },
+        "train": {"epochs": 1, "precision": "float32"},
+        "evaluate": {"resamples": 100, "baselines": ["popular"], "slices": []},
+    }
+    path = folder / "shop.yaml"
+    with path.open("w", encoding="utf-8") as file:
+        YAML().dump(recipe, file)
+    return finetune.run(path, runs=folder / "runs", quiet=True).folder.path

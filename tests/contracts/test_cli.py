@@ -23,7 +23,7 @@ from finetune.cli.main import app
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = [
     *("run", "check", "resume", "evaluate", "predict", "push", "export", "generate", "chat", "monitor", "compare"),
-    *("compress", "sweep"),
+    *("compress", "sweep", "recommend"),
     *("recipes", "data", "adapters", "schema", "doctor"),
 ]
 COMMANDS = [
@@ -39,6 +39,7 @@ COMMANDS = [
     "generate",
     "chat",
     "monitor",
+    "recommend",
     "sweep",
     "recipes list",
     "recipes show",
