@@ -125,7 +125,8 @@ def find_first(scores: npt.NDArray[np.floating[Any]], count: int) -> Numbers:
         chosen = np.flatnonzero(scores >= np.partition(best, blocks - count)[blocks - count])
     found = scores[chosen]
     chosen = chosen[found >= np.partition(found, len(found) - count)[len(found) - count]]
-    return chosen[np.argsort(-scores[chosen], kind="stable")][:count]
+    order: Numbers = chosen[np.argsort(-scores[chosen], kind="stable")]
+    return order[:count]
 
 
 def _find_group_places(
