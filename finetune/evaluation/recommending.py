@@ -132,7 +132,8 @@ def find_first(scores: npt.NDArray[np.floating[Any]], count: int) -> Numbers:
     found = scores[chosen]
     border = np.partition(found, len(found) - count)[len(found) - count]
     chosen = chosen[(found >= border) & (found > -np.inf)]
-    return chosen[np.argsort(-scores[chosen], kind="stable")][:count]
+    order: Numbers = chosen[np.argsort(-scores[chosen], kind="stable")]
+    return order[:count]
 
 
 def _find_group_places(

@@ -45,8 +45,9 @@ SLOW_DECAY = 0.99
 PRIOR_PEOPLE = 5
 LAST_EVENTS = 50
 """Of a history, the newest events that count for what decays, and for a person's taste in columns."""
-SOURCES = ("sequence", "follows 5, 0.5", "follows 20, 0.8", "ease 0.5", "ease 0.8", "text 0.5", "text 0.8")
-"""Features whose first items become candidates."""
+TEXT_SOURCE = "text 0.8"
+SOURCES = ("follows 5, 0.5", "follows 20, 0.8", "ease 0.5", "ease 0.8")
+"""Features whose first items become candidates, beside those of the sequence model and of the texts."""
 TREES = {
     "objective": "lambdarank",
     "learning_rate": 0.05,
@@ -258,6 +259,7 @@ class Ranker:
         weights = {decay: histories.weigh(size, decay, LAST_EVENTS) for decay in DECAYS}
         every = sparse.vstack([weights[decay] for decay in DECAYS], format="csr")
         pairs: dict[str, Scores] = {"sequence": sequence}
+        tastes: dict[float, Scores] = {}
         for window in WINDOWS:
             parts = np.split(apply(every, self.counts.matrices[f"follows {window}"]), len(DECAYS))
             pairs |= {f"follows {window}, {decay}": part for decay, part in zip(DECAYS, parts, strict=True)}
@@ -269,36 +271,39 @@ class Ranker:
         if self.items.texts is not None:
             means = every @ self.items.texts
             means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-9)
-            parts = np.split(multiply(means, self.items.texts), len(DECAYS))
-            pairs |= {f"text {decay}": part for decay, part in zip(DECAYS, parts, strict=True)}
+            tastes = dict(zip(DECAYS, np.split(means, len(DECAYS)), strict=True))
+            pairs[TEXT_SOURCE] = multiply(tastes[DECAYS[1]], self.items.texts)
         if not self.exclude_seen:
             pairs["times"] = np.asarray(long[1.0].toarray(), np.float32)
             pairs["newest"] = np.asarray(weights[DECAYS[2]].toarray(), np.float32)
             pairs["lately"] = np.asarray(histories.weigh(size, SLOW_DECAY).toarray(), np.float32)
             pairs["since"] = _count_since(histories, size)
-        return _Computed(pairs, weights[DECAYS[2]])
+        return _Computed(pairs, weights[DECAYS[2]], tastes)
 
     def _choose(self, computed: _Computed, histories: Histories) -> tuple[Numbers, Numbers]:
         """Request and item of each candidate: the first items of each source, of the lately popular, and of those
         that nobody had yet, by their texts; and what the person had, where it may come again."""
         popular = self.counts.vectors[f"popularity {RECENT_DAYS[1]}"]
-        sources = [computed.pairs[name] for name in SOURCES if name in computed.pairs]
-        sources.append(np.broadcast_to(popular + 1e-6 * self.counts.vectors["popularity"], sources[0].shape))
+        sequence = computed.pairs["sequence"]
+        known = [computed.pairs[name] for name in ("sequence", TEXT_SOURCE) if name in computed.pairs]
+        counted = [computed.pairs[name] for name in SOURCES]
+        counted.append(np.broadcast_to(popular + 1e-6 * self.counts.vectors["popularity"], sequence.shape))
         if self.items.texts is not None:
             seen = self.counts.vectors["popularity"] > 0
-            sources.append(np.where(seen, -np.inf, computed.pairs["text 0.8"]).astype(np.float32))
+            known.append(np.where(seen, -np.inf, computed.pairs[TEXT_SOURCE]).astype(np.float32))
         if not self.exclude_seen:
-            sources.append(computed.pairs["newest"])
+            counted.append(computed.pairs["newest"])
         count = min(self.candidates, popular.shape[0])
-        chosen = np.zeros(sources[0].shape, bool)
-        for source in sources:
+        chosen = np.zeros(sequence.shape, bool)
+        for place, source in enumerate([*known, *counted]):
+            worst = np.inf if place < len(known) else 0.0  # what was never counted is no candidate
             costs = np.negative(source, dtype=np.float32)
             np.copyto(costs, np.inf, where=np.isnan(costs))
             if self.exclude_seen:
                 forbid_seen(costs, histories, np.inf)
             first = np.argpartition(costs, count - 1, axis=1)[:, :count]
             rows = np.arange(len(costs))[:, None]
-            chosen[rows, first] |= np.isfinite(costs[rows, first])
+            chosen[rows, first] |= costs[rows, first] < worst
         request, item = np.nonzero(chosen)
         return request.astype(np.int64), item.astype(np.int64)
 
@@ -315,6 +320,12 @@ class Ranker:
         for name in self.features:
             if name in groups:
                 columns.pairs |= {f"{name}: {key}": pairs[key] for key in pairs if key.startswith(groups[name])}
+                if name == "text" and self.items.texts is not None:
+                    columns.texts = {
+                        f"{name}: text {decay}": (self.items.texts, taste)
+                        for decay, taste in computed.tastes.items()
+                        if f"text {decay}" != TEXT_SOURCE
+                    }
                 if name == "repeats":
                     columns.items[f"{name}: by others"] = vectors["again"]
             elif name == "popularity":
@@ -344,27 +355,31 @@ class Ranker:
 
 @dataclass(frozen=True)
 class _Computed:
-    """Features of every item for each request, (R, I), by name; and what the person had of late, CSR (R, I)."""
+    """Features of every item for each request, (R, I), by name; what the person had of late, CSR (R, I); and the mean
+    of its texts, (R, S), by how fast it fades."""
 
     pairs: dict[str, Scores]
     recent: Matrix
+    tastes: dict[float, Scores]
 
 
 @dataclass
 class _Columns:
     """Features by what they depend on: item and request, item alone, request alone, a column's distance from the
-    person's mean, and the person's share of an item's kinds."""
+    person's mean, the person's share of an item's kinds, and how near an item's text is to the person's; the last three
+    are computed for candidates alone."""
 
     pairs: dict[str, Scores] = field(default_factory=dict)
     items: dict[str, Scores] = field(default_factory=dict)
     requests: dict[str, Scores] = field(default_factory=dict)
     differences: dict[str, tuple[Scores, Scores]] = field(default_factory=dict)
     shares: dict[str, tuple[Matrix, Scores]] = field(default_factory=dict)
+    texts: dict[str, tuple[Scores, Scores]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
         """In the order of `take`."""
-        return [*self.pairs, *self.items, *self.requests, *self.differences, *self.shares]
+        return [*self.pairs, *self.items, *self.requests, *self.differences, *self.shares, *self.texts]
 
     def take(self, request: Numbers, item: Numbers) -> Scores:
         """(C, F)."""
@@ -377,6 +392,7 @@ class _Columns:
                 np.asarray(kinds[item].multiply(share[request]).sum(axis=1)).ravel()
                 for kinds, share in self.shares.values()
             ),
+            *(np.einsum("cs,cs->c", texts[item], taste[request]) for texts, taste in self.texts.values()),
         ]
         return np.column_stack(columns).astype(np.float32)
 

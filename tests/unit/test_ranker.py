@@ -91,7 +91,7 @@ def test_candidates_hold_the_first_items_of_each_source(ranker, sequence):
             "follows 20": weights[0.8] @ counts.matrices["follows 20"].toarray(),
             "ease": HISTORIES.take(slice(row, row + 1)).weigh(ITEMS, 0.8).toarray()[0]
             @ counts.matrices["ease"].toarray(),
-            "text": texts @ (weights[0.5] @ texts),
+            "text": texts @ (weights[0.8] @ texts),
             "popularity": counts.vectors["popularity 30"] + 1e-6 * counts.vectors["popularity"],
         }
         for name, scores in sources.items():

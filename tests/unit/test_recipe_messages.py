@@ -175,7 +175,8 @@ def test_a_list_of_choices_suggests_the_nearest() -> None:
     sentences = dict(explain(caught.value.errors(), Recipe))
     assert sentences["evaluate", "baselines", 0] == (
         "must be one of majority, tfidf_logreg, frozen_logreg, unigram, ngram, copy, nearest, bm25, "
-        "frozen, fused, no_answer, bm25_sentence, popular, popular_week, own_history, item_knn, ease, co_occurrence, got 'tfidf'. Did you mean 'tfidf_logreg'?"
+        "frozen, fused, no_answer, bm25_sentence, popular, popular_week, own_history, item_knn, ease, co_occurrence, "
+        "got 'tfidf'. Did you mean 'tfidf_logreg'?"
     )
 
 
