@@ -26,6 +26,10 @@ SHOWN = {
     "nearest": "nearest pair",
     "frozen": "frozen base",
     "bm25": "BM25",
+    "sequence": "first stage alone",
+    "own_history": "own history",
+    "ease": "EASE",
+    "co_occurrence": "co-occurrence",
 }
 """The baselines that are worth a place; the others are weaker."""
 

@@ -11,6 +11,7 @@ from finetune.cli.output import AsJson, print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from finetune.label_audit import Audit
+    from finetune.recipe import ItemsSection
 
 SHOWN = 20
 
@@ -51,6 +52,7 @@ def show_command(
         "splits": ", ".join(f"{split} {count:,}" for split, count in card.rows.items()),
         "columns": "; ".join(f"{column}: {meaning}" for column, meaning in card.columns.items()),
         "labels": _shorten(list(card.labels.values()) if isinstance(card.labels, dict) else card.labels or []),
+        "items": _describe_items(card.items),
         "source": card.source or "",
         "cite": card.citation or "",
         "notes": card.notes,
@@ -58,6 +60,14 @@ def show_command(
     for key, value in facts.items():
         if value:
             print_text(f"  {key:8} {value}")
+
+
+def _describe_items(items: ItemsSection | None) -> str:
+    if items is None:
+        return ""
+    read = {"text": items.text, "categorical": items.categorical, "numeric": items.numeric}
+    columns = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in read.items() if names)
+    return f"{items.file or 'those of the events'} ({columns})"
 
 
 @app.command("audit")
