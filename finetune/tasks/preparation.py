@@ -288,6 +288,11 @@ def load_held_out(
     Raises:
         DataError: unreadable data, unknown or missing labels.
     """
+    if isinstance(task, Recommendation):
+        raise DataError(
+            f"{reference}: must be left out for recommendation, whose test split is what came after a cut in time. "
+            "Score that again without --data, or run the recipe on the new events."
+        )
     source = load_rows(reference, columns, roles=type(task).roles, optional=type(task).optional_roles)
     if isinstance(task, Retrieval | Reranking):
         task.library.check(source.rows)

@@ -150,7 +150,7 @@ def test_the_first_of_many_are_those_of_a_stable_sort(size):
     for scores in (many_ties, few, alone):
         for count in (1, 10, 100):
             order = np.argsort(-scores, kind="stable")
-    assert find_first(scores, count).tolist() == order[scores[order] > -np.inf][:count].tolist()
+            assert find_first(scores, count).tolist() == order[scores[order] > -np.inf][:count].tolist()
 
 
 def test_chunks_stay_small():

@@ -20,7 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "words", ["recipes list", "recipes show sentiment", "data list", "data show banking77", "adapters list", "schema"]
+    "words",
+    [
+        "recipes list",
+        "recipes show sentiment",
+        "data list",
+        "data show banking77",
+        "data show bookshop",
+        "adapters list",
+        "schema",
+    ],
 )
 def test_what_only_shows_speaks_json(command, words):
     done = command(*words.split(), "--json")

@@ -175,3 +175,20 @@ def test_seed_draws_other_moments():
     assert moments[0] == moments[1] != moments[2]
     assert len(moments[0]) == 5
     assert [moment - 80 for moment in moments[0]] != drawn[0]["validation"].moment.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(EVENTS, st.integers(1, 6))
+def test_validation_asks_for_the_last_events_before_the_one_that_is_left_out(events, requests):
+    data = make(events)
+    splits = split_leave_one_out(data, requests)
+    asked = splits["validation"]
+    for person in np.flatnonzero(np.bincount(data.user) >= 3):
+        mine = np.flatnonzero(data.user == person)
+        count = min(requests, (len(mine) - 1) // 2)
+        rows = np.flatnonzero(asked.person == person)
+        assert asked.target_start[rows].tolist() == mine[-1 - count : -1].tolist()
+        assert asked.end[rows].tolist() == asked.target_start[rows].tolist()
+        assert set(asked.start[rows]) == {mine[0]}
+    known = np.flatnonzero(train_mask(data, splits, "validation"))
+    assert not set(known) & {*asked.target_start, *splits["test"].target_start}

@@ -30,6 +30,7 @@ from finetune.recipe.schema import (
 from finetune.tasks import judge_lists, recommendation
 from finetune.tasks.judge_lists import place_candidates
 from finetune.tasks.people import load_people
+from finetune.tasks.preparation import load_held_out
 from finetune.tasks.ranker import Counts, Table
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores, encode_questions
 from finetune.tasks.task import HeldOut
@@ -438,3 +439,13 @@ def test_keys_that_do_not_go_together(tmp_path, changes, words):
 def test_sections_have_defaults():
     assert RecommendSection().exclude_seen
     assert "repeats" not in RankSection().features, "they say nothing where lists leave out what was had"
+
+
+def test_other_events_are_no_held_out_set():
+    task = Recommendation(Catalogue(("a",), ("",), {}), (1,), RecommendSection(), None)
+    with pytest.raises(DataError) as caught:
+        load_held_out(task, "other.csv", {})
+    assert str(caught.value) == (
+        "other.csv: must be left out for recommendation, whose test split is what came after a cut in time. Score that "
+        "again without --data, or run the recipe on the new events."
+    )

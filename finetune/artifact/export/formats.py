@@ -75,7 +75,7 @@ def check_task(kind: str) -> None:
     """Raise UsageError for a task whose models answer in more than one pass."""
     if kind not in TASKS:
         raise UsageError(
-            f"export: must get a run of type {', '.join(TASKS)}, got {kind}: its model answers token by token, or is a "
-            "base for other recipes, which no graph of one pass says. Its run's model/ folder is what transformers "
-            "loads."
+            f"export: must get a run of type {', '.join(TASKS)}, got {kind}: its model answers token by token, "
+            "ranks with counts and trees, or is a base for other recipes, which no graph of one pass says. Its run's "
+            "model/ folder is what transformers loads."
         )
