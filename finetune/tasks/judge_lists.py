@@ -171,21 +171,22 @@ def _fit_ranker(
 ) -> tuple[Any, Ranked]:
     """Trees fitted on all of validation, and its ranking by trees that were fitted on other people.
 
-    How many trees there are is what is best for the latter. They learn while a share of the items is hidden from counts
-    and ids, as items are that come out later: of those validation may hold few, and the trees would take "never seen"
-    for "not wanted".
+    How many trees there are is what is best for the latter. They learn from each request twice: as it is, and with a
+    share of the items hidden from counts and ids, as items are that come out later. Of those validation may hold few,
+    and the trees would take "never seen" for "not wanted".
     """
     chunks = questions.chunk()
     sequences, tables = _build_tables(ranker, first, questions)
-    lessons = tables
+    lessons, copies = list(tables), 1
     if ranker.items.texts is not None:
         hidden = np.random.default_rng(seed).random(len(ranker.counts.vectors["age"])) < HIDDEN_SHARE
         with first.without(hidden):
-            _, lessons = _build_tables(replace(ranker, counts=ranker.counts.hide(hidden)), first, questions)
+            lessons += _build_tables(replace(ranker, counts=ranker.counts.hide(hidden)), first, questions)[1]
+        copies = 2
     _, number = np.unique(questions.person, return_inverse=True)
     ranks = {rounds: [np.zeros(len(table.item)) for table in tables] for rounds in ROUNDS}
     for fold in range(FOLDS):
-        others = [_keep(questions, rows, number % FOLDS != fold) for rows in chunks]
+        others = [_keep(questions, rows, number % FOLDS != fold) for rows in chunks] * copies
         trees = fit_trees(lessons, others, seed)
         for place, (table, rows) in enumerate(zip(tables, chunks, strict=True)):
             own = (number[rows] % FOLDS == fold)[table.request]
@@ -202,7 +203,7 @@ def _fit_ranker(
         means = average_by_person(ranked[rounds].places, questions.person, [HEADLINE])[HEADLINE]
         scores[rounds] = float(means[:, 0].mean())
     best = max(scores, key=lambda rounds: scores[rounds])
-    return fit_trees(lessons, [_keep(questions, rows) for rows in chunks], seed, best), ranked[best]
+    return fit_trees(lessons, [_keep(questions, rows) for rows in chunks] * copies, seed, best), ranked[best]
 
 
 def _build_tables(ranker: Ranker, first: _First, questions: Questions) -> tuple[list[Scores], list[Table]]:
