@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from finetune.recipe.reference import SCRATCH_BASE
 from finetune.recipe.section import Ratio, Section, raise_all
 
 if TYPE_CHECKING:
@@ -92,10 +93,9 @@ def list_recommendation_problems(recipe: Recipe, where: str, task: TaskSection) 
             f"adapter.method: must be full for recommendation, got {recipe.adapter.method!r}: the first stage starts "
             "from random weights, and the texts' encoder stays as it is."
         )
-    has_text = task.recommend is None or task.recommend.vectors != "ids"
-    if recipe.model.base == "scratch" and has_text:
+    if recipe.model.base == SCRATCH_BASE:
         problems.append(
-            f"{where}.recommend.vectors: must be ids when model.base is scratch, which embeds no texts, got "
-            f"{task.recommend.vectors if task.recommend else 'both'!r}."
+            "model.base: must be the encoder of the items' texts for recommendation, got 'scratch'. For ids alone set "
+            f"{where}.recommend.vectors: ids."
         )
     return problems

@@ -31,7 +31,6 @@ from finetune.models.embedding import compute_embeddings
 from finetune.models.next_item import ItemChoices, build_next_item, build_next_item_shape, load_next_item
 from finetune.models.next_item_loss import draw_negatives, full_softmax, gbce, sampled_softmax
 from finetune.models.prediction import compute_by_row, scatter_rows
-from finetune.recipe.reference import SCRATCH_BASE
 from finetune.recipe.schema import ModelSection, RankSection, RecommendSection, TaskSection
 from finetune.tasks.encoding import encode_texts
 from finetune.tasks.language import sum_by_row
@@ -125,8 +124,8 @@ class Recommendation:
         return list(rows)
 
     def build_tokenizer(self, base: BaseModel, rows: Sequence[Row], section: ModelSection) -> Any:
-        """That of the texts' encoder; None from scratch, where items have no texts."""
-        return None if base.reference == SCRATCH_BASE else load_tokenizer(base)
+        """That of the texts' encoder."""
+        return load_tokenizer(base)
 
     def bind(self, tokenizer: Any) -> Recommendation:
         """Nothing is left to the tokenizer."""

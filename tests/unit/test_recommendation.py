@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from finetune.data.batches import IGNORED, Examples, collate
 from finetune.data.histories import split_by_time, split_leave_one_out
 from finetune.data.interactions import Catalogue, Interactions
-from finetune.errors import DataError, RecipeError, ResourceError, UsageError
+from finetune.errors import DataError, Interrupted, RecipeError, ResourceError, UsageError
 from finetune.evaluation.counting import COUNTINGS, DAY, Events, Histories
 from finetune.evaluation.ranking_baselines import find_places
 from finetune.models.next_item import build_next_item
@@ -27,6 +29,7 @@ from finetune.recipe.schema import (
     ScratchSection,
     TaskSection,
 )
+from finetune.runner import lay_out, search
 from finetune.tasks import judge_lists, recommendation
 from finetune.tasks.judge_lists import place_candidates
 from finetune.tasks.people import load_people
@@ -34,6 +37,7 @@ from finetune.tasks.preparation import load_held_out
 from finetune.tasks.ranker import Counts, Table
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores, encode_questions
 from finetune.tasks.task import HeldOut
+from finetune.training.checkpoint import has_checkpoint
 
 ITEMS, START = 30, 1_700_000_000
 BASELINES = ["popular", "popular_week", "own_history", "item_knn", "ease", "co_occurrence"]
@@ -410,8 +414,8 @@ tasks:
         ),
         (
             {"base": "scratch"},
-            "tasks.next_item.recommend.vectors: must be ids when model.base is scratch, which embeds no texts, got "
-            "'both'.",
+            "model.base: must be the encoder of the items' texts for recommendation, got 'scratch'. For ids alone set "
+            "tasks.next_item.recommend.vectors: ids.",
         ),
         (
             {"type": "text_classification", "more": "rank: {}\n    split: {by: leave_one_out}"},
@@ -449,3 +453,97 @@ def test_other_events_are_no_held_out_set():
         "other.csv: must be left out for recommendation, whose test split is what came after a cut in time. Score that "
         "again without --data, or run the recipe on the new events."
     )
+
+
+# The losses of training
+
+
+def make_batch(rows):
+    """(inputs, targets) as the packed batch of a Triad; a target of None counts for nothing."""
+    inputs, targets = [row[0] for row in rows], [[IGNORED if t is None else t for t in row[1]] for row in rows]
+    return collate(Examples.build(inputs, targets=targets), np.arange(len(rows)), None)
+
+
+def make_task(**keys):
+    section = RecommendSection(item_dropout=0.0, **keys)
+    counts = (0, 0, *[3] * (ITEMS - 2))  # nobody had items 0 and 1
+    ids = tuple(str(number) for number in range(ITEMS))
+    return Recommendation(Catalogue(ids, ids, {}), counts, section, None)
+
+
+ROWS = [([2, 3, 4], [3, 4, 9]), ([5, 6], [6, None]), ([7], [2])]
+
+
+def test_the_softmax_is_over_known_items_and_means_are_over_places(model):
+    task = make_task()
+    losses = task.compute_losses(model, make_batch(ROWS), 0.0)
+    for row, (inputs, targets) in enumerate(ROWS):
+        states = model(torch.tensor([inputs])).last_hidden_state[0]
+        logits = model.score(states)[:, 2:]
+        kept = [place for place, target in enumerate(targets) if target is not None]
+        wanted = torch.tensor([targets[place] - 2 for place in kept])
+        assert losses[row].item() == pytest.approx(
+            torch.nn.functional.cross_entropy(logits[kept], wanted).item(), abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled", "gbce"])
+def test_a_row_has_the_same_loss_alone_and_each_loss_teaches(model, loss):
+    task = make_task(loss=loss, negatives=8)
+
+    def compute(rows):
+        torch.manual_seed(0)
+        return task.compute_losses(model, make_batch(rows), 0.0)
+
+    together = compute(ROWS)
+    assert torch.allclose(compute([ROWS[0]]), together[:1], atol=1e-5)
+    (gradient,) = torch.autograd.grad(together.sum(), model.items.id_embeddings.weight)
+    assert torch.isfinite(gradient).all()
+    assert gradient[2].abs().sum() > 0
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, tiny_base):
+    write_shop(tmp_path, draw_events())
+    recipe = tmp_path / "shop.yaml"
+    recipe.write_text(
+        f"""recipe: 1
+name: shop
+model: {{base: {tiny_base}, max_length: 20, scratch: {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}}}}
+tasks:
+  next_item:
+    type: recommendation
+    data: events.csv
+    items: {{file: items.csv, text: [title]}}
+    recommend: {{loss: sampled, negatives: 8}}
+train: {{epochs: 4, tokens_per_batch: 64, precision: float32, early_stop: null}}
+evaluate: {{resamples: 100, baselines: [popular]}}
+""",
+        encoding="utf-8",
+    )
+
+    def train(name, stops):
+        folder, _ = lay_out(load_recipe(recipe), recipe, tmp_path / name)
+        if stops:
+            with pytest.raises(Interrupted):
+                search(folder, gives_up=Stop(), quiet=True)
+            assert has_checkpoint(folder.checkpoints)
+        search(folder, quiet=True)
+        return load_file(folder.model / "model.safetensors")
+
+    whole, resumed = train("whole", stops=False), train("stopped", stops=True)
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+class Stop:
+    """Raises what a signal raises, at the second look at validation."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def __call__(self, share, metrics):
+        self.looks += 1
+        if self.looks == 2:
+            raise Interrupted("stopped")
+        return False
