@@ -10,6 +10,7 @@ import pytest
 
 from finetune.applications.support.index import RERANKED, KnowledgeIndex
 from finetune.applications.support.links import Links
+from finetune.applications.support.relevance import Relevance
 from finetune.data.knowledge import Entry, load_knowledge
 from finetune.errors import ResourceError, UsageError
 
@@ -24,6 +25,18 @@ def test_the_model_has_the_last_word(reader, entries):
     scores = [each.score for each in found]
     assert scores == sorted(scores, reverse=True)
     assert scores[0] == pytest.approx(1.0, abs=1e-5)  # all of wrap, gifts, paper
+
+
+def test_a_second_look_without_weight_is_not_taken(reader, entries):
+    index = KnowledgeIndex.build(entries, reader)
+    text = "Do you wrap gifts in paper?"
+    reading = reader.read(text, "")
+    reader.reranked.clear()
+    without = index.find(text, "", reading, reader, Relevance(cosine=1.0, reread=0.0))
+    assert reader.reranked == []
+    with_look = index.find(text, "", reading, reader, Relevance(cosine=1.0, reread=1e-9))
+    assert reader.reranked == [RERANKED]
+    assert [each.entry for each in without] == [each.entry for each in with_look]
 
 
 def test_entries_without_a_shared_word_follow_by_meaning_and_not_by_their_place(reader):

@@ -39,10 +39,21 @@ def test_without_a_fit_the_second_look_decides():
 def test_the_fit_is_a_logistic_regression_over_all_candidates():
     generator = np.random.default_rng(3)
     evidence = [generator.normal(size=(4, 5)) for _ in range(30)]
-    right = [found[:, 0] + 0.3 * generator.normal(size=4) > 0.5 for found in evidence]
+    right = [found[:, 0] + found[:, 4] + 0.3 * generator.normal(size=4) > 0.5 for found in evidence]
     expected = LogisticRegression(C=10.0, max_iter=1000).fit(np.concatenate(evidence), np.concatenate(right))
     probabilities = fit_relevance(evidence, right).compute_probabilities(evidence[0])
     assert probabilities == pytest.approx(expected.predict_proba(evidence[0])[:, 1])
+
+
+def test_a_second_look_that_does_not_help_has_no_weight():
+    generator = np.random.default_rng(3)
+    evidence = [generator.normal(size=(4, 5)) for _ in range(60)]
+    right = [found[:, 0] + 0.3 * generator.normal(size=4) > 0.5 for found in evidence]
+    fitted = fit_relevance(evidence, right)
+    assert fitted.reread == 0
+    without = np.concatenate(evidence)[:, :4]
+    expected = LogisticRegression(C=10.0, max_iter=1000).fit(without, np.concatenate(right))
+    assert [fitted.cosine, fitted.share, fitted.words, fitted.asked] == pytest.approx(expected.coef_[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("truth", [True, False])

@@ -100,18 +100,19 @@ class KnowledgeIndex:
             reader: reads the first few.
             relevance: weighs what speaks for them; None for the reader's word alone.
         """
-        first, evidence = self.examine(text, context, reading, reader)
-        scores = (relevance or Relevance()).compute_probabilities(evidence)
+        weights = relevance or Relevance()
+        first, evidence = self.examine(text, context, reading, reader if weights.reread else None)
+        scores = weights.compute_probabilities(evidence)
         best = np.argsort(-scores, kind="stable")
         return [Found(self.entries[first[place]], float(scores[place])) for place in best]
 
     def examine(
-        self, text: str, context: str, reading: Reading, reader: Reader
+        self, text: str, context: str, reading: Reading, reader: Reader | None
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
         """The numbers of the first few entries, (n,), and what speaks for each, (n, 5); see `collect_evidence`.
 
-        The model reads the nearest by meaning, and the first where the rankings by words (BM25) and by meaning are
-        fused by reciprocal ranks.
+        These are the nearest by meaning, and the first where the rankings by words (BM25) and by meaning are fused by
+        reciprocal ranks. The `reader` takes a second look at them; None where that has no weight.
         Where there is a context, the customer's turn before this one is a third ranking: "and for the other card?"
         shares no word with what it asks for.
         """
@@ -124,7 +125,9 @@ class KnowledgeIndex:
         nearest = tops[np.argsort(-dense[tops], kind="stable")[:NEAREST]]
         others = tops[np.argsort(-fused, kind="stable")]
         first = np.concatenate([nearest, others[~np.isin(others, nearest)]])[:RERANKED]
-        reread = reader.rerank(text, context, [self.entries[index].passage for index in first])
+        reread: npt.ArrayLike = np.full(len(first), 0.5)
+        if reader is not None:
+            reread = reader.rerank(text, context, [self.entries[index].passage for index in first])
         asked = self.links.weigh_entries(reading.scores, self._places[first])
         return first, collect_evidence(dense, self._lexical.compute_scores(text), asked, first, reread)
 

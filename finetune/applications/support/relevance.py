@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from finetune.errors import ResourceError
 Numbers = npt.NDArray[np.float64]
 
 EPSILON = 1e-6
+FOLDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,9 @@ def collect_evidence(
 def fit_relevance(evidence: Sequence[Numbers], right: Sequence[npt.NDArray[np.bool_]]) -> Relevance:
     """Logistic regression over the candidates of validation questions.
 
+    The second look takes longer than all else of a reply, and stays only if it helps: its weight is 0 unless the log
+    loss of questions that were not fitted on is smaller with it, by more than one standard error.
+
     Args:
         evidence: of each question's candidates, (n, 5).
         right: whether each of them answers, (n,).
@@ -76,13 +81,33 @@ def fit_relevance(evidence: Sequence[Numbers], right: Sequence[npt.NDArray[np.bo
     Returns:
         The fit; the second look alone where all candidates are right, or none.
     """
-    from sklearn.linear_model import LogisticRegression
-
     known, truth = np.concatenate(list(evidence)), np.concatenate(list(right))
     if truth.all() or not truth.any():
         return Relevance()
-    fitted = LogisticRegression(C=10.0, max_iter=1000).fit(known, truth)
+    without = known * [1, 1, 1, 1, 0]
+    question = np.repeat(np.arange(len(right)), [len(answers) for answers in right])
+    gains = _compute_losses(without, truth, question) - _compute_losses(known, truth, question)  # (questions,)
+    helps = len(gains) < FOLDS or gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains))
+    fitted = _build_regression().fit(known if helps else without, truth)
     return Relevance(float(fitted.intercept_[0]), *map(float, fitted.coef_[0]))
+
+
+def _build_regression() -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=10.0, max_iter=1000)
+
+
+def _compute_losses(evidence: Numbers, truth: npt.NDArray[np.bool_], question: npt.NDArray[np.int64]) -> Numbers:
+    """Mean log loss of each question's candidates, (questions,), by a fit without it; zeros where all that is left to
+    fit on is right, or nothing."""
+    losses = np.zeros(len(truth))
+    for fold in range(FOLDS):
+        own = question % FOLDS == fold
+        if own.any() and truth[~own].any() and not truth[~own].all():
+            found = _build_regression().fit(evidence[~own], truth[~own]).predict_proba(evidence[own])[:, 1]
+            losses[own] = -np.log(np.clip(np.where(truth[own], found, 1 - found), EPSILON, 1))
+    return np.bincount(question, losses) / np.bincount(question)
 
 
 def save_relevance(path: Path, relevance: Relevance) -> None:
