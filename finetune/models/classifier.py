@@ -85,9 +85,10 @@ def wants_mean(base: BaseModel, pooling: str) -> bool:
 
 
 def set_dropout(config: Any, rate: float) -> None:
-    """Families name their rates differently (hidden_dropout_prob, attention_dropout, attn_pdrop ...)."""
+    """Families name their rates differently (hidden_dropout_prob, attention_dropout, attn_pdrop ...). A recommender's
+    `item_dropout` is another thing."""
     for key, value in config.to_dict().items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
+        if ("dropout" in key or key.endswith("pdrop")) and key != "item_dropout" and isinstance(value, float):
             setattr(config, key, rate)
 
 
