@@ -58,6 +58,14 @@ class Questions:
         """Some of them."""
         return Questions(self.person[rows], self.histories.take(rows), self.targets[rows], self.exclude_seen)
 
+    def draw(self, most: int, seed: int) -> Questions:
+        """At most so many of them, drawn at random, in their order."""
+        if len(self) <= most:
+            return self
+        rows = np.sort(np.random.default_rng(seed).permutation(len(self))[:most])
+        histories = Histories(self.histories.item, self.histories.start[rows], self.histories.end[rows])
+        return Questions(self.person[rows], histories, [self.targets[row] for row in rows], self.exclude_seen)
+
     def find_places(self, scores: Scores) -> Iterator[npt.NDArray[np.int64]]:
         """Places of each request's targets, from scores (R, I), in which what is not to be shown becomes -inf."""
         for row, targets in enumerate(self.targets):

@@ -33,6 +33,9 @@ from finetune.tasks.task import HeldOut, Judgement
 
 RANKER_FILE = "ranker.txt"
 COUNTS_FILE = "counts.safetensors"
+LESSONS = 3000
+"""Requests of validation at most, drawn where there are more: the trees learn little from further ones, and their
+candidates fill the memory."""
 FOLDS = 3
 """Parts of the people of validation; each is ranked by trees that were fitted on the others."""
 HIDDEN_SHARE = 0.15
@@ -65,7 +68,7 @@ def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judg
     groups = group_items(items)
     splits: tuple[Held, ...] = ("validation", "test")
     for name in splits:
-        questions = record.ask(name, exclude_seen=task.section.exclude_seen)
+        questions = _ask(task, record, name, held_out.seed)
         events = record.list_known(name)
         first = _First(held_out.model, held_out.max_length, events)
         systems = {SEQUENCE: rank_all(questions, first.score, groups)}
@@ -102,10 +105,16 @@ def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judg
 
 def _choose_baselines(task: Recommendation, record: Record, held_out: HeldOut) -> dict[str, dict[str, float]]:
     """Each baseline's settings, by validation."""
-    questions = record.ask("validation", exclude_seen=task.section.exclude_seen)
+    questions = _ask(task, record, "validation", held_out.seed)
     events = record.list_known("validation")
     headline = held_out.section.metrics[0]
     return {name: choose_settings(COUNTINGS[name], events, questions, headline) for name in held_out.section.baselines}
+
+
+def _ask(task: Recommendation, record: Record, split: Held, seed: int) -> Questions:
+    """The requests of a split; of validation no more than what the trees need."""
+    questions = record.ask(split, exclude_seen=task.section.exclude_seen)
+    return questions.draw(LESSONS, seed) if split == "validation" else questions
 
 
 class _First:

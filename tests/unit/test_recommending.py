@@ -152,6 +152,17 @@ def test_the_first_are_those_of_a_stable_sort(values, count):
     assert find_first(scores, count).tolist() == np.argsort(-scores, kind="stable")[:count].tolist()
 
 
+def test_some_questions_are_drawn_and_keep_their_order():
+    questions = make_questions(*((row // 3, [row], [row + 1]) for row in range(30)), exclude_seen=False)
+    few = questions.draw(12, seed=1)
+    rows = [int(targets[0]) - 1 for targets in few.targets]
+    assert rows == sorted(set(rows))
+    assert len(rows) == 12
+    assert few.person.tolist() == [row // 3 for row in rows]
+    assert [few.histories.get(row).tolist() for row in range(12)] == [[row] for row in rows]
+    assert questions.draw(30, seed=1) is questions
+
+
 # Groups and slices
 
 
