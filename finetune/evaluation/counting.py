@@ -69,6 +69,11 @@ class Histories:
     def __len__(self) -> int:
         return len(self.start)
 
+    @property
+    def lengths(self) -> Numbers:
+        """Events of each history, (R,)."""
+        return self.end - self.start
+
     def take(self, rows: slice) -> Histories:
         """Some of them."""
         return Histories(self.item, self.start[rows], self.end[rows])
@@ -76,6 +81,11 @@ class Histories:
     def get(self, row: int) -> Numbers:
         """Items of one history, oldest first."""
         return self.item[self.start[row] : self.end[row]]
+
+    def mark(self, scores: Scores, value: float) -> None:
+        """Set what each person had to a value, in place; scores are (R, I)."""
+        for row in range(len(self)):
+            scores[row, self.get(row)] = value
 
     def weigh(self, items: int, decay: float, last: int | None = None) -> Matrix:
         """Weights of items in each history, CSR (R, I): decay^a for the event with a newer ones; repeats add up.
@@ -85,7 +95,7 @@ class Histories:
             decay: in (0, 1].
             last: only so many newest events.
         """
-        lengths = self.end - self.start
+        lengths = self.lengths
         if last is not None:
             lengths = np.minimum(lengths, last)
         starts = np.cumsum(lengths) - lengths

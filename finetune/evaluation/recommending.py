@@ -68,9 +68,9 @@ class Questions:
 
     def find_places(self, scores: Scores) -> Iterator[npt.NDArray[np.int64]]:
         """Places of each request's targets, from scores (R, I), in which what is not to be shown becomes -inf."""
+        if self.exclude_seen:
+            self.histories.mark(scores, -np.inf)
         for row, targets in enumerate(self.targets):
-            if self.exclude_seen:
-                scores[row, self.histories.get(row)] = -np.inf
             yield find_places(scores[row], targets)
 
     def chunk(self) -> list[slice]:
@@ -282,7 +282,7 @@ def score_lists(
     names = [name for name in section.metrics if name != "loss"]
     model = next(iter(systems))
     people, first = np.unique(questions.person, return_index=True)
-    lengths = questions.histories.end - questions.histories.start
+    lengths = questions.histories.lengths
     values = [{"history": name_history(int(lengths[row]))} for row in first]
     scored = score_corpus(
         CorpusSplit(
@@ -307,6 +307,7 @@ def score_lists(
         if found["people"]
     ]
     share = (counts + 1) / (counts.sum() + len(counts))
+    coverage = {name: _measure_coverage(ranked.lists, len(counts)) for name, ranked in systems.items()}
     scored["lists"] = round_numbers(
         {
             "requests": len(questions),
@@ -315,8 +316,8 @@ def score_lists(
             "by_item": groups,
             "systems": {
                 name: {
-                    "coverage_at_10": _measure_coverage(ranked.lists, len(counts))[-1],
-                    "coverage": _measure_coverage(ranked.lists, len(counts)),
+                    "coverage_at_10": coverage[name][-1],
+                    "coverage": coverage[name],
                     "novelty_at_10": float(-np.log2(share[np.concatenate(ranked.lists)]).mean()),
                 }
                 for name, ranked in systems.items()

@@ -59,17 +59,20 @@ def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judg
     each person is ranked by trees that were fitted on other people; on test, counts see train and validation.
     """
     scored: dict[str, dict[str, Any]] = {}
-    fits: Mapping[str, Any] = {}
-    chosen = _choose_baselines(task, record, held_out)
-    files: dict[str, bytes] = {}
     systems: dict[str, Ranked] = {}
     ranker: Ranker | None = None
+    chosen: dict[str, dict[str, float]] = {}
     items = np.array(task.counts, dtype=np.float32)
     groups = group_items(items)
     splits: tuple[Held, ...] = ("validation", "test")
     for name in splits:
         questions = _ask(task, record, name, held_out.seed)
         events = record.list_known(name)
+        if name == "validation":
+            chosen = {
+                baseline: choose_settings(COUNTINGS[baseline], events, questions, held_out.section.metrics[0])
+                for baseline in held_out.section.baselines
+            }
         first = _First(held_out.model, held_out.max_length, events)
         systems = {SEQUENCE: rank_all(questions, first.score, groups)}
         fresh = task.build_ranker(held_out.model, Counts.fit(events)) if task.rank else None
@@ -86,29 +89,21 @@ def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judg
         }
         opened = held_out.opened if name == "test" else None
         scored[name] = score_lists(name, questions, systems, items, Judging(held_out.section, held_out.seed, opened))
+    counts = ranker.counts if ranker else Counts.fit(events)
+    files, fits = {COUNTS_FILE: save(counts.to_arrays())}, {}
     if ranker is not None:
-        files = {RANKER_FILE: ranker.trees.model_to_string().encode(), COUNTS_FILE: save(ranker.counts.to_arrays())}
-        scored["test"]["ranker"] = {"importances": round_numbers(ranker.compute_importances())}
-        fits = scored["test"]["ranker"]
-    else:
-        files = {COUNTS_FILE: save(Counts.fit(record.list_known("test")).to_arrays())}
+        files[RANKER_FILE] = ranker.trees.model_to_string().encode()
+        fits = {"importances": round_numbers(ranker.compute_importances())}
+        scored["test"]["ranker"] = fits
     model = next(iter(systems.values()))
     return Judgement(
         scored=scored,
         predictions=_list_predictions(task, record, questions, model),
         samples=_show_people(task, questions, model, held_out),
         samples_title="People, what they had, and their lists",
-        settings=dict(fits),
+        settings=fits,
         files=files,
     )
-
-
-def _choose_baselines(task: Recommendation, record: Record, held_out: HeldOut) -> dict[str, dict[str, float]]:
-    """Each baseline's settings, by validation."""
-    questions = _ask(task, record, "validation", held_out.seed)
-    events = record.list_known("validation")
-    headline = held_out.section.metrics[0]
-    return {name: choose_settings(COUNTINGS[name], events, questions, headline) for name in held_out.section.baselines}
 
 
 def _ask(task: Recommendation, record: Record, split: Held, seed: int) -> Questions:
@@ -163,7 +158,7 @@ class _Both:
 def place_candidates(scores: Scores, table: Table, ranks: npt.NDArray[np.float64], histories: Histories) -> Scores:
     """Scores of the first stage with the candidates of the second in front, (R, I); people without a history keep
     those of the first, which then are popularity."""
-    has_history = histories.end > histories.start
+    has_history = histories.lengths > 0
     known = has_history[table.request]
     placed = np.array(scores, np.float32)
     placed[has_history] -= np.float32(BEHIND)
@@ -227,14 +222,14 @@ def _keep(questions: Questions, rows: slice, mask: npt.NDArray[np.bool_] | None 
     part = questions.take(rows)
     nothing = np.zeros(0, np.int64)
     chosen = np.ones(len(part), bool) if mask is None else mask[rows]
-    chosen = chosen & (part.histories.end > part.histories.start)
+    chosen = chosen & (part.histories.lengths > 0)
     return [targets if keep else nothing for targets, keep in zip(part.targets, chosen, strict=True)]
 
 
 def _list_predictions(task: Recommendation, record: Record, questions: Questions, model: Ranked) -> dict[str, Any]:
     """A row for each request of test."""
     ids, users = task.catalogue.ids, record.interactions.users
-    lengths = questions.histories.end - questions.histories.start
+    lengths = questions.histories.lengths
     return {
         "id": [f"test:{users[person]}:{row}" for row, person in enumerate(questions.person)],
         "user": [users[person] for person in questions.person],
@@ -248,7 +243,7 @@ def _list_predictions(task: Recommendation, record: Record, questions: Questions
 def _show_people(task: Recommendation, questions: Questions, model: Ranked, held_out: HeldOut) -> list[dict[str, Any]]:
     """Some people, spread over all that have a history, at their first request."""
     _, first = np.unique(questions.person, return_index=True)
-    lengths = questions.histories.end - questions.histories.start
+    lengths = questions.histories.lengths
     known = [int(row) for row in first if lengths[row]]
     count = min(held_out.section.samples, len(known))
     chosen = [known[place * len(known) // count] for place in range(count)] if count else []

@@ -67,7 +67,6 @@ ROUNDS = (50, 100, 200, 400)
 FEW_VECTORS = 8
 TEXT_BLOCK = 512
 """Texts that stay in the processor's cache while several vectors are multiplied with them."""
-Gains = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -300,7 +299,7 @@ class Ranker:
             costs = np.negative(source, dtype=np.float32)
             np.copyto(costs, np.inf, where=np.isnan(costs))
             if self.exclude_seen:
-                forbid_seen(costs, histories, np.inf)
+                histories.mark(costs, np.inf)
             first = np.argpartition(costs, count - 1, axis=1)[:, :count]
             rows = np.arange(len(costs))[:, None]
             chosen[rows, first] |= costs[rows, first] < worst
@@ -335,7 +334,7 @@ class Ranker:
             elif name == "recency":
                 columns.items[f"{name}: age"] = vectors["age"]
             elif name == "history":
-                columns.requests[f"{name}: events"] = np.log1p(histories.end - histories.start).astype(np.float32)
+                columns.requests[f"{name}: events"] = np.log1p(histories.lengths).astype(np.float32)
             elif name in self.items.numeric:
                 values = self.items.numeric[name]
                 present = np.nan_to_num(values)
@@ -461,12 +460,6 @@ def multiply(means: Scores, texts: npt.NDArray[np.float32]) -> Scores:
         for mean, own in zip(means, found, strict=True):
             np.dot(part, mean, out=own[start : start + TEXT_BLOCK])
     return found
-
-
-def forbid_seen(scores: Scores, histories: Histories, value: float = -np.inf) -> None:
-    """Minus infinity, or another value, for what a person had, in place; scores are (R, I)."""
-    for row in range(len(histories)):
-        scores[row, histories.get(row)] = value
 
 
 def import_lightgbm() -> Any:

@@ -324,7 +324,7 @@ def compute_sequence_scores(
     inner: Any = model
     size = int(inner.config.num_items)
     scores = np.full((len(histories), size), np.nan, np.float32)
-    rows = np.flatnonzero(histories.end > histories.start)
+    rows = np.flatnonzero(histories.lengths)
     if not len(rows):
         return scores
     vectors = _compute_vectors(inner) if item_vectors is None else item_vectors

@@ -120,7 +120,7 @@ class Recommender:
     def _score(self, histories: Histories, *, exclude_seen: bool) -> _Scored:
         """As `tasks.judge_lists` does it."""
         sequence = compute_sequence_scores(self.model, histories, self.max_length, self._vectors)
-        nobody = histories.end == histories.start
+        nobody = histories.lengths == 0
         first = sequence
         if nobody.any():
             first = sequence.copy()
