@@ -114,6 +114,7 @@ def build_section(targets: str, architecture: str) -> Any:
 
 def train_with_trainer(setting: Setting, *, best: bool) -> Outcome:
     """Trainer, plain or with its best flags, on the base's own class with SDPA and PEFT's own LoRA."""
+    import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
@@ -158,6 +159,7 @@ def train_with_trainer(setting: Setting, *, best: bool) -> Outcome:
             report_to="none",
             disable_tqdm=True,
             seed=SEED,
+            use_cpu=not torch.cuda.is_available(),
             **(flags if best else {}),
         )
         trainer = Trainer(

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -234,12 +235,14 @@ def test_killed_again_and_again_it_comes_to_the_same(words, tmp_path, seed):
     """Thirty-two times: inside a transaction, between an alert's line and the outbox, and at any time."""
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-        words.write_stream(tmp_path / name / "stream.jsonl", words.build_stream(1_200, seed))
+        words.write_stream(tmp_path / name / "stream.jsonl", words.build_stream(1_600, seed))
+    begun = time.perf_counter()
     with Store(tmp_path / "whole" / "state.db") as store:
         words.watch_file(tmp_path / "whole", store)
         expected, raised = read_all(store), [alert.id for alert in store.read_alerts()]
+    longest = (time.perf_counter() - begun) / 32  # no machine is so fast that it is done before it was killed so often
     done = subprocess.run(
-        [sys.executable, Path(words.__file__), tmp_path / "killed", "32", str(seed)],
+        [sys.executable, Path(words.__file__), tmp_path / "killed", "32", str(seed), str(longest)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

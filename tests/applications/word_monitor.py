@@ -170,7 +170,8 @@ def watch_until_killed(folder: Path, way: str, draw: random.Random) -> None:
         watch_file(folder, store)
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
+def main(folder: Path, kills: int, seed: int, longest: float) -> None:
+    """Kill it so many times, and let it end. A life that the parent ends takes at most `longest` seconds."""
     draw, died = random.Random(seed), {"in the database": 0, "in the sink": 0, "at a time": 0}
     while True:
         way = draw.choice(list(died)) if sum(died.values()) < kills else "never"
@@ -179,7 +180,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
             watch_until_killed(folder, way, draw)
             os._exit(0)
         if way == "at a time":
-            time.sleep(draw.uniform(0.0, 0.03))  # the child's life, not a wait of the test
+            time.sleep(draw.uniform(0.0, longest))  # the child's life, not a wait of the test
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -193,4 +194,4 @@ def main(folder: Path, kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -200,6 +200,68 @@ class Pack:
         ]
 
 
+class PackedAttention(torch.autograd.Function):
+    """`attend` for packed rows that see all of their own row, forward and backward.
+
+    The products are so small that what lies between them counts: autograd would keep a node for every operation of
+    every run, and join and part the runs by copies of their own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: list[tuple[int, int]], scale: float
+    ) -> torch.Tensor:
+        """Queries, keys and values (1, H, total, d) and the runs of a `Pack` -> (1, total, H * d)."""
+        _, heads, total, width = query.shape
+        joined = query.new_empty(1, total, heads, width)
+        kept: list[torch.Tensor] = []
+        with torch.autocast(query.device.type, enabled=False):
+            for run in _list_places(runs):
+                q, k, v = (_fold(states.transpose(1, 2), *run) for states in (query, key, value))
+                weights = torch.bmm(q.mul_(scale), k.transpose(1, 2)).softmax(-1)
+                _unfold(torch.bmm(weights, v), joined, *run)
+                kept += (q, k, v, weights)
+        ctx.runs, ctx.scale = runs, scale
+        ctx.save_for_backward(*kept)
+        return joined.flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of queries, keys and values."""
+        kept = ctx.saved_tensors
+        (_, total, _), heads, width = grad.shape, len(kept[0]) // ctx.runs[0][0], kept[0].shape[2]
+        grad = grad.unflatten(2, (heads, width))
+        grads = [grad.new_empty(1, total, heads, width) for _ in range(3)]
+        with torch.autocast(grad.device.type, enabled=False):
+            for place, run in enumerate(_list_places(ctx.runs)):
+                q, k, v, weights = kept[4 * place : 4 * place + 4]
+                own = _fold(grad, *run)
+                products = torch._softmax_backward_data(torch.bmm(own, v.transpose(1, 2)), weights, -1, weights.dtype)
+                _unfold(torch.bmm(products, k).mul_(ctx.scale), grads[0], *run)
+                _unfold(torch.bmm(products.transpose(1, 2), q), grads[1], *run)
+                _unfold(torch.bmm(weights.transpose(1, 2), own), grads[2], *run)
+        return *(part.transpose(1, 2) for part in grads), None, None
+
+
+def _list_places(runs: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(first token, rows, length) of each run."""
+    ends = accumulate((rows * length for rows, length in runs), initial=0)
+    return [(start, *run) for start, run in zip(ends, runs, strict=False)]
+
+
+def _fold(states: torch.Tensor, start: int, rows: int, length: int) -> torch.Tensor:
+    """A run of (1, total, H, d) as (rows * H, length, d), a copy."""
+    part = states[0, start : start + rows * length].unflatten(0, (rows, length)).transpose(1, 2)
+    return part.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+def _unfold(part: torch.Tensor, states: torch.Tensor, start: int, rows: int, length: int) -> None:
+    """Write a run (rows * H, length, d) to its place in (1, total, H, d)."""
+    own = states[0, start : start + rows * length].unflatten(0, (rows, length))
+    own.copy_(part.unflatten(0, (rows, -1)).transpose(1, 2))
+
+
 class TriadAttention(nn.Module):
     """Multi-head attention, section 3.2.2.
 
@@ -265,6 +327,8 @@ class TriadAttention(nn.Module):
         if pack is None:
             heads, weights = attention(self, query, key, value, attention_mask, **options)
             heads = heads.flatten(2)
+        elif attention is attend and self._sees_whole_rows(pack):
+            heads, weights = PackedAttention.apply(query, key, value, pack.runs, self.scaling), None
         else:
             runs = zip(pack.split(query), pack.split(key), pack.split(value), strict=True)
             parts = [attention(self, q, k, v, self._build_row_mask(q), **options)[0] for q, k, v in runs]
@@ -275,6 +339,20 @@ class TriadAttention(nn.Module):
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(B, T, H * d) -> (B, H, T, d)."""
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _sees_whole_rows(self, pack: Pack) -> bool:
+        """Whether formula (1) is all there is to do for a pack: no mask, no dropout, nothing that wants the weights."""
+        longest = max(length for _, length in pack.runs)
+        return (
+            not self.is_causal
+            and (self.sliding_window is None or self.sliding_window >= longest)
+            and longest < FUSED_FROM
+            and self.num_key_value_groups == 1
+            and not (self.training and self.config.attention_dropout)
+            and not self.config.output_attentions
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        )
 
     def _build_row_mask(self, query: torch.Tensor) -> torch.Tensor | None:
         """The mask of packed rows of one length, (B, 1, T, T); None where they see all, or `attend` works in blocks."""
