@@ -67,7 +67,7 @@ def attach_adapter(
         return model.requires_grad_(True)
     from peft import get_peft_model
 
-    from finetune.adapters.fast_lora import speed_up_lora
+    from finetune.adapters.fast_lora import speed_up_frozen, speed_up_lora
     from finetune.adapters.frozen import register
 
     register()
@@ -79,7 +79,7 @@ def attach_adapter(
     saved = wrapped.peft_config["default"]
     saved.base_model_name_or_path, saved.revision = split_revision(base_reference)
     remember_start(wrapped)
-    return _mark(speed_up_lora(wrapped))
+    return _mark(speed_up_frozen(speed_up_lora(wrapped)))
 
 
 def _mark(wrapped: Any) -> nn.Module:

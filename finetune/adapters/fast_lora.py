@@ -7,10 +7,12 @@ forward and backward are one function, which adds the update to what it holds al
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]
@@ -19,6 +21,17 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 def speed_up_lora(model: nn.Module) -> nn.Module:
     """Let the model's plain LoRA layers compute by `LoraFunction`, in place; nothing else about them changes."""
     return change_class(model, Linear, FastLinear)
+
+
+def speed_up_frozen(model: nn.Module) -> nn.Module:
+    """Let plain linear layers that nothing trains or wraps remember their cast weights, in place."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            continue
+        for child in module.children():
+            if _is_plain(child) and not child.weight.requires_grad:
+                child.__class__ = FrozenLinear
+    return model
 
 
 def restore_lora(model: nn.Module) -> nn.Module:
@@ -35,6 +48,38 @@ def change_class(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -
     return model
 
 
+class CastOnce:
+    """A frozen weight in autocast's dtype, kept until the weight changes; autocast remembers only what is trained."""
+
+    def __init__(self) -> None:
+        self.state: tuple[Any, ...] = ()
+        self.kept = torch.empty(0)
+
+    def get(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in that dtype, without a gradient."""
+        state = (weight.data_ptr(), weight._version, weight.device, dtype)
+        if self.state != state:
+            with torch.inference_mode(mode=False):  # what is validated first may train next
+                self.state, self.kept = state, weight.detach().to(dtype)
+        return self.kept
+
+
+class FrozenLinear(nn.Linear):
+    """A layer of the base that stays as it is, whose weight autocast need not cast in every step."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (torch's name)
+        """Map (..., in) to (..., out)."""
+        frozen = self.weight.dtype == torch.float32 and not self.weight.requires_grad
+        if not frozen or is_compiling() or not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        weight = self._cast.get(self.weight, torch.get_autocast_dtype(input.device.type))
+        return nn.functional.linear(input, weight, self.bias)
+
+    @cached_property
+    def _cast(self) -> CastOnce:
+        return CastOnce()
+
+
 class FastLinear(Linear):  # type: ignore[misc]  # PEFT has no types
     """PEFT's LoRA layer with a faster forward; all that `_can_be_fast` does not name goes PEFT's own way."""
 
@@ -44,11 +89,17 @@ class FastLinear(Linear):  # type: ignore[misc]  # PEFT has no types
         if args or kwargs or not self._can_be_fast(x):
             return cast(torch.Tensor, super().forward(x, *args, **kwargs))
         base, (name,) = self.base_layer, self.active_adapters
-        tensors = [x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight]
+        weight, tensors = base.weight, [x, base.bias, self.lora_A[name].weight, self.lora_B[name].weight]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
+            weight = self._cast.get(weight, dtype)
             tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-        return cast(torch.Tensor, LoraFunction.apply(*tensors, self.scaling[name]))  # type: ignore[no-untyped-call]
+        x, *others = tensors
+        return cast(torch.Tensor, LoraFunction.apply(x, weight, *others, self.scaling[name]))  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def _cast(self) -> CastOnce:
+        return CastOnce()
 
     def _can_be_fast(self, x: torch.Tensor) -> bool:
         # A compiler fuses PEFT's operations itself; a subclass (fake, distributed, quantized) may mean anything.

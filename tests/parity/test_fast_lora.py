@@ -21,7 +21,14 @@ from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from finetune.adapters import fast_lora
-from finetune.adapters.fast_lora import FastLinear, is_merging_cheaper, restore_lora, speed_up_lora
+from finetune.adapters.fast_lora import (
+    FastLinear,
+    FrozenLinear,
+    is_merging_cheaper,
+    restore_lora,
+    speed_up_frozen,
+    speed_up_lora,
+)
 
 IN, OUT, RANK = 6, 5, 2
 INPUT_IDS = torch.tensor([[2, 40, 41, 3, 0, 0], [2, 50, 51, 52, 53, 3]])
@@ -214,6 +221,50 @@ class Autocast(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=self.dtype):
             return self.layer(x)
+
+
+def build_pair() -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """Two frozen layers with a trained bias between, as they are and sped up, and an input."""
+    torch.manual_seed(3)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    plain[0].requires_grad_(False)
+    plain[1].weight.requires_grad_(False)
+    return plain, speed_up_frozen(copy.deepcopy(plain)), torch.randn(3, 6, requires_grad=True)
+
+
+def test_a_frozen_layer_says_under_autocast_what_it_says_without_memory():
+    plain, fast, x = build_pair()
+    assert [type(layer) for layer in fast] == [FrozenLinear, FrozenLinear]
+    for layers in (plain, fast):
+        with torch.inference_mode(), torch.autocast("cpu"):  # validation comes first
+            layers(x)
+    found = []
+    for layers in (plain, fast):
+        for _ in range(2):
+            with torch.autocast("cpu"):
+                y = layers(x)
+            found.append((y.detach(), *torch.autograd.grad(y.sum(), [x, layers[1].bias])))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=0, rtol=0)
+
+
+def test_a_frozen_layer_sees_that_its_weight_has_changed():
+    plain, fast, x = build_pair()
+    for change in (lambda weight: weight.mul_(2), lambda weight: weight.add_(1)):
+        with torch.no_grad(), torch.autocast("cpu"):
+            fast(x)
+            for layers in (plain, fast):
+                change(layers[0].weight)
+            torch.testing.assert_close(fast(x), plain(x), atol=0, rtol=0)
+
+
+def test_layers_that_are_trained_or_wrapped_stay_as_they_are(peft_model: nn.Module):
+    linear = nn.Linear(3, 3)
+    assert type(speed_up_frozen(nn.Sequential(linear))[0]) is nn.Linear
+    fast = count_fast(speed_up_lora(peft_model))
+    assert count_fast(speed_up_frozen(peft_model)) == fast
+    bases = [module.base_layer for module in peft_model.modules() if type(module) is FastLinear]
+    assert {type(base) for base in bases} == {nn.Linear}
 
 
 def test_float32_layer_whose_backward_is_under_autocast():
