@@ -19,6 +19,10 @@ QUICK = [("text_classification", "onnx"), ("text_classification", "torch-export"
 QUICK += [("multi_task", "onnx")]
 SLOW = [(kind, "onnx") for kind in ("retrieval", "reranking", "question_answering")]
 SLOW += [(kind, "torch-export") for kind in ("multi_task", "retrieval", "reranking", "question_answering")]
+KINDS = ("text_classification", "multi_task", "retrieval", "reranking", "question_answering")
+SLOW += [(kind, "openvino") for kind in KINDS]
+SLOW += [(kind, "transformers") for kind in ("reranking", "question_answering")]
+NEEDS = {"onnx": ["onnxruntime"], "openvino": ["openvino", "nncf"]}
 TEXTS = ["gains", "loss falls meeting " * 8, "shares names unchanged schedule beats", "the meeting"]
 PAIRS = [("The loss?", "The loss is new of 3. The gains is old of 3."), ("The gains?", "The meeting is low. " * 9)]
 
@@ -38,10 +42,15 @@ def answer(loaded, kind):
     return [np.array([[-1 if one.start is None else one.start, one.score] for one in said])]
 
 
+def skip_without(name):
+    """Skip where the engine of a format is not installed."""
+    for package in NEEDS.get(name, []):
+        pytest.importorskip(package, reason=f'needs pip install "finetune-toolkit[{name}]"')
+
+
 @pytest.mark.parametrize(("kind", "name"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)])
 def test_an_engine_gives_what_the_run_gives(export, find_run, kind, name):
-    if name == "onnx":
-        pytest.importorskip("onnxruntime", reason='needs pip install "finetune-toolkit[onnx]"')
+    skip_without(name)
     exported = export(kind, name)
     for task in exported.parity["tasks"].values():
         assert task["rows"] > 0
@@ -54,11 +63,26 @@ def test_an_engine_gives_what_the_run_gives(export, find_run, kind, name):
     assert np.ptp(ours) > 50 * TOLERANCE  # numbers that are all alike would agree with anything
 
 
-@pytest.mark.parametrize("name", ["onnx", "torch-export"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["onnx-int8", "openvino-int8"])
+def test_8_bits_lose_no_more_than_they_may(export, find_run, kind, name):
+    """Of every task type, and what is measured is not the run itself once more."""
+    skip_without(name.removesuffix("-int8"))
+    exported = export(kind, name)
+    for task, found in exported.parity["tasks"].items():
+        for metric, most in exported.parity["max_drop"][task].items():
+            assert found["metrics"][metric]["lost"]["value"] <= most
+        assert found["largest_difference"] > TOLERANCE
+    run, engine = finetune.load(find_run(kind)), finetune.load(find_run(kind), engine=name)
+    ours, theirs = (np.concatenate([part.ravel() for part in answer(one, kind)]) for one in (run, engine))
+    assert np.abs(theirs - ours).max() > 0
+
+
+@pytest.mark.parametrize("name", ["onnx", "torch-export", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_a_row_alone_gives_what_it_gives_among_others(export, find_run, name):
     """Any number of rows and any length, one included: neither is a constant of the graph."""
-    if name == "onnx":
-        pytest.importorskip("onnxruntime", reason='needs pip install "finetune-toolkit[onnx]"')
+    skip_without(name)
     model = finetune.load(export("text_classification", name).folder, engine=name).model
     generator = np.random.default_rng(3)
     rows = [torch.tensor(generator.integers(5, 400, size=length)) for length in (1, 2, 9, 31, 32)]

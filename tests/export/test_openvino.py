@@ -1,8 +1,7 @@
-"""OpenVINO's engine, where it is installed: the same answers, in float and in 8 bits."""
+"""OpenVINO in 8 bits, where it is installed; in float, test_equality.py asks it what it asks the others."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 import finetune
@@ -10,19 +9,6 @@ import finetune
 pytest.importorskip("openvino", reason='needs pip install "finetune-toolkit[openvino]"')
 pytest.importorskip("nncf", reason='needs pip install "finetune-toolkit[openvino]"')
 TEXTS = ["gains", "loss falls meeting " * 8, "names unchanged schedule"]
-
-
-@pytest.mark.slow
-def test_openvino_gives_what_the_run_gives(export, find_run):
-    exported = export("text_classification", "openvino")
-    assert exported.parity["tasks"]["tone"]["largest_difference"] < 1e-3
-    assert exported.parity["tasks"]["tone"]["equal_decisions"] == 1
-    run = finetune.load(find_run("text_classification"))
-    engine = finetune.load(find_run("text_classification"), engine="openvino")
-    ours, theirs = (one.compute_logits(one.clean(TEXTS)) for one in (run, engine))
-    np.testing.assert_allclose(theirs, ours, atol=1e-3)
-    alone = engine.compute_logits(engine.clean(TEXTS[:1]))
-    np.testing.assert_allclose(alone[0], theirs[0], atol=1e-4)
 
 
 @pytest.mark.slow
