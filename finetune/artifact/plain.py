@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from finetune.artifact.load import Predictor, choose_device
+from finetune.artifact.load import choose_device
+from finetune.artifact.predictor import Predictor
 from finetune.data.files import read_json
 from finetune.errors import ModelError, UsageError
 from finetune.models.base import BaseModel, load_config
