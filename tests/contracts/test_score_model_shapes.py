@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -464,3 +465,20 @@ def test_the_table_says_how_it_was_scored(tiny_gpt2: Path, tmp_path: Path, comma
     shown = command("evaluate", "--model", tiny_gpt2, "--data", tmp_path / "notes.txt")
     assert shown.code == 0, shown.err
     assert "scored as causal_lm, 64 tokens at a time." in " ".join(shown.out.split())
+
+
+def test_a_base_that_a_wheel_carries(
+    tiny_base: Path, tmp_path: Path, score: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.models import base
+
+    package = tmp_path / "site" / "carried"
+    shutil.copytree(tiny_base, package / "model")
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(package.parent)
+    sha256 = hashlib.sha256((tiny_base / "model.safetensors").read_bytes()).hexdigest()
+    wheel = base.Wheel("carried", "carried", "model/model.safetensors", sha256)
+    monkeypatch.setitem(base.WHEELS, "acme/carried", wheel)
+    questions, entries = write_search(tmp_path / "search")
+    found = score("--model", "acme/carried", "--data", questions, "--knowledge", entries)
+    assert get_values(found)["mrr"] == pytest.approx(compute_mrr(tiny_base, questions), abs=1e-6)
