@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.artifact.load import MultiPredictor, Predictor, load
+    from finetune.artifact.load import load
     from finetune.artifact.merge import merge_adapters
     from finetune.artifact.pool import AdapterPool, load_adapters
+    from finetune.artifact.predictor import MultiPredictor, Predictor
     from finetune.comparison import compare
     from finetune.compression import compress
     from finetune.label_audit import audit
@@ -41,8 +42,8 @@ __all__ = [
 
 _HOMES = {
     "AdapterPool": "finetune.artifact.pool",
-    "MultiPredictor": "finetune.artifact.load",
-    "Predictor": "finetune.artifact.load",
+    "MultiPredictor": "finetune.artifact.predictor",
+    "Predictor": "finetune.artifact.predictor",
     "audit": "finetune.label_audit",
     "compare": "finetune.comparison",
     "compress": "finetune.compression",

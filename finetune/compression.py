@@ -17,7 +17,8 @@ from finetune import runner
 from finetune.artifact.assess import choose_evaluation
 from finetune.artifact.export.parity import Answers, Judged, compare_answers, count_bytes
 from finetune.artifact.export.speed import Contender, describe_machine, measure
-from finetune.artifact.load import Predictor, load
+from finetune.artifact.load import load
+from finetune.artifact.predictor import Predictor
 from finetune.artifact.run_folder import RunFolder, find_run, load_json, now, save_json
 from finetune.artifact.save import SETTINGS, save_model
 from finetune.artifact.saved import compute_model_fingerprint, open_saved

@@ -7,6 +7,7 @@ without a traceback and exits with `exit_code`; anything that is not a `Finetune
     ├── UsageError        2   a command, a path or a run that cannot be meant
     ├── RecipeError       2   the YAML of a run
     ├── DataError         3   the rows
+    │   └── ColumnError   3   a column that they lack
     ├── GateError         4   the model is not what the recipe asked for
     │   └── DivergedError 4   training produced no finite numbers
     ├── ResourceError     5   memory, disk, network, a missing package
@@ -40,6 +41,23 @@ class DataError(FinetuneError):
     """Rows that cannot be trained on or scored."""
 
     exit_code = 3
+
+
+class ColumnError(DataError):
+    """A column that a task reads is not there.
+
+    Args:
+        problem: which, and what is there instead.
+        fix: what to change in a recipe.
+    """
+
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(problem, fix)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        """Both."""
+        return " ".join(self.args)
 
 
 class GateError(FinetuneError):

@@ -28,7 +28,8 @@ from finetune.adapters.attach import (
 from finetune.adapters.budget import add_penalty, build_budget, get_rate_factor, start_adapter
 from finetune.adapters.targets import find_targets
 from finetune.artifact.assess import assess, assess_held_out, choose_evaluation
-from finetune.artifact.load import MultiPredictor, Predictor, load
+from finetune.artifact.load import load
+from finetune.artifact.predictor import MultiPredictor, Predictor
 from finetune.artifact.run_folder import (
     RunFolder,
     create_run_folder,

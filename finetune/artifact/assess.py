@@ -12,7 +12,8 @@ import pyarrow.parquet
 
 from finetune.adapters.methods import describe
 from finetune.artifact.card import build_model_card
-from finetune.artifact.load import Predictor, list_predictors, load
+from finetune.artifact.load import list_predictors, load
+from finetune.artifact.predictor import Predictor
 from finetune.artifact.run_folder import RunFolder, load_json, now, save_json
 from finetune.artifact.save import add_settings
 from finetune.data.checks import findings_to_json

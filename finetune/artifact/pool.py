@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from finetune.adapters.routing import UnroutableError, can_route, load_several, route_rows
-from finetune.artifact.load import Prediction, Predictor, build_predictor, choose_device
+from finetune.artifact.load import build_predictor, choose_device
+from finetune.artifact.predictor import Prediction, Predictor
 from finetune.artifact.saved import open_saved, resolve_shared_base
 from finetune.data.batches import Batch, Examples, Indices, list_inputs
 from finetune.errors import UsageError

@@ -16,7 +16,8 @@ import pyarrow.parquet
 from rich.console import Console
 from rich.progress import Progress
 
-from finetune.artifact.load import MultiPredictor, Prediction, Predictor, list_predictors, load
+from finetune.artifact.load import list_predictors, load
+from finetune.artifact.predictor import MultiPredictor, Prediction, Predictor
 from finetune.data.sources import load_texts
 from finetune.errors import DataError, ResourceError, UsageError
 

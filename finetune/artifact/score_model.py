@@ -1,4 +1,4 @@
-"""Score any text classifier on a held-out set: a saved or pushed one of this toolkit, or a plain one."""
+"""Score a model on a held-out set: a saved or pushed one of this toolkit, or a plain one of transformers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.artifact.load import Predictor, choose_device, list_predictors, load
+from finetune.artifact.load import list_predictors, load
+from finetune.artifact.plain import load_plain
+from finetune.artifact.predictor import Predictor
 from finetune.artifact.save import SETTINGS
 from finetune.artifact.saved import Saved, fetch_folder, is_hub_reference, open_saved
-from finetune.data.catalog import card_names, load_card
+from finetune.data.batches import Examples
 from finetune.data.checks import findings_to_json
+from finetune.data.knowledge import load_card_knowledge, load_knowledge
 from finetune.data.rows import Row
-from finetune.data.sources import load_rows
+from finetune.data.sources import LoadedRows, load_rows
 from finetune.data.splits import split_rows
-from finetune.errors import DataError, ModelError, UsageError
-from finetune.models.base import BaseModel, load_config, load_tokenizer, resolve_base
-from finetune.models.classifier import load_saved_classifier
+from finetune.errors import ColumnError, DataError, UsageError
+from finetune.models.base import WHEELS, BaseModel, resolve_base
+from finetune.recipe.defaults import TYPE_DEFAULTS
 from finetune.recipe.schema import EvaluateSection, SplitSection, TrainSection
-from finetune.tasks import HeldOut, MultiTask, Task, TextClassification
-from finetune.tasks.preparation import load_held_out
+from finetune.tasks import HeldOut, MultiTask, Recommendation, Reranking, Retrieval, Task, TextClassification
+from finetune.tasks.encoding import CONTEXT
+from finetune.tasks.preparation import check_held_out
 
-LONGEST = 512
-"""Tokens after which a text is cut for a model that does not say how many it was made for."""
-ON_BASE = ("frozen_logreg",)
+UNSCORED = (Reranking, Recommendation)
+"""Tasks that are judged with more than their model: a first search, or the events before a cut in time."""
+ON_BASE = ("frozen_logreg", "frozen", "fused")
 """Baselines that need the base as it was before training."""
+UNFITTED = ("copy", "no_answer", "bm25", "frozen", "fused")
+"""Baselines that need no train rows."""
 
 
 def score_model(
@@ -35,65 +41,66 @@ def score_model(
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
     labels: Sequence[str] | None = None,
+    knowledge: str | None = None,
 ) -> dict[str, Any]:
-    """Score a text classifier on a held-out set with the metrics, intervals and baselines that a run gets by default.
+    """Score a model on a held-out set with the metrics, intervals and baselines that a run gets by default.
 
-    Baselines are fitted on the set's own train rows; a set without such rows is scored without baselines.
+    Baselines are fitted on the set's own train rows; a set without such rows is scored without those that need them.
 
     Args:
-        reference: `org/name` on the Hub, or a folder: of this toolkit, or a sequence classifier of transformers.
+        reference: `org/name` on the Hub, or a folder: of this toolkit, or a plain model, see `artifact.plain`.
         data: a card, a path or `hub:org/name@revision`; its test rows are scored, all of them where it has no splits.
         columns: role (`text`, `label`) -> the data's name of its column, where it is another.
-        task: whose rows the data are, of a model with several tasks.
+        task: whose rows the data are, of a model with several tasks; of a plain model its task type.
         labels: its classes in the order of the logits, where it calls them otherwise than the data.
+        knowledge: the entries that questions are answered from, for a sentence encoder; default the card's.
 
     Returns:
-        The scores, in the layout of evaluation/test.json, with `model`, `data` and `findings`.
+        The scores, in the layout of evaluation/test.json, with `model`, `task` (its type), `max_length` (tokens that
+        it reads at once), `data` and `findings`.
 
     Raises:
-        UsageError: no such model or task, or one that gives no labels.
-        ModelError: the model cannot be had, or is no classifier.
-        DataError: rows that cannot be read, or whose classes are not the model's.
+        UsageError: no such model or task, one that cannot be scored, or an option that is not for it.
+        ModelError: the model cannot be had, or is of no kind that can be scored.
+        DataError: rows that cannot be read, lack a column, or whose classes or entries are not those of the model.
     """
     folder = _find_folder(reference)
     saved = open_saved(folder) if (folder / SETTINGS).exists() else None
-    predictor = _load_ours(saved, task) if saved else _load_plain(folder, reference)
-    shape = predictor.task
-    assert isinstance(shape, TextClassification)  # whatever else there is was refused
-    roles = dict(columns or {})
-    if labels is not None:
-        if len(labels) != len(shape.labels):
-            raise UsageError(f"--labels: must name the {len(shape.labels)} classes of {reference}, got {len(labels)}.")
-        shape = replace(shape, labels=list(labels))
-    shape = _match_classes(reference, data, roles, shape)
-    source, test, findings = load_held_out(shape, data, roles)
+    predictor = _load_ours(saved, task) if saved else load_plain(folder, reference, task)
+    source = _load_rows(reference, data, dict(columns or {}), predictor)
+    shape = _fit_to_data(predictor.task, source, reference, labels, knowledge)
+    if isinstance(shape, Retrieval) and saved is None:
+        shape = replace(shape, reads_context=CONTEXT in source.columns)
+    test, findings = check_held_out(shape, source)
     rows = _split(shape, source.rows) | {"test": test}
     base = resolve_base(saved.base) if saved and saved.base else None  # as it was before training, where that is known
-    section = _build_section(rows, has_base=base is not None)
     judgement = shape.judge(
         HeldOut(
             model=predictor.model,
             tokenizer=predictor.tokenizer,
             rows=rows,
-            examples={
-                name: shape.build_examples(part, predictor.tokenizer, predictor.max_length)
-                for name, part in rows.items()
-            },
+            examples={name: _encode(shape, part, predictor) for name, part in rows.items()},
             base=base or BaseModel(reference, folder, "the model itself"),
-            section=section,
+            section=_build_section(shape, predictor, has_train=bool(rows["train"]), has_base=base is not None),
             max_length=predictor.max_length,
             seed=TrainSection().seed,
             opened=None,
             settings={"temperature": predictor.temperature, **predictor.fitted},
         )
     )
-    found = {"model": reference, "split": source.name, "data": source.origin, "findings": findings_to_json(findings)}
-    return judgement.scored["test"] | found
+    return judgement.scored["test"] | {
+        "model": reference,
+        "task": shape.type,
+        "max_length": predictor.max_length,
+        "split": source.name,
+        "data": source.origin,
+        "findings": findings_to_json(findings),
+    }
 
 
 def _find_folder(reference: str) -> Path:
     if is_hub_reference(reference):
-        return fetch_folder(reference)
+        return resolve_base(reference).folder if reference in WHEELS else fetch_folder(reference)
     folder = Path(reference).expanduser()
     if (folder / "config.json").exists():
         return folder
@@ -107,53 +114,72 @@ def _load_ours(saved: Saved, task: str | None) -> Predictor:
             got = "none" if task is None else repr(task)
             raise UsageError(f"--task: must be one of {', '.join(shape.tasks)}, got {got}.")
         shape = shape.tasks[task]
-    if not isinstance(shape, TextClassification):
+    if isinstance(shape, UNSCORED):
         raise UsageError(
-            f"--model: must be a model that labels texts, got {shape.type}. Score its run: finetune evaluate RUN "
-            "--data FILE"
+            f"--model: must be a model that is scored by itself, got {shape.type}. Score its run: finetune evaluate RUN"
         )
     return list_predictors(load(saved.folder), [task or ""])[task or ""]
 
 
-def _load_plain(folder: Path, reference: str) -> Predictor:
-    """A classifier of transformers, uncalibrated, with what it needs to be asked like one of ours."""
-    base = BaseModel(reference, folder, "saved model")
-    config = load_config(base)
-    architecture = next(iter(config.architectures or []), "no architecture")
-    if not architecture.endswith("ForSequenceClassification"):
-        raise ModelError(
-            f"{reference}: must be a model of this toolkit or a sequence classifier, got {architecture}. "
-            "Train it on a task first: set model.base to it."
-        )
-    own = [config.id2label[i] for i in range(config.num_labels)]
-    if len(own) < 2:
-        raise ModelError(f"{reference}: must have at least 2 classes, got one number a text.")
-    tokenizer = load_tokenizer(base)
-    return Predictor(
-        model=load_saved_classifier(folder, None).eval().requires_grad_(False).to(choose_device()),
-        tokenizer=tokenizer,
-        task=TextClassification(own, {}),
-        temperature=1.0,
-        max_length=min(
-            tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or LONGEST, LONGEST
-        ),
-    )
+def _load_rows(reference: str, data: str, columns: dict[str, str], predictor: Predictor) -> LoadedRows:
+    shape = predictor.task
+    known = (*shape.roles, *shape.optional_roles)
+    if unknown := [role for role in columns if role not in known]:
+        raise UsageError(f"--column: must be one of {', '.join(known)} for {shape.type}, got {unknown[0]!r}.")
+    try:
+        return load_rows(data, columns, roles=shape.roles, optional=shape.optional_roles)
+    except ColumnError as error:
+        raise DataError(
+            f"{error.problem} {reference} is scored as {shape.type}, on {', '.join(shape.roles)}: where the data call "
+            f"them otherwise, --column {shape.roles[-1]}=NAME. For another task train it first: set model.base to it."
+        ) from error
 
 
-def _match_classes(reference: str, data: str, columns: dict[str, str], shape: TextClassification) -> TextClassification:
+def _fit_to_data(
+    shape: Task, source: LoadedRows, reference: str, labels: Sequence[str] | None, knowledge: str | None
+) -> Task:
+    """The task with what it needs to know of the data: what values mean its classes, or the entries."""
+    for option, given, wanted in (("--labels", labels, TextClassification), ("--knowledge", knowledge, Retrieval)):
+        if given is not None and not isinstance(shape, wanted):
+            raise UsageError(f"{option}: must come with a model for {wanted.type}, got {shape.type}. Leave it out.")
+    if isinstance(shape, TextClassification):
+        if labels is not None:
+            if len(labels) != len(shape.labels):
+                must = f"must name the {len(shape.labels)} classes of {reference}"
+                raise UsageError(f"--labels: {must}, got {len(labels)}.")
+            shape = replace(shape, labels=list(labels))
+        return _match_classes(reference, source, shape)
+    return _find_entries(shape, source, knowledge) if isinstance(shape, Retrieval) else shape
+
+
+def _match_classes(reference: str, source: LoadedRows, shape: TextClassification) -> TextClassification:
     """The task, told which values of the data mean its classes: by the data's card, in any case of letters."""
-    known = load_card(data).labels if data in card_names() else None
+    known = source.card.labels if source.card else None
     names = known if isinstance(known, dict) else shape.values
-    found = {row.values["label"] for row in load_rows(data, columns, roles=shape.roles).rows} - {""}
+    found = {row.values["label"] for row in source.rows} - {""}
     classes = [*shape.labels, *([shape.out_of_scope] if shape.out_of_scope else [])]
     folded = {label.casefold(): label for label in classes}
     values = {value: folded.get(names.get(value, value).casefold(), "") for value in sorted(found)}
     if unknown := [names.get(value, value) for value, label in values.items() if not label]:
         raise DataError(
-            f"{data}: its classes must be those of {reference}, {', '.join(classes)}, got also {', '.join(unknown)}. "
-            "Name the data's classes in the order of the model's logits: --labels A,B,..."
+            f"{source.origin}: its classes must be those of {reference}, {', '.join(classes)}, got also "
+            f"{', '.join(unknown)}. Name the data's classes in the order of the model's logits: --labels A,B,..."
         )
     return replace(shape, values=values)
+
+
+def _find_entries(shape: Retrieval, source: LoadedRows, knowledge: str | None) -> Retrieval:
+    """The task with the entries that are searched."""
+    if knowledge is not None:
+        entries = load_knowledge(knowledge)
+    elif source.card is not None and source.card.knowledge is not None:
+        entries = load_card_knowledge(source.card)
+    else:
+        raise UsageError(
+            f"--knowledge: must name what {source.origin} is answered from, got none. Write --knowledge FILE, with "
+            "id, text and perhaps title and group of each entry."
+        )
+    return replace(shape, size=len(entries), answers=(), entries=tuple(entries))
 
 
 def _split(task: Task, rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -165,9 +191,20 @@ def _split(task: Task, rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {name: list(splits[name]) for name in ("train", "validation")}
 
 
-def _build_section(rows: dict[str, list[Row]], *, has_base: bool) -> EvaluateSection:
-    """`evaluate` as a recipe without that section has it, less the baselines that cannot be fitted."""
-    section = EvaluateSection()
-    can_fit = bool(rows["train"])
-    kept = [name for name in section.baselines if can_fit and (has_base or name not in ON_BASE)]
-    return section.model_copy(update={"baselines": kept})
+def _encode(shape: Task, rows: Sequence[Row], predictor: Predictor) -> Examples:
+    """Encoded rows; a ranking is made of the rows alone."""
+    if not rows or isinstance(shape, Retrieval):
+        return Examples.build([], targets=[])
+    return shape.build_examples(rows, predictor.tokenizer, predictor.max_length)
+
+
+def _build_section(shape: Task, predictor: Predictor, *, has_train: bool, has_base: bool) -> EvaluateSection:
+    """`evaluate` as a recipe of that type without the section has it, less the baselines that cannot be fitted."""
+    section = EvaluateSection(**TYPE_DEFAULTS[shape.type]["evaluate"])
+    reads_context = isinstance(shape, Retrieval) and shape.reads_context  # how much of it is chosen on validation
+    kept = [
+        name
+        for name in section.baselines
+        if (has_train or (name in UNFITTED and not reads_context)) and (has_base or name not in ON_BASE)
+    ]
+    return section.model_copy(update={"baselines": kept, "generate": predictor.writing, "samples": 0})

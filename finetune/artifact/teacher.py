@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finetune.artifact.load import MultiPredictor, Predictor, load
+from finetune.artifact.load import load
+from finetune.artifact.predictor import MultiPredictor, Predictor
 from finetune.errors import UsageError
 from finetune.models.classifier import get_padding
 from finetune.recipe.schema import DistillSection

@@ -22,7 +22,10 @@ def evaluate_command(
         ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="The task that --data is for, where the run has several.")
+        str | None,
+        typer.Option(
+            "--task", help="The task that --data is for, where the run has several; the type, where --model has."
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -32,6 +35,12 @@ def evaluate_command(
         str | None,
         typer.Option("--labels", help="With --model: its classes in order, A,B,..., where it calls them otherwise."),
     ] = None,
+    knowledge: Annotated[
+        str | None,
+        typer.Option(
+            "--knowledge", help="With --model, a sentence encoder: the entries, where the data's card has none."
+        ),
+    ] = None,
     columns: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,14 +49,16 @@ def evaluate_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a finished run again (opening its test split is counted), or any classifier on a held-out set."""
-    options = {"--labels": labels, "--column": columns}
+    """Score a finished run again (opening its test split is counted), or any model on a held-out set."""
+    options = {"--labels": labels, "--knowledge": knowledge, "--column": columns}
     scored = _score_model(run, model, data, task, options) if model else _score_run(run, data, task, options)
     if as_json:
         print_json(scored)
         return
     tests = {"": scored} if "metrics" in scored else scored
     show_all_scores(tests)
+    if model:
+        print_text(f"{model}: scored as {scored['task']}, {scored['max_length']:,} tokens at a time.")
     print_findings([finding for test in tests.values() for finding in test.get("findings", [])])
     opened = max(test.get("opened") or 1 for test in tests.values())
     if opened > 1:
@@ -85,4 +96,5 @@ def _score_model(
         columns={role: name for role, _, name in columns},
         task=task,
         labels=labels.split(",") if labels else None,
+        knowledge=options["--knowledge"],
     )

@@ -45,7 +45,8 @@ def predict_command(
 def _predict_texts(run: str, texts: list[str], engine: str | None, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from finetune.artifact.load import MultiPredictor, load
+    from finetune.artifact.load import load
+    from finetune.artifact.predictor import MultiPredictor
 
     predictor = load(run, engine=engine)
     if isinstance(predictor, MultiPredictor):

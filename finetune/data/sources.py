@@ -33,7 +33,7 @@ from finetune.data.files import (
 )
 from finetune.data.knowledge import load_card_knowledge
 from finetune.data.rows import SPLITS, Row
-from finetune.errors import DataError
+from finetune.errors import ColumnError, DataError
 from finetune.recipe.card import Card, HubSource
 from finetune.recipe.messages import suggest
 
@@ -296,7 +296,7 @@ def _build_rows(part: _Part, columns: Mapping[str, str], offset: int) -> list[Ro
     return rows
 
 
-def _missing_column(part: _Part, role: str, column: str, columns: Mapping[str, str]) -> DataError:
+def _missing_column(part: _Part, role: str, column: str, columns: Mapping[str, str]) -> ColumnError:
     there = list(part.records[0])
     free = [name for name in there if name not in columns.values()]
     close = suggest(column, free)
@@ -304,7 +304,8 @@ def _missing_column(part: _Part, role: str, column: str, columns: Mapping[str, s
     fix = f"Set tasks.<name>.columns: {{{role}: {guess}}}." if free else f"Add a column {column!r} to the data."
     if len(there) == 1 and (separators := re.findall(r"[;\t|]", there[0])):
         fix = f"Its fields seem to be parted by {separators[0]!r}: save it with commas, or with tabs as .tsv."
-    return DataError(f"{part.where}: column {column!r} must exist, got {describe_columns(part.records[0])}. {fix}")
+    problem = f"{part.where}: column {column!r} must exist, got {describe_columns(part.records[0])}."
+    return ColumnError(problem, fix)
 
 
 def _to_text(value: object, where: str) -> str:

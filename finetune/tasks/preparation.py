@@ -294,6 +294,17 @@ def load_held_out(
             "Score that again without --data, or run the recipe on the new events."
         )
     source = load_rows(reference, columns, roles=type(task).roles, optional=type(task).optional_roles)
+    return (source, *check_held_out(task, source, train))
+
+
+def check_held_out(
+    task: Task, source: LoadedRows, train: Sequence[Row] | None = None
+) -> tuple[list[Row], list[Finding]]:
+    """The rows of a held-out set that are scored, and what `load_held_out` finds about them.
+
+    Raises:
+        DataError: unknown or missing labels, or entries that are not there.
+    """
     if isinstance(task, Retrieval | Reranking):
         task.library.check(source.rows)
     rows = task.prepare_rows(source.rows)
@@ -309,4 +320,4 @@ def load_held_out(
     splits = {"train": list(train or []), "test": rows}
     _, together = check_rows(splits, task.labels, leaks="warn", same=same, out_of_scope=outside)
     shared = [finding for finding in together if finding.kind in ("leak", "near_leak")]
-    return source, rows, shared
+    return rows, shared

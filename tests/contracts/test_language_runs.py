@@ -20,7 +20,7 @@ from torch import nn
 
 import finetune
 from finetune.adapters.attach import load_adapter
-from finetune.artifact.load import USE_AS_BASE
+from finetune.artifact.predictor import USE_AS_BASE
 from finetune.data.sources import load_rows
 from finetune.errors import UsageError
 from finetune.models.base import resolve_base

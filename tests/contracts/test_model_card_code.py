@@ -1,4 +1,4 @@
-"""What the model card tells people to write runs as it stands, where this toolkit is not installed."""
+"""What the model card tells people to write runs as it stands: where this toolkit is not installed, and where it is."""
 
 from __future__ import annotations
 
@@ -12,15 +12,24 @@ from typing import Any
 import pytest
 from transformers import BertTokenizerFast
 
-from finetune.artifact.card import build_model_card
+import finetune
+from finetune.artifact.card import Publication, build_model_card
 from finetune.artifact.save import save_model
 from finetune.models.base import SCRATCH, BaseModel
-from finetune.models.classifier import build_classifier
-from finetune.models.language import build_language_model
-from finetune.models.question_answering import build_answerer
 from finetune.models.tokenizer import train_tokenizer
 from finetune.recipe.schema import Recipe
-from finetune.recipe.together import WITH_HEAD
+from finetune.tasks import (
+    CausalLM,
+    Completion,
+    MaskedLM,
+    QuestionAnswering,
+    Reranking,
+    Retrieval,
+    Seq2Seq,
+    Task,
+    TextClassification,
+)
+from finetune.tasks.shapes import OnLanguageModel
 
 TEXTS = ["some text and some more", "another text", "more text than some"]
 STATUS = {
@@ -51,7 +60,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "masked_lm": {},
     "causal_lm": {"evaluate": SAMPLING},
     "seq2seq": {"evaluate": BEAMS},
+    "completion": {},
     "question_answering": {"adapter": {"method": "full"}},
+    "retrieval": {"adapter": {"method": "full"}},
+    "reranking": {"adapter": {"method": "full"}},
+}
+TASKS: dict[str, Task] = {
+    "text_classification": TextClassification(["bad", "good"], {}),
+    "masked_lm": MaskedLM(),
+    "causal_lm": CausalLM(),
+    "seq2seq": Seq2Seq(),
+    "completion": Completion(),
+    "question_answering": QuestionAnswering(),
+    "retrieval": Retrieval(size=0, answers=()),
+    "reranking": Reranking(size=0),
 }
 CLEAN = """
 import contextlib, io, json, os, sys
@@ -69,12 +91,10 @@ print(json.dumps(found))
 """
 
 
-def save_run(kind: str, folder: Path, tiny_base: Path) -> str:
-    """A run's `model/` with random weights, and the Python of its card."""
-    folder.mkdir()
-    scratch = kind not in WITH_HEAD
+def build_recipe(kind: str, tiny_base: Path) -> Recipe:
+    scratch = isinstance(TASKS[kind], OnLanguageModel)
     model_section = {"base": "scratch", "scratch": SIZE} if scratch else {"base": str(tiny_base)}
-    recipe = Recipe.model_validate(
+    return Recipe.model_validate(
         {
             "recipe": 1,
             "name": kind.replace("_", "-"),
@@ -83,34 +103,47 @@ def save_run(kind: str, folder: Path, tiny_base: Path) -> str:
         }
         | KINDS[kind]
     )
-    if scratch:
+
+
+def save_run(kind: str, folder: Path, tiny_base: Path) -> list[str]:
+    """A run's `model/` with random weights, and the Python of its card: without the toolkit, and with it."""
+    folder.mkdir()
+    recipe = build_recipe(kind, tiny_base)
+    if isinstance(TASKS[kind], OnLanguageModel):
         tokenizer = train_tokenizer(
             TEXTS, "bpe", 300, 16, appends_end=kind == "seq2seq", reads_special=kind == "masked_lm"
         )
-        model = build_language_model(kind, SCRATCH, recipe.model, tokenizer, seed=1)
+        base = SCRATCH
     else:
         tokenizer = BertTokenizerFast.from_pretrained(tiny_base)
         base = BaseModel(str(tiny_base), tiny_base, "local folder")
-        if kind == "text_classification":
-            model = build_classifier(base, TEST["labels"], recipe.model, seed=1)
-        else:
-            model = build_answerer(base, recipe.model, seed=1)
-    save_model(model, tokenizer, folder / "model", {})
+    model = TASKS[kind].build_model(base, recipe.model, tokenizer, 1)
+    settings = {"task": TASKS[kind].to_config(), "max_length": 16, "temperature": 1.0}
+    save_model(model, tokenizer, folder / "model", settings | {"generate": recipe.evaluate.generate.model_dump()})
     (name,) = recipe.tasks
     card = build_model_card(recipe, {name: None}, {name: TEST}, STATUS, LOCK)
-    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def cards(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[str]]]:
+    """Task type -> a run's folder and the Python of its card."""
+    root = tmp_path_factory.mktemp("cards")
+    return {kind: (root / kind, save_run(kind, root / kind, tiny_base)) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
 def found(
-    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, run_without_toolkit: Callable[..., Any]
+    cards: dict[str, tuple[Path, list[str]]],
+    tmp_path_factory: pytest.TempPathFactory,
+    run_without_toolkit: Callable[..., Any],
 ) -> dict[str, Any]:
     """Task type -> class of the card's model, whether it is in training mode, what the card's code printed.
 
     All in one process that has no toolkit.
     """
-    root = tmp_path_factory.mktemp("cards")
-    codes = {str(root / kind): save_run(kind, root / kind, tiny_base) for kind in KINDS}
+    root = tmp_path_factory.mktemp("clean")
+    codes = {str(folder): blocks[0] for folder, blocks in cards.values()}
     environment = {"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1"}
     said: dict[str, Any] = run_without_toolkit(root, CLEAN, json.dumps(codes), **environment)
     return said
@@ -123,7 +156,10 @@ def found(
         ("masked_lm", "TriadForMaskedLM"),
         ("causal_lm", "TriadForCausalLM"),
         ("seq2seq", "TriadForSeq2SeqLM"),
+        ("completion", "TriadForCausalLM"),
         ("question_answering", "TriadForQuestionAnswering"),
+        ("retrieval", "TriadForSentenceEmbedding"),
+        ("reranking", "TriadForSequenceClassification"),
     ],
 )
 def test_the_code_loads_the_class_ready_to_answer(found: dict[str, Any], kind: str, model: str) -> None:
@@ -141,3 +177,39 @@ def test_a_language_model_goes_on_with_the_text(found: dict[str, Any]) -> None:
 
 def test_a_sequence_to_sequence_model_writes_a_text(found: dict[str, Any]) -> None:
     assert found["seq2seq"][2].strip()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "masked_lm"])  # which is a base for recipes
+def test_the_toolkits_own_lines_answer(
+    cards: dict[str, tuple[Path, list[str]]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, (_, code) = cards[kind]
+    monkeypatch.chdir(folder)
+    start, _, last = code.strip().rpartition("\n")
+    names: dict[str, Any] = {}
+    exec(f"{start}\nanswer = {last}", names)
+    answer = names["answer"]
+    loaded: Any = finetune.load(folder / "model")
+    again = {
+        "text_classification": lambda: loaded.predict(["some text"]),
+        "question_answering": lambda: loaded.answer_all([("some question", "some passage")])[0],
+        "retrieval": lambda: loaded.embed(["an entry"]) @ loaded.embed(["a question"]).T,
+        "reranking": lambda: loaded.score_pairs("a question", ["an entry", "another"]),
+    }.get(kind, lambda: loaded.generate(["some text"]))()
+    assert answer == pytest.approx(again, abs=1e-6) if kind in ("retrieval", "reranking") else answer == again
+    assert len(str(answer)) > 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("causal_lm", "finetune evaluate --model acme/it --data FILE"),
+        ("retrieval", "finetune evaluate --model acme/it --data FILE --knowledge FILE"),
+        ("reranking", "finetune evaluate RUN --data FILE"),  # which is no answer by itself
+    ],
+)
+def test_a_published_card_says_how_to_score_it_elsewhere(kind: str, words: str, tiny_base: Path) -> None:
+    card = build_model_card(
+        build_recipe(kind, tiny_base), {"only": None}, {"only": TEST}, STATUS, LOCK, Publication("acme/it")
+    )
+    assert f"`{words}`" in card

@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 import finetune
-from finetune.artifact.load import Predictor, load
+from finetune.artifact.load import load
+from finetune.artifact.predictor import Predictor
 from finetune.data.batches import Examples
 from finetune.data.sources import load_rows
 from finetune.errors import UsageError

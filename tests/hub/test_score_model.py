@@ -156,14 +156,14 @@ def score_by_card(command: Command, run: Path, monkeypatch: pytest.MonkeyPatch) 
     return score(command, "--model", run, "--data", "twitter_fin_sentiment")
 
 
-def test_a_model_that_gives_no_labels(run: Path, rows: Path, command: Command) -> None:
+def test_a_model_that_is_no_answer_by_itself(run: Path, rows: Path, command: Command) -> None:
     path = run / "model" / "finetune.json"
-    task = {"type": "masked_lm", "mask_ratio": 0.15, "clean": [], "mask_token_id": 4, "vocab_size": 800}
+    task = {"type": "reranking", "size": 3, "clean": [], "reads_context": False, "negatives": 2, "candidates": 5}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"task": task}))
     outcome = command("evaluate", "--model", run, "--data", rows)
     assert outcome.code == 2
     assert (
-        "--model: must be a model that labels texts, got masked_lm. Score its run: finetune evaluate RUN --data FILE"
+        "--model: must be a model that is scored by itself, got reranking. Score its run: finetune evaluate RUN"
     ) in outcome.err
 
 
@@ -183,12 +183,13 @@ def test_one_of_several_tasks(write_recipe: Callable[..., Path], tmp_path: Path,
         assert f"--task: must be one of tone, mood, got {got}." in outcome.err
 
 
-def test_a_model_without_a_head(tiny_base: Path, rows: Path, command: Command) -> None:
+def test_labels_for_a_model_without_a_head(tiny_base: Path, rows: Path, command: Command) -> None:
     outcome = command("evaluate", "--model", tiny_base, "--data", rows)
-    assert outcome.code == 5
+    assert outcome.code == 3
     assert (
-        f"{tiny_base}: must be a model of this toolkit or a sequence classifier, got BertModel. "
-        "Train it on a task first: set model.base to it."
+        f"{rows}: column 'entry' must exist, got columns text, label. {tiny_base} is scored as retrieval, on text, "
+        "entry: where the data call them otherwise, --column entry=NAME. For another task train it first: set "
+        "model.base to it."
     ) in outcome.err
 
 

@@ -23,7 +23,8 @@ from torch import nn
 from transformers import AutoModel, BertTokenizerFast, DistilBertConfig, ElectraConfig, RobertaConfig
 
 from finetune.adapters.attach import attach_adapter, merge_adapter
-from finetune.artifact.load import Predictor, load
+from finetune.artifact.load import load
+from finetune.artifact.predictor import Predictor
 from finetune.artifact.save import save_model
 from finetune.data.batches import Examples
 from finetune.data.rows import Row

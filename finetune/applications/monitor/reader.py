@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.applications.monitor.records import ALL_TOPICS, Reading
-from finetune.artifact.load import MultiPredictor, Predictor, list_predictors, load
+from finetune.artifact.load import list_predictors, load
+from finetune.artifact.predictor import MultiPredictor, Predictor
 from finetune.artifact.run_folder import RunFolder
 from finetune.artifact.saved import compute_model_fingerprint
 from finetune.data.rows import Row

@@ -13,7 +13,7 @@ from finetune.errors import UsageError
 from finetune.recipe.applications import ASSISTANT_TYPES
 
 if TYPE_CHECKING:
-    from finetune.artifact.load import MultiPredictor
+    from finetune.artifact.predictor import MultiPredictor
 
 
 class TrainedReader:
@@ -64,7 +64,8 @@ def build_reader(run: RunFolder, engine: str | None = None) -> TrainedReader:
         UsageError: the run has not the three tasks that an assistant stands on; no such export.
         ModelError: a damaged model, or a base that is not at hand.
     """
-    from finetune.artifact.load import MultiPredictor, load
+    from finetune.artifact.load import load
+    from finetune.artifact.predictor import MultiPredictor
     from finetune.artifact.saved import compute_model_fingerprint
 
     loaded = load(run.path, engine=engine)

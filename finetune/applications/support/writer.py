@@ -11,7 +11,7 @@ from finetune.errors import UsageError
 from finetune.recipe.prompt import list_columns
 
 if TYPE_CHECKING:
-    from finetune.artifact.load import Predictor
+    from finetune.artifact.predictor import Predictor
 
 MAX_NEW_TOKENS = 96
 """Of a reply: three or four sentences."""
@@ -71,7 +71,8 @@ def load_reply_writer(run: str | Path) -> TrainedWriter:
             does not have.
         ModelError: a damaged folder, or the base that its adapter needs is not at hand.
     """
-    from finetune.artifact.load import Predictor, load
+    from finetune.artifact.load import load
+    from finetune.artifact.predictor import Predictor
     from finetune.tasks import Completion
 
     loaded = load(run)
