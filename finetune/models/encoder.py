@@ -49,6 +49,8 @@ def _build_config(base: BaseModel, section: ModelSection) -> Any:
 
     config: Any = convert_config(load_config(base))
     settle_pooling(config, base, section.pooling)
+    if config.pooling == "pooler":  # made for classifiers; encoders such as bge take the first token as it is
+        config.pooling = "cls"
     config.normalize_embeddings = True
     set_dropout(config, section.dropout)
     return config
