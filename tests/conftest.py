@@ -285,3 +285,102 @@ def finished_run(
 def own_run(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, to be changed."""
     return Path(shutil.copytree(finished_run, tmp_path / "runs" / "tiny" / finished_run.name))
+
+
+# Every task type that answers in one pass
+
+SEARCH = {"data": "questions.jsonl", "knowledge": "faq.jsonl", "negatives": 2, "split": {"leaks": "warn"}}
+SEARCH_EVALUATE = {"evaluate": {"baselines": ["bm25"], "slices": [], "gates": {}}}
+
+
+def write_passages(path: Path) -> None:
+    """Passages that say something about three nouns, and questions about them; of one in four there is no answer."""
+    generator = np.random.default_rng(7)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["place", "question", "passage", "answer"])
+        for place in range(16):
+            nouns = generator.permutation(["loss", "meeting", "schedule", "gains"]).tolist()
+            values = generator.permutation(["low", "high", "new", "old"]).tolist()
+            said = dict(zip(nouns[:3], values, strict=False))
+            passage = " ".join(f"The {noun} is {value} of {place}." for noun, value in said.items())
+            writer.writerows((place, f"The {noun}?", passage, said.get(noun, "")) for noun in nouns)
+
+
+@pytest.fixture(scope="session")
+def find_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    finished_run: Path,
+    tiny_base: Path,
+    write_recipe: Callable[..., Path],
+    write_questions: Callable[[Path], None],
+    write_support_recipe: Callable[..., Path],
+) -> Callable[[str], Path]:
+    """A function: task type -> the folder of a finished run, made when it is first asked for."""
+    copied = tmp_path_factory.mktemp("text_classification") / finished_run.name  # it gets exports
+    made = {"text_classification": Path(shutil.copytree(finished_run, copied))}
+
+    def write(kind: str, folder: Path) -> Path:
+        folder.mkdir()
+        if kind == "multi_task":
+            return write_support_recipe(folder)
+        if kind == "question_answering":
+            write_passages(folder / "questions.csv")
+            task = {
+                "type": kind,
+                "data": "questions.csv",
+                "columns": {"text": "question", "passage": "passage", "answer": "answer"},
+                "split": {"by": "group", "column": "place", "validation": 0.2, "test": 0.2},
+            }
+            return _write_plain(folder, tiny_base, task, {})
+        write_questions(folder)
+        return _write_plain(folder, tiny_base, {"type": kind} | SEARCH, SEARCH_EVALUATE)
+
+    def find(kind: str) -> Path:
+        import finetune
+
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            made[kind] = finetune.run(write(kind, folder / "in"), runs=folder / "runs", quiet=True).folder.path
+        return made[kind]
+
+    return find
+
+
+def _write_plain(folder: Path, base: Path, task: dict[str, Any], changes: dict[str, Any]) -> Path:
+    recipe = {
+        "recipe": 1,
+        "name": "one",
+        "model": {"base": str(base), "max_length": 40},
+        "adapter": {"method": "lora", "rank": 4},
+        "tasks": {"one": task},
+        "train": {"epochs": 2, "tokens_per_batch": 300, "learning_rate": 0.01, "precision": "float32"},
+    } | changes
+    path = folder / "recipe.yaml"
+    with path.open("w", encoding="utf-8") as file:
+        YAML().dump(recipe, file)
+    return path
+
+
+SAID = ["gains", "loss falls meeting " * 8, "shares names unchanged schedule beats", "the meeting"]
+PASSAGES = [("The loss?", "The loss is new of 3. The gains is old of 3."), ("The gains?", "The meeting is low. " * 9)]
+
+
+@pytest.fixture(scope="session")
+def list_answers() -> Callable[[Any, str], np.ndarray]:
+    """A function: a loaded model, its task type -> what it says by all the ways that people use, as one row."""
+
+    def answer(loaded: Any, kind: str) -> list[np.ndarray]:
+        if kind == "text_classification":
+            return [loaded.compute_logits(loaded.clean(SAID))]
+        if kind == "multi_task":
+            parts = [loaded["answer"].embed(SAID), loaded["rerank"].score_pairs(SAID[0], SAID)]
+            return [*parts, *loaded.compute_logits(SAID).values(), *loaded.read(SAID[1]).values()]
+        if kind == "retrieval":
+            return [loaded.embed(SAID)]
+        if kind == "reranking":
+            return [loaded.score_pairs(SAID[0], SAID)]
+        said = loaded.answer_all(PASSAGES)
+        return [np.array([[-1 if one.start is None else one.start, one.score] for one in said])]
+
+    return lambda loaded, kind: np.concatenate([part.ravel() for part in answer(loaded, kind)])

@@ -24,22 +24,6 @@ SLOW += [(kind, "openvino") for kind in KINDS]
 SLOW += [(kind, "transformers") for kind in ("reranking", "question_answering")]
 NEEDS = {"onnx": ["onnxruntime"], "openvino": ["openvino", "nncf"]}
 TEXTS = ["gains", "loss falls meeting " * 8, "shares names unchanged schedule beats", "the meeting"]
-PAIRS = [("The loss?", "The loss is new of 3. The gains is old of 3."), ("The gains?", "The meeting is low. " * 9)]
-
-
-def answer(loaded, kind):
-    """What a predictor says by the ways that people use, as arrays."""
-    if kind == "text_classification":
-        return [loaded.compute_logits(loaded.clean(TEXTS))]
-    if kind == "multi_task":
-        parts = [loaded["answer"].embed(TEXTS), loaded["rerank"].score_pairs(TEXTS[0], TEXTS)]
-        return [*parts, *loaded.compute_logits(TEXTS).values(), *loaded.read(TEXTS[1]).values()]
-    if kind == "retrieval":
-        return [loaded.embed(TEXTS)]
-    if kind == "reranking":
-        return [loaded.score_pairs(TEXTS[0], TEXTS)]
-    said = loaded.answer_all(PAIRS)
-    return [np.array([[-1 if one.start is None else one.start, one.score] for one in said])]
 
 
 def skip_without(name):
@@ -49,7 +33,7 @@ def skip_without(name):
 
 
 @pytest.mark.parametrize(("kind", "name"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)])
-def test_an_engine_gives_what_the_run_gives(export, find_run, kind, name):
+def test_an_engine_gives_what_the_run_gives(export, find_run, list_answers, kind, name):
     skip_without(name)
     exported = export(kind, name)
     for task in exported.parity["tasks"].values():
@@ -58,7 +42,7 @@ def test_an_engine_gives_what_the_run_gives(export, find_run, kind, name):
         assert task["largest_difference"] < TOLERANCE
         assert all(abs(values["lost"]["value"]) < 1e-9 for values in task["metrics"].values())
     run, engine = finetune.load(find_run(kind)), finetune.load(find_run(kind), engine=name)
-    ours, theirs = (np.concatenate([part.ravel() for part in answer(one, kind)]) for one in (run, engine))
+    ours, theirs = list_answers(run, kind), list_answers(engine, kind)
     np.testing.assert_allclose(theirs, ours, atol=TOLERANCE)
     assert np.ptp(ours) > 50 * TOLERANCE  # numbers that are all alike would agree with anything
 
@@ -66,7 +50,7 @@ def test_an_engine_gives_what_the_run_gives(export, find_run, kind, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["onnx-int8", "openvino-int8"])
-def test_8_bits_lose_no_more_than_they_may(export, find_run, kind, name):
+def test_8_bits_lose_no_more_than_they_may(export, find_run, list_answers, kind, name):
     """Of every task type, and what is measured is not the run itself once more."""
     skip_without(name.removesuffix("-int8"))
     exported = export(kind, name)
@@ -75,7 +59,7 @@ def test_8_bits_lose_no_more_than_they_may(export, find_run, kind, name):
             assert found["metrics"][metric]["lost"]["value"] <= most
         assert found["largest_difference"] > TOLERANCE
     run, engine = finetune.load(find_run(kind)), finetune.load(find_run(kind), engine=name)
-    ours, theirs = (np.concatenate([part.ravel() for part in answer(one, kind)]) for one in (run, engine))
+    ours, theirs = list_answers(run, kind), list_answers(engine, kind)
     assert np.abs(theirs - ours).max() > 0
 
 

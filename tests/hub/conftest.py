@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,8 +76,18 @@ def reseal(run: Path) -> None:
 
 
 @pytest.fixture
-def run(finished_run: Path, tiny_base: Path, tmp_path: Path) -> Path:
+def copy_for_hub(tiny_base: Path, tmp_path: Path) -> Callable[[Path], Path]:
+    """A function: a finished run -> a copy of it, with an adapter on a base from the Hub."""
+
+    def copy(run: Path) -> Path:
+        path = Path(shutil.copytree(run, tmp_path / "pushed" / "tiny" / run.name))
+        put_on_hub_base(path, str(tiny_base))
+        return path
+
+    return copy
+
+
+@pytest.fixture
+def run(finished_run: Path, copy_for_hub: Callable[[Path], Path]) -> Path:
     """A finished run with an adapter on a base from the Hub."""
-    path = Path(shutil.copytree(finished_run, tmp_path / "pushed" / "tiny" / finished_run.name))
-    put_on_hub_base(path, str(tiny_base))
-    return path
+    return copy_for_hub(finished_run)

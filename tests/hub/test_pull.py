@@ -91,6 +91,29 @@ def test_the_toolkit_loads_it_by_name_and_again_without_the_hub(
     assert len(hub.requests) == asked
 
 
+@pytest.mark.parametrize("way", ["adapter", "merged"])
+@pytest.mark.parametrize(
+    "kind",
+    ["text_classification", "retrieval", pytest.param("reranking", marks=pytest.mark.slow)]
+    + [pytest.param(kind, marks=pytest.mark.slow) for kind in ("multi_task", "question_answering")],
+)
+def test_every_task_type_answers_as_its_run_does(
+    kind: str,
+    way: str,
+    pulled: Path,
+    find_run: Callable[[str], Path],
+    list_answers: Callable[[Any, str], Any],
+    copy_for_hub: Callable[[Path], Path],
+    command: Command,
+) -> None:
+    options = ["--merge"] if way == "merged" else []
+    done = command("push", copy_for_hub(find_run(kind)), f"acme/{kind}", "--force", *options)
+    assert done.code == 0, done.err
+    expected = list_answers(finetune.load(find_run(kind)), kind)
+    assert np.ptp(expected) > 50 * TOLERANCE
+    np.testing.assert_allclose(list_answers(finetune.load(f"acme/{kind}"), kind), expected, atol=TOLERANCE)
+
+
 def test_a_run_trains_on_from_it(
     whole: str, write_recipe: Callable[..., Path], tmp_path: Path, command: Command
 ) -> None:
