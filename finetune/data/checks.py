@@ -14,7 +14,7 @@ from finetune.data.cleaning import normalize_for_duplicates
 from finetune.data.duplicates import find_near_duplicates
 from finetune.data.rows import SPLITS, Row, Splits
 from finetune.errors import DataError
-from finetune.recipe.messages import suggest
+from finetune.recipe.messages import count_of, suggest
 
 Severity = Literal["error", "warning", "note"]
 
@@ -269,7 +269,7 @@ def _check_conflicts(same_texts: Sequence[list[_Entry]]) -> Iterator[Finding]:
     if conflicts:
         ids = [entry.row.id for same in conflicts for entry in same]
         message = (
-            f"{_many(len(conflicts), 'text')} must have one label, got several ({_some(ids)})."
+            f"{count_of(len(conflicts), 'text')} must have one label, got several ({_some(ids)})."
             " Decide on one: they cannot both be learned."
         )
         yield Finding("conflicting_labels", "warning", "all", len(conflicts), message, _shown(ids))
@@ -343,11 +343,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _rows(count: int) -> str:
-    return _many(count, "row")
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return count_of(count, "row")
 
 
 def _verb(ids: Sequence[str], singular: str, plural: str) -> str:

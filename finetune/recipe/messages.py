@@ -106,6 +106,11 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def count_of(count: int, one: str) -> str:
+    """`1 row`, `1,234 rows`."""
+    return f"{count:,} {one}{'' if count == 1 else 's'}"
+
+
 def suggest(word: str, choices: Iterable[str], likeness: float = 0.6) -> str:
     """` Did you mean 'x'?`, or nothing when no choice is as alike as `likeness`, in [0, 1]."""
     spellings = {choice.lower(): choice for choice in choices}
