@@ -233,7 +233,7 @@ def _requirement(error: ErrorDetails, place: _Place) -> str:
         return f"have {word} {limit} {'entry' if limit == 1 else 'entries'}, got {len(value)}."
     if kind in _LIMITS:
         word, key = _LIMITS[kind]
-        must_be, fix = f"{word} {ctx[key]:g}", ""
+        must_be, fix = f"{word} {_limit(ctx[key])}", ""
     elif kind == "string_pattern_mismatch":
         must_be, fix = _PATTERNS.get(ctx["pattern"], f"text like {ctx['pattern']}"), ""
     elif kind == "string_too_short":
@@ -243,6 +243,10 @@ def _requirement(error: ErrorDetails, place: _Place) -> str:
     else:
         must_be, fix = _describe(place.wanted), _hint(place.wanted, value)
     return f"be {must_be}, got {show(value)}.{fix}"
+
+
+def _limit(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _describe(wanted: Any) -> str:
