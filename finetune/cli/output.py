@@ -68,6 +68,13 @@ def print_findings(findings: Sequence[Mapping[str, Any]]) -> None:
         print_text(f"  {finding['severity']:8} {finding['message']}")
 
 
+def print_written(output: Path, rows: int) -> None:
+    """A file of rows is there."""
+    from finetune.recipe.messages import count_of  # with pydantic, which --help does not load
+
+    print_text(f"{output}: {count_of(rows, 'row')} written.")
+
+
 def fail(message: str, code: int, as_json: bool) -> NoReturn:
     """Say what went wrong and exit."""
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.output import AsJson, Engine, RunArgument, print_json, print_table, print_text
+from finetune.cli.output import AsJson, Engine, RunArgument, print_json, print_table, print_written
 
 
 def predict_command(
@@ -39,7 +39,7 @@ def predict_command(
     if as_json:
         print_json({"output": str(output), "rows": rows})
     else:
-        print_text(f"{output}: {rows:,} rows written.")
+        print_written(output, rows)
 
 
 def _predict_texts(run: str, texts: list[str], engine: str | None, as_json: bool) -> None:
