@@ -22,7 +22,7 @@ def generate_command(
         list[str] | None, typer.Option("--prompt", help="A text to go on with, or to answer; repeatable.")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", help="A CSV, JSONL or Parquet file with a text column.")
+        Path | None, typer.Option("--input", help="A CSV, TSV, JSONL, Parquet or text file with a text column.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Where the rows of --input go, with a column `generated`.")

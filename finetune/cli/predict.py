@@ -14,7 +14,7 @@ def predict_command(
     run: RunArgument,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to score.")] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", help="A CSV, JSONL or Parquet file with a text column.")
+        Path | None, typer.Option("--input", help="A CSV, TSV, JSONL, Parquet or text file with a text column.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Where the scored rows go: CSV, JSONL or Parquet.")

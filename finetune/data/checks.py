@@ -318,9 +318,14 @@ def _report_leaks(kind: str, leaks: Sequence[_Leak], action: str, severity: Seve
         else:
             message = (
                 f"{split}: must not share texts with {other}, {_rows(len(found))} {_verb(ids, 'has', 'have')} {also}"
-                f" ({examples}). Set split.leaks: drop to remove them from {split}."
+                f" ({examples}). {advise_on_leaks(split)}"
             )
             yield Finding(kind, severity, split, len(found), message, _shown(ids))
+
+
+def advise_on_leaks(split: str) -> str:
+    """What a recipe can do about rows of a split that lie in a later one too."""
+    return f"Set split.leaks: drop to remove them from {split}."
 
 
 # Words

@@ -234,6 +234,7 @@ def test_another_set_leaves_the_test_split_closed_and_names_shared_rows(own_run,
     assert "opened" not in scored
     assert scored["metrics"].keys() == scored["baselines"]["majority"]["metrics"].keys()
     (leak,) = [finding for finding in scored["findings"] if finding["kind"] == "leak"]
+    assert leak["message"].endswith("). The score is too hopeful: take them out of the set.")
     assert (leak["severity"], leak["count"], leak["rows"]) == ("warning", 2, [ids["train"][0], ids["train"][5]])
 
 
