@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet
 
 from finetune.artifact.run_folder import RunFolder, load_json
+from finetune.data.files import quote_reason
 from finetune.errors import UsageError
 from finetune.evaluation.corpus_metrics import (
     CORPUS_METRICS,
@@ -112,7 +113,8 @@ def load_predictions(run: RunFolder, task: str | None = None) -> Predictions:
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: must be the predictions of a finished run, got {error}.") from error
+        must = "must be the predictions of a finished run"
+        raise UsageError(f"{path}: {must}, got {quote_reason(error)}. Restore it, or use another run.") from error
     columns = table.to_pydict()
     if "id" in columns:  # two runs may have split the rows in another order
         order = sorted(range(table.num_rows), key=lambda row: columns["id"][row])

@@ -168,14 +168,24 @@ def find_run(reference: str | Path, *, finished: bool = True) -> RunFolder:
             raise UsageError(f"{path}: must be a finished run, got one that is {state}. Try: finetune resume {path}")
         return run
     runs = [RunFolder(child) for child in sorted(path.glob("*")) if (child / "status.json").exists()]
-    if finished:
-        runs = [run for run in runs if run.load_status().get("state") == "finished"]
+    done = [run for run in runs if not finished or run.load_status().get("state") == "finished"]
+    if done:
+        return done[-1]
     if runs:
-        return runs[-1]
+        latest, state = runs[-1].path, runs[-1].load_status().get("state")
+        raise UsageError(f"{path}: must be a finished run, got one that is {state}. Try: finetune resume {latest}")
     wanted = "a finished run" if finished else "a run"
-    known = sorted(child.name for child in path.parent.glob("*") if child.is_dir()) if path.parent.is_dir() else []
-    listed = f" {path.parent} has {', '.join(known[:10])}." if known and not path.exists() else ""
-    raise UsageError(f"{path}: must be {wanted}, got none.{listed} Make one: finetune run RECIPE")
+    raise UsageError(f"{path}: must be {wanted}, got none. {_guess_run(path)}")
+
+
+def _guess_run(path: Path) -> str:
+    """What to write in place of a path that is no run."""
+    if not path.is_absolute() and is_run(RUNS_FOLDER / path):
+        return f"Did you mean {RUNS_FOLDER / path}?"
+    folder = path if path.is_dir() else path.parent
+    known = sorted(child.name for child in folder.glob("*") if child.is_dir() and is_run(child))
+    listed = f"{folder} has {', '.join(known[:10])}. " if known else ""
+    return f"{listed}Make one: finetune run RECIPE"
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -187,7 +197,8 @@ def load_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: must be a JSON file that this toolkit wrote, got {error}.") from error
+        must = "must be a JSON file that this toolkit wrote"
+        raise UsageError(f"{path}: {must}, got {error}. Restore it, or use another run.") from error
 
 
 def save_json(path: Path, content: Any) -> None:

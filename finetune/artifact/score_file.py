@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,6 +64,7 @@ def score_file(
         for name, part in list_predictors(predictor, [""]).items()
     }
     _check_free(source, records[0], [column for columns in added.values() for column in columns])
+    check_writable(output)
     with show_progress("predict", len(texts), quiet) as advance:
         answers = predictor.predict(texts, advance=advance)
     predictions = answers if isinstance(answers, dict) else {"": answers}
@@ -90,6 +92,7 @@ def generate_file(
     """
     records, texts = _read(source, output, column)
     _check_free(source, records[0], ["generated"])
+    check_writable(output)
     with show_progress("generate", len(texts), quiet) as advance:
         columns = [{name: _write_value(value) for name, value in record.items()} for record in records]
         written = generate(texts, columns=columns, advance=advance)
@@ -122,6 +125,21 @@ def check_format(output: Path) -> None:
     """Raise UsageError unless the ending of a file is one that `write_records` knows."""
     if output.suffix not in FORMATS:
         raise UsageError(f"{output}: must end in {', '.join(FORMATS)}, got {output.suffix or 'no ending'!r}.")
+
+
+def check_writable(output: Path) -> None:
+    """Raise ResourceError unless a file can be made there: better before the rows are scored than after."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise _build_error(output, error) from error
+
+
+def _build_error(output: Path, error: OSError) -> ResourceError:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return ResourceError(f"{output}: must be writable, got {reason}. Free it, or choose another --output.")
 
 
 def _check_free(source: Path, names: Container[str], added: Sequence[str]) -> None:
@@ -159,8 +177,7 @@ def write_records(records: list[dict[str, Any]], output: Path) -> None:
     except pa.ArrowException as error:
         raise DataError(f"{output}: every column must fit {output.suffix}, got '{error}'. Write .jsonl.") from error
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ResourceError(f"{output}: must be writable, got {reason}.") from error
+        raise _build_error(output, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

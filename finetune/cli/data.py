@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from finetune.cli.output import AsJson, print_json, print_table, print_text
+from finetune.cli.output import AsJson, print_json, print_table, print_text, print_written
 
 if TYPE_CHECKING:
     from finetune.label_audit import Audit
@@ -140,7 +140,7 @@ def audit_command(
         rows = ", ".join(f"{row} {label}" for row, label in conflict.rows.items())
         print_text(f"  one text, several labels: {rows}")
     if output:
-        print_text(f"{output}: {len(done.ranked):,} rows written.")
+        print_written(output, len(done.ranked))
 
 
 def _parse_columns(text: str | None) -> dict[str, str]:

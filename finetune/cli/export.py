@@ -32,10 +32,10 @@ def export_command(
     if as_json:
         print_json({"folder": str(exported.folder)} | dict(exported.parity))
         return
-    _show(exported.folder, exported.parity)
+    _show(run, exported.folder, exported.parity)
 
 
-def _show(folder: Path, parity: Mapping[str, Any]) -> None:
+def _show(run: str, folder: Path, parity: Mapping[str, Any]) -> None:
     rows = []
     for name, task in parity["tasks"].items():
         for metric, values in task["metrics"].items():
@@ -53,7 +53,8 @@ def _show(folder: Path, parity: Mapping[str, Any]) -> None:
     ]
     print_table(["", "rows/s", "one row, p50", "p95"], rows)
     print_text(f"{size['after'] / 1e6:,.1f} MB of weights, before {size['before'] / 1e6:,.1f} MB")
-    print_text(f"{folder}: written. Use it: finetune predict RUN --engine {parity['format']}")
+    print_text(f"{folder}: written. Use it:")
+    print_text(f'finetune predict {run} "some text" --engine {parity["format"]}')
 
 
 def _score(values: Mapping[str, Any], sign: str = "") -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.output import AsJson, RunArgument, print_json, print_text
+from finetune.cli.output import AsJson, RunArgument, print_json, print_written
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import GenerateSection
@@ -22,7 +22,7 @@ def generate_command(
         list[str] | None, typer.Option("--prompt", help="A text to go on with, or to answer; repeatable.")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", help="A CSV, JSONL or Parquet file with a text column.")
+        Path | None, typer.Option("--input", help="A CSV, TSV, JSONL, Parquet or text file with a text column.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Where the rows of --input go, with a column `generated`.")
@@ -71,7 +71,7 @@ def generate_command(
     if as_json:
         print_json({"output": str(output), "rows": rows})
     else:
-        print_text(f"{output}: {rows:,} rows written.")
+        print_written(output, rows)
 
 
 def _read_value(value: str) -> tuple[str, str]:

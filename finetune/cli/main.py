@@ -88,7 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not words:  # Typer has printed the help instead
             sys.exit(error.exit_code)
         stop = "" if words.endswith((".", "?")) else "."
-        fail(f"{words}{stop} See finetune --help.", error.exit_code, as_json)
+        verb = getattr(getattr(error, "ctx", None), "command_path", "finetune")
+        fail(f"{words}{stop} See {verb} --help.", error.exit_code, as_json)
     except Exception as error:
         _trace(debug)
         fail(f"a bug: {type(error).__name__}: {error}. Run again with --debug and report what it prints.", BUG, as_json)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 MIN_TABLE_WIDTH = 110
 
@@ -56,7 +57,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     for position, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=position == 0)
     for row in rows:
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        table.add_row(*(Text(cell) for cell in row))
     # A score with its interval is read as one piece: rather scroll than break it.
     Console(width=max(Console().width, MIN_TABLE_WIDTH)).print(table)
 
@@ -65,6 +66,13 @@ def print_findings(findings: Sequence[Mapping[str, Any]]) -> None:
     """One line for each finding of the data checks."""
     for finding in findings:
         print_text(f"  {finding['severity']:8} {finding['message']}")
+
+
+def print_written(output: Path, rows: int) -> None:
+    """A file of rows is there."""
+    from finetune.recipe.messages import count_of  # with pydantic, which --help does not load
+
+    print_text(f"{output}: {count_of(rows, 'row')} written.")
 
 
 def fail(message: str, code: int, as_json: bool) -> NoReturn:

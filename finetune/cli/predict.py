@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.output import AsJson, Engine, RunArgument, print_json, print_table, print_text
+from finetune.cli.output import AsJson, Engine, RunArgument, print_json, print_table, print_written
 
 
 def predict_command(
     run: RunArgument,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to score.")] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", help="A CSV, JSONL or Parquet file with a text column.")
+        Path | None, typer.Option("--input", help="A CSV, TSV, JSONL, Parquet or text file with a text column.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Where the scored rows go: CSV, JSONL or Parquet.")
@@ -39,7 +39,7 @@ def predict_command(
     if as_json:
         print_json({"output": str(output), "rows": rows})
     else:
-        print_text(f"{output}: {rows:,} rows written.")
+        print_written(output, rows)
 
 
 def _predict_texts(run: str, texts: list[str], engine: str | None, as_json: bool) -> None:

@@ -182,6 +182,7 @@ def _show_trained(run: Run, as_json: bool) -> None:
 def show_scores(scored: dict[str, Any], of: str = "") -> None:
     """The table of a scored split: the model above its baselines."""
     from finetune.evaluation.wording import decimals_of, format_score
+    from finetune.recipe.messages import count_of
 
     metrics = scored["metrics"]
     rows = [
@@ -190,5 +191,7 @@ def show_scores(scored: dict[str, Any], of: str = "") -> None:
     ]
     level = f"{scored['confidence']:.0%}"
     print_table(
-        ["", *metrics], rows, title=f"{of}{scored['split']}: {scored['rows']:,} rows, {level} bootstrap intervals"
+        ["", *metrics],
+        rows,
+        title=f"{of}{scored['split']}: {count_of(scored['rows'], 'row')}, {level} bootstrap intervals",
     )

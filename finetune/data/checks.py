@@ -14,7 +14,7 @@ from finetune.data.cleaning import normalize_for_duplicates
 from finetune.data.duplicates import find_near_duplicates
 from finetune.data.rows import SPLITS, Row, Splits
 from finetune.errors import DataError
-from finetune.recipe.messages import suggest
+from finetune.recipe.messages import count_of, suggest
 
 Severity = Literal["error", "warning", "note"]
 
@@ -269,7 +269,7 @@ def _check_conflicts(same_texts: Sequence[list[_Entry]]) -> Iterator[Finding]:
     if conflicts:
         ids = [entry.row.id for same in conflicts for entry in same]
         message = (
-            f"{_many(len(conflicts), 'text')} must have one label, got several ({_some(ids)})."
+            f"{count_of(len(conflicts), 'text')} must have one label, got several ({_some(ids)})."
             " Decide on one: they cannot both be learned."
         )
         yield Finding("conflicting_labels", "warning", "all", len(conflicts), message, _shown(ids))
@@ -318,9 +318,14 @@ def _report_leaks(kind: str, leaks: Sequence[_Leak], action: str, severity: Seve
         else:
             message = (
                 f"{split}: must not share texts with {other}, {_rows(len(found))} {_verb(ids, 'has', 'have')} {also}"
-                f" ({examples}). Set split.leaks: drop to remove them from {split}."
+                f" ({examples}). {advise_on_leaks(split)}"
             )
             yield Finding(kind, severity, split, len(found), message, _shown(ids))
+
+
+def advise_on_leaks(split: str) -> str:
+    """What a recipe can do about rows of a split that lie in a later one too."""
+    return f"Set split.leaks: drop to remove them from {split}."
 
 
 # Words
@@ -343,11 +348,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _rows(count: int) -> str:
-    return _many(count, "row")
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return count_of(count, "row")
 
 
 def _verb(ids: Sequence[str], singular: str, plural: str) -> str:

@@ -14,7 +14,7 @@ from finetune.data.checks import Finding
 from finetune.data.files import MAX_TEXT_CHARACTERS, list_names, read_columns
 from finetune.errors import DataError
 from finetune.recipe.card import Card
-from finetune.recipe.messages import show, suggest
+from finetune.recipe.messages import count_of, show, suggest
 
 MAX_WHOLE_FLOAT = 2.0**53
 """Above it floats skip whole numbers."""
@@ -140,7 +140,7 @@ def check_all_present(is_empty: pyarrow.ChunkedArray, where: str, what: str) -> 
     """Raise DataError, naming the first row, when a value is empty or missing."""
     empty = np.flatnonzero(pc.fill_null(is_empty, fill_value=True).to_numpy())
     if len(empty):
-        rows = f"{len(empty):,} row{'' if len(empty) == 1 else 's'}"
+        rows = count_of(len(empty), "row")
         raise DataError(
             f"{where}: row {empty[0] + 1}: must hold {what}, got nothing (in {rows}). Fill in or remove these rows."
         )

@@ -10,6 +10,7 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import shutil
 import tempfile
 import zlib
@@ -24,7 +25,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from finetune.errors import DataError
-from finetune.recipe.messages import show
+from finetune.recipe.messages import count_of, show
 
 MAX_TEXT_CHARACTERS = 100_000
 MAX_UNPACKED_BYTES = 4 * 2**30
@@ -34,6 +35,7 @@ BLOCK_BYTES = 2**20
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".txt.gz")
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy")
+_SHEETS = (".xlsx", ".xls", ".ods")
 _FORMATS = "CSV, TSV, JSONL, Parquet or plain text"
 
 Record: TypeAlias = dict[str, Any]
@@ -55,7 +57,9 @@ def data_suffix(path: Path) -> str:
             f"{path}: rows come as {_FORMATS}, got {ending!r}, which can run code when opened."
             " Save the rows as CSV or JSONL."
         )
-    hint = " Write one JSON object per line and name it .jsonl." if ending == ".json" else ""
+    hint = " Save its sheet as CSV in UTF-8." if ending in _SHEETS else " Save the rows as CSV or JSONL."
+    if ending == ".json":
+        hint = " Write one JSON object per line and name it .jsonl."
     raise DataError(f"{path}: must end in one of {', '.join(SUFFIXES)}, got {ending or 'no ending'!r}.{hint}")
 
 
@@ -174,7 +178,7 @@ def _copy_text(source: BinaryIO, target: BinaryIO, path: Path, packed_bytes: int
         block = source.read(BLOCK_BYTES)
         if (zero := block.find(b"\0")) >= 0:
             place = _place(newlines, block, zero, offset)
-            raise DataError(f"{path}: {place}: must be text, got a NUL byte. {_iconv(path, 'UTF-16')}")
+            raise DataError(f"{path}: {place}: must be text, got a NUL byte. {_repair_nul(path, block)}")
         try:
             pending = len(decoder.getstate()[0])
             text = decoder.decode(block, final=not block)
@@ -207,6 +211,13 @@ def _check_unpacked(path: Path, unpacked_bytes: int, packed_bytes: int) -> None:
             f"{path}: must unpack to at most {MAX_UNPACKING_RATIO} times its {packed_bytes:,} bytes and at most"
             f" {MAX_UNPACKED_BYTES / 2**30:g} GiB, got more. Unpack it yourself if you trust it."
         )
+
+
+def _repair_nul(path: Path, block: bytes) -> str:
+    if block.count(b"\0") * 4 > len(block):  # UTF-16 of Latin letters is half NUL bytes
+        return _iconv(path, "UTF-16")
+    name = path.name.removesuffix(".gz")
+    return f"Remove it, for example: tr -d '\\000' < {name} > clean-{name}"
 
 
 def _iconv(path: Path, encoding: str) -> str:
@@ -242,14 +253,28 @@ def _check_csv(copy: Path, path: Path, delimiter: str) -> tuple[list[str], int]:
                 count += 1
                 if len(fields) != len(columns):
                     raise DataError(
-                        f"{path}: line {start}: must have {len(columns)} fields like the header, got {len(fields)}."
-                        f' Put a text that holds {"a tab" if delimiter != "," else "a comma"} in "quotes".'
+                        f"{path}: line {start}: must have {count_of(len(columns), 'field')} like the header, got "
+                        f"{len(fields)}. {_repair_fields(columns, delimiter)}"
                     )
         except csv.Error as error:
             raise _csv_error(path, line, error) from None
     if not count:
         raise DataError(f"{path}: must hold rows, got only the header {', '.join(columns)}. Add rows below it.")
     return columns, count
+
+
+def _repair_fields(columns: Sequence[str], delimiter: str) -> str:
+    return guess_delimiter(columns) or (
+        f'Put a text that holds {"a tab" if delimiter != "," else "a comma"} in "quotes".'
+    )
+
+
+def guess_delimiter(columns: Sequence[str]) -> str | None:
+    """What to do about a header that is one column because its names are parted by something else."""
+    separators = re.findall(r"[;\t|]", columns[0]) if len(columns) == 1 else []
+    if not separators:
+        return None
+    return f"Its fields seem to be parted by {separators[0]!r}: save it with commas, or with tabs as .tsv."
 
 
 def _check_header(fields: list[str], path: Path) -> list[str]:
@@ -277,7 +302,8 @@ def _read_jsonl(copy: Path, path: Path) -> list[Record]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}: line {number}: must be a JSON object, got {quote_reason(error)}.") from None
+                must = f"must be a JSON object, got {quote_reason(error)}"
+                raise DataError(f"{path}: line {number}: {must}. Write one object per line.") from None
             if not isinstance(record, dict):
                 raise DataError(
                     f"{path}: line {number}: must be a JSON object, got {show(record)}. Write one object per line."

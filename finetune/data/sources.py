@@ -28,6 +28,7 @@ from finetune.data.files import (
     Record,
     data_suffix,
     describe_columns,
+    guess_delimiter,
     read_table,
     to_records,
 )
@@ -160,7 +161,7 @@ def find_path(reference: str, relative_to: Path | None) -> Path:
         if candidate.exists():
             return candidate
     names = card_names()
-    places = " nor ".join(str(candidate) for candidate in tried)
+    places = " nor ".join(dict.fromkeys(str(candidate) for candidate in tried))
     raise DataError(
         f"data: must be a card, a file, a folder or hub:org/name@revision, got {reference!r}: no card has this name and"
         f" nothing lies at {places}.{suggest(reference, names)} Cards: {', '.join(names) or 'none'}."
@@ -302,8 +303,7 @@ def _missing_column(part: _Part, role: str, column: str, columns: Mapping[str, s
     close = suggest(column, free)
     guess = close.split("'")[1] if close else free[0] if len(free) == 1 else "<column>"
     fix = f"Set tasks.<name>.columns: {{{role}: {guess}}}." if free else f"Add a column {column!r} to the data."
-    if len(there) == 1 and (separators := re.findall(r"[;\t|]", there[0])):
-        fix = f"Its fields seem to be parted by {separators[0]!r}: save it with commas, or with tabs as .tsv."
+    fix = guess_delimiter(there) or fix
     problem = f"{part.where}: column {column!r} must exist, got {describe_columns(part.records[0])}."
     return ColumnError(problem, fix)
 

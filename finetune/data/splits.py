@@ -102,7 +102,7 @@ def _check_sizes(splits: Splits) -> Splits:
         got = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise DataError(
             f"split: every split must hold rows, got {got} of {sum(sizes.values())} rows."
-            f" Give more rows, or a larger share to {' and '.join(empty)}."
+            f" Give more rows, or a larger share to {' and '.join(empty)}; rows of one text stay together."
         )
     return {name: splits[name] for name in SPLITS}
 

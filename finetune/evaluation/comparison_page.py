@@ -11,7 +11,6 @@ from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.report import build_environment
 from finetune.evaluation.trade_off import Dot, trade_off_chart
 from finetune.evaluation.wording import (
-    count_of,
     decimals_of,
     format_count,
     format_duration,
@@ -21,6 +20,7 @@ from finetune.evaluation.wording import (
     format_size,
     name_of,
 )
+from finetune.recipe.messages import count_of
 
 KEEPS = 0.99
 """A candidate with this share of the reference's score is called as good."""

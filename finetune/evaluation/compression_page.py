@@ -11,7 +11,6 @@ from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.report import build_environment
 from finetune.evaluation.trade_off import Dot, trade_off_chart
 from finetune.evaluation.wording import (
-    count_of,
     decimals_of,
     format_number,
     format_score,
@@ -20,6 +19,7 @@ from finetune.evaluation.wording import (
     name_of,
 )
 from finetune.recipe.files import write_file_atomically
+from finetune.recipe.messages import count_of
 
 WHOLE = "run"
 """How the model that was made smaller is called among the sizes."""

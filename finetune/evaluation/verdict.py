@@ -11,7 +11,6 @@ from finetune.evaluation.charts import is_number
 from finetune.evaluation.gates import BEATS_BASELINES
 from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.wording import (
-    count_of,
     decimals_of,
     format_condition,
     format_interval,
@@ -22,6 +21,7 @@ from finetune.evaluation.wording import (
     part_of,
     quoted,
 )
+from finetune.recipe.messages import count_of
 
 State = Literal["good", "care", "bad"]
 Bin = Mapping[str, Any]

@@ -192,11 +192,6 @@ def mark_breaks(text: Any) -> Markup:
     return escape(text).replace("_", Markup("_<wbr>"))
 
 
-def count_of(count: int, one: str) -> str:
-    """`1 row`, `1,234 rows`."""
-    return f"{count:,} {one}{'' if count == 1 else 's'}"
-
-
 def listed(words: Sequence[str]) -> str:
     """`a, b and c`."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

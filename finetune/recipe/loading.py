@@ -81,7 +81,8 @@ def read_document(path: Path, schema: type[Section], overrides: Sequence[str] = 
     key = next(iter(schema.model_fields))
     if not isinstance(document.values, dict):
         got = "an empty file" if document.values is None else show(document.values)
-        raise RecipeError(f"{path}: the file must hold keys and values, such as `{key}: ...`, got {got}.")
+        fix = " Start from a copy: finetune recipes copy sentiment mine.yaml" if key in KINDS else ""
+        raise RecipeError(f"{path}: the file must hold keys and values, such as `{key}: ...`, got {got}.{fix}")
     kind = next((kind for kind in KINDS if kind in document.values), key)
     if key in KINDS and kind != key:
         raise RecipeError(f"{path}: must be {KINDS[key][0]}, got {KINDS[kind][0]}. Try: {KINDS[kind][1]} {path}")

@@ -106,6 +106,11 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def count_of(count: int, one: str) -> str:
+    """`1 row`, `1,234 rows`."""
+    return f"{count:,} {one}{'' if count == 1 else 's'}"
+
+
 def suggest(word: str, choices: Iterable[str], likeness: float = 0.6) -> str:
     """` Did you mean 'x'?`, or nothing when no choice is as alike as `likeness`, in [0, 1]."""
     spellings = {choice.lower(): choice for choice in choices}
@@ -228,7 +233,7 @@ def _requirement(error: ErrorDetails, place: _Place) -> str:
         return f"have {word} {limit} {'entry' if limit == 1 else 'entries'}, got {len(value)}."
     if kind in _LIMITS:
         word, key = _LIMITS[kind]
-        must_be, fix = f"{word} {ctx[key]:g}", ""
+        must_be, fix = f"{word} {_limit(ctx[key])}", ""
     elif kind == "string_pattern_mismatch":
         must_be, fix = _PATTERNS.get(ctx["pattern"], f"text like {ctx['pattern']}"), ""
     elif kind == "string_too_short":
@@ -238,6 +243,10 @@ def _requirement(error: ErrorDetails, place: _Place) -> str:
     else:
         must_be, fix = _describe(place.wanted), _hint(place.wanted, value)
     return f"be {must_be}, got {show(value)}.{fix}"
+
+
+def _limit(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _describe(wanted: Any) -> str:

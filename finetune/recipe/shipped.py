@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from finetune.errors import RecipeError
-from finetune.recipe.loading import load_recipe
+from finetune.recipe.loading import KINDS, load_recipe
 from finetune.recipe.messages import suggest
 
 
@@ -77,10 +77,14 @@ def find_recipe(name_or_path: str | Path, kind: Kind | None = "recipe") -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    paths, what = _paths(kind), kind or "file"
+    paths = _paths(kind)
+    what = KINDS[kind][0].removeprefix("a ") if kind else "file"
     name = path.as_posix().removesuffix(".yaml").removeprefix("recipes/")
     if name in paths:
         return paths[name]
+    if other := _paths(None).get(name):
+        is_a, command = KINDS[_read_kind(other)]
+        raise RecipeError(f"{name_or_path}: must be a {what}, got {is_a}. Try: {command} {name}")
     known = f"Shipped: {', '.join(paths)}." if paths else f"No {what} is shipped with this installation."
     raise RecipeError(f"{name_or_path}: must be a file or the name of a shipped {what}.{suggest(name, paths)} {known}")
 

@@ -12,7 +12,15 @@ from typing import Any, cast
 import numpy as np
 
 from finetune.data.batches import Examples, Indices
-from finetune.data.checks import Finding, check_lengths, check_rows, check_shots, raise_on_errors, set_apart
+from finetune.data.checks import (
+    Finding,
+    advise_on_leaks,
+    check_lengths,
+    check_rows,
+    check_shots,
+    raise_on_errors,
+    set_apart,
+)
 from finetune.data.cleaning import normalize_for_duplicates
 from finetune.data.knowledge import Entry, compute_knowledge_fingerprint, load_card_knowledge, load_knowledge
 from finetune.data.rows import Row, Splits, build_name_rows
@@ -319,5 +327,10 @@ def check_held_out(
     # A new set may repeat training texts; that is for the reader to know, and no reason to refuse.
     splits = {"train": list(train or []), "test": rows}
     _, together = check_rows(splits, task.labels, leaks="warn", same=same, out_of_scope=outside)
-    shared = [finding for finding in together if finding.kind in ("leak", "near_leak")]
+    recipes, sets = advise_on_leaks("train"), "The score is too hopeful: take them out of the set."
+    shared = [
+        replace(finding, message=finding.message.replace(recipes, sets))
+        for finding in together
+        if finding.kind in ("leak", "near_leak")
+    ]
     return rows, shared

@@ -114,7 +114,10 @@ class TextClassification(OnBase):
             )
         classes = [name for name in dict.fromkeys(values.values() or labels or sorted(found)) if name != outside]
         if len(classes) < 2:
-            raise DataError(f"{section.data}: the label column must hold at least 2 classes, got {classes}.")
+            raise DataError(
+                f"{section.data}: the label column must hold at least 2 classes, got {classes}. Add rows of another "
+                "class, or name another column."
+            )
         return cls(
             classes, dict(values), tuple(section.clean), CONTEXT in section.columns, outside, section.outlier_exposure
         )

@@ -128,6 +128,7 @@ def fit(
         started = time.monotonic() - state.seconds
         for step in _iterate_steps(problem, section, after=state.step, total=total):
             if state.stopped_early:
+                progress.stop_early(state.step, state.best_step)
                 break
             rate = set_learning_rate(
                 optimizer, compute_rate_factor(step.number - 1, total, section.warmup_ratio, section.schedule)

@@ -44,8 +44,16 @@ class TrainingProgress:
         self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
         self._progress.update(self._task, advance=1, loss=f"{self._loss:.3f}", rate=f"{rate:.1e}")
 
+    def stop_early(self, step: int, best_step: int | None) -> None:
+        """Say why the bar goes no further."""
+        kept = f"; the weights of step {best_step}, the best on validation, are kept" if best_step is not None else ""
+        self._say(f"stopped early after step {step}{kept}")
+
+    def _say(self, line: str) -> None:
+        if not self._progress.disable:
+            self._progress.console.print(line, highlight=False, soft_wrap=True)
+
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print a validation line above the bar."""
-        if not self._progress.disable:
-            values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            self._progress.console.print(f"step {step}  validation  {values}", highlight=False)
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._say(f"step {step}  validation  {values}")

@@ -125,7 +125,8 @@ def test_help_imports_no_heavy_library():
         (["--nonsense"], "finetune: No such option: --nonsense. See finetune --help."),
         (["runn"], "finetune: No such command 'runn'. Did you mean 'run'? See finetune --help."),
         (["teach"], "finetune: No such command 'teach'. See finetune --help."),
-        (["run"], "finetune: Missing argument 'RECIPE'. See finetune --help."),
+        (["run"], "finetune: Missing argument 'RECIPE'. See finetune run --help."),
+        (["data", "show", "a", "b"], "finetune: Got unexpected extra argument(s) (b). See finetune data show --help."),
         (
             ["run", "sentiment", "--processes", "0"],
             "Invalid value for '--processes': Input should be greater than or equal to 1. See",

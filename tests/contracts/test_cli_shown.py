@@ -10,6 +10,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from finetune.cli.output import print_table
 from finetune.recipe import list_recipes
 from finetune.recipe.adapter import ADAPTER_KEYS
 from finetune.recipe.comparison import list_comparisons
@@ -148,3 +149,9 @@ def test_doctor_looks_at_everything_a_run_needs(command, monkeypatch):
     for section, facts in found.items():
         assert section in text.splitlines()
         assert all(re.search(rf"^  {re.escape(fact)} ", text, re.MULTILINE) for fact in facts)
+
+
+def test_a_table_shows_its_cells_as_they_are(capsys):
+    cells = ["C:\\[y] \\", "[bold]x[/bold] [/]"]
+    print_table(["label", "text"], [cells])
+    assert capsys.readouterr().out.splitlines()[1].rstrip() == "  ".join(cells)

@@ -222,7 +222,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, command: Calla
         ([first], f"compare: must get two or more runs, got {first} alone. Add another one."),
         ([first, "x.yaml"], "compare: must get one comparison file alone, or runs, got x.yaml among 2."),
         ([first, second, "--markdown", "t.md"], "compare: --markdown must come with a comparison file, got runs."),
-        (["nowhere"], "nowhere: must be a file or the name of a shipped compare."),
+        (["nowhere"], "nowhere: must be a file or the name of a shipped comparison."),
     ):
         done = command("compare", *what)
         assert done.code == 2
@@ -232,7 +232,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, command: Calla
     with pytest.raises(UsageError, match=r"must get two or more runs, got 1\. Add another one\."):
         finetune.compare([first])
     (second / "evaluation" / "predictions.parquet").unlink()
-    with pytest.raises(UsageError, match=r"predictions\.parquet: must be the predictions of a finished run, got"):
+    with pytest.raises(UsageError, match=r"predictions\.parquet: must be the predictions of a .* Restore it, or"):
         finetune.compare([first, second])
 
 

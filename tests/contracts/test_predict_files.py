@@ -11,6 +11,9 @@ import pyarrow.parquet
 import pytest
 
 import finetune
+from finetune.artifact.load import Predictor
+from finetune.artifact.score_file import score_file
+from finetune.errors import ResourceError
 
 ADDED = ["predicted_label", "confidence", "score_negative", "score_neutral", "score_positive"]
 # The text stands between other columns; their values must come back as they are.
@@ -129,6 +132,7 @@ def test_an_old_output_is_replaced_whole(command, finished_run, tmp_path):
         ),
         ("scored.csv", "out.csv", [], 3, "scored.csv: confidence must be free, got columns of that name. Rename them."),
         ("rows.csv", "rows.csv/out.csv", [], 5, "rows.csv/out.csv: must be writable, got "),
+        ("rows.csv", "rows.csv/out.csv", [], 5, ". Free it, or choose another --output."),
     ],
 )
 def test_refusals_touch_nothing(command, finished_run, tmp_path, monkeypatch, source, output, options, code, words):
@@ -142,3 +146,11 @@ def test_refusals_touch_nothing(command, finished_run, tmp_path, monkeypatch, so
     assert done.code == code
     assert words in done.err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_rows_are_scored(finished_run, tmp_path, monkeypatch):
+    source = tmp_path / "rows.csv"
+    write(source, [{"text": "b"}])
+    monkeypatch.setattr(Predictor, "predict", None)  # whoever scores the rows first fails with another error
+    with pytest.raises(ResourceError, match=r"out\.csv: must be writable, got "):
+        score_file(finished_run, source, tmp_path / "rows.csv" / "out.csv")

@@ -234,6 +234,7 @@ def test_another_set_leaves_the_test_split_closed_and_names_shared_rows(own_run,
     assert "opened" not in scored
     assert scored["metrics"].keys() == scored["baselines"]["majority"]["metrics"].keys()
     (leak,) = [finding for finding in scored["findings"] if finding["kind"] == "leak"]
+    assert leak["message"].endswith("). The score is too hopeful: take them out of the set.")
     assert (leak["severity"], leak["count"], leak["rows"]) == ("warning", 2, [ids["train"][0], ids["train"][5]])
 
 
@@ -313,9 +314,10 @@ def test_a_name_means_its_latest_finished_run(tmp_path):
     ("name", "words"),
     [
         ("tiny/20260103-000000-aaaaaaaa", r"must be a finished run, got one that is stopped\. Try: finetune resume "),
-        ("gone", r"gone: must be a finished run, got none\. .* has empty, tiny\. Make one: finetune run RECIPE"),
+        ("gone", r"gone: must be a finished run, got none\. .* has tiny\. Make one: finetune run RECIPE"),
         ("empty", r"empty: must be a finished run, got none\. Make one: finetune run RECIPE"),
-        ("tiny", r"tiny: must be a finished run, got none\."),
+        ("tiny", r"tiny: must be a finished run, got one that is stopped\. Try: finetune resume .*tiny.20260103"),
+        ("", r"must be a finished run, got none\. .* has tiny\. Make one: finetune run RECIPE"),
     ],
 )
 def test_no_finished_run(tmp_path, name, words):
@@ -323,3 +325,17 @@ def test_no_finished_run(tmp_path, name, words):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=words):
         find_run(tmp_path / name)
+
+
+def test_a_name_without_its_folder_is_told_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "tiny" / "20260103-000000-aaaaaaaa", "finished")
+    with pytest.raises(UsageError, match=r"^tiny: must be a finished run, got none\. Did you mean runs.tiny\?$"):
+        find_run("tiny")
+
+
+def test_a_damaged_file_of_a_run_is_told(tmp_path):
+    (tmp_path / "status.json").write_text("{")
+    words = r"status\.json: must be a JSON file that this toolkit wrote, got .*\. Restore it, or use another run\."
+    with pytest.raises(UsageError, match=words):
+        find_run(tmp_path)

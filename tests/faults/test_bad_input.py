@@ -79,6 +79,12 @@ def test_missing_file(refuse, write_recipe, tmp_path):
     refuse(path, 3, "got 'rows_2025.csv': no card has this name and nothing lies at rows_2025.csv nor ")
 
 
+def test_missing_file_where_both_places_are_one(refuse, write_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir((tmp_path / "in").parent)
+    path = write_recipe(tmp_path, tasks={"tone": {"data": "rows_2025.csv"}})
+    refuse(path.relative_to(tmp_path), 3, "nothing lies at rows_2025.csv. ")
+
+
 def change_rows(write_recipe, tmp_path, change, name="rows.csv"):
     """A recipe on the usual rows after `change`: bytes -> bytes."""
     path = write_recipe(tmp_path / "in", tasks={"tone": {"data": name}})

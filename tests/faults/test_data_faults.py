@@ -44,11 +44,20 @@ def refuse(path, words, data=None, **options):
             r"line 1, byte 4: must be text, got a NUL byte\. Convert .*: iconv -f UTF-16 -t UTF-8 a\.csv",
         ),
         ("a.csv", "text,label\nok,x\n".encode("utf-16-le"), r"line 1, byte 2: must be text, got a NUL byte"),
-        ("a.csv", b"text,label\nok,x\nb\0d,y\n", r"line 3, byte 18: must be text, got a NUL byte"),
+        (
+            "a.csv",
+            b"text,label\nok,x\nb\0d,y\n",
+            r"line 3, byte 18: must be text, got a NUL byte\. Remove it, .* tr -d",
+        ),
         (
             "a.csv",
             b"text,label\nok,x\none, two,y\n",
             r'line 3: must have 2 fields like the header, got 3\. Put .*a comma in "',
+        ),
+        (
+            "a.csv",
+            b"text;label\none, two;x\n",
+            r"line 2: must have 1 field like .* got 2\. Its .* parted by ';'",
         ),
         ("a.tsv", b"text\tlabel\nok\n", r'line 2: must have 2 fields like the header, got 1\. Put .*a tab in "quotes"'),
         ("a.csv", b'text,label\n"two\nlines",x\nshort\n', r"line 4: must have 2 fields like the header, got 1"),
@@ -57,7 +66,11 @@ def refuse(path, words, data=None, **options):
         ("a.csv", b"text,text\na,b\n", r"line 1: must name each column once, got text twice"),
         ("a.csv", b'text,label\na,b\n""\n', r"must hold no blank rows, got 1\. Remove them"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', r"line 2: must be a JSON object, got \[1\]\. Write one object per line"),
-        ("a.jsonl", b'\n{"text": \n', r"line 2: must be a JSON object, got 'Expecting value"),
+        (
+            "a.jsonl",
+            b'\n{"text": \n',
+            r"line 2: must be a JSON object, got 'Expecting value.*'\. Write one object per line",
+        ),
         (
             "a.jsonl",
             b"[" * 100_000,
@@ -78,7 +91,8 @@ def refuse(path, words, data=None, **options):
             b"[]",
             r"must end in one of \.csv, .* got '\.json'\. Write one JSON object per line and name it \.jsonl",
         ),
-        ("a.xlsx.gz", b"x", r"must end in one of .* got '\.xlsx\.gz'"),
+        ("a.xlsx.gz", b"x", r"must end in one of .* got '\.xlsx\.gz'\. Save the rows as CSV or JSONL"),
+        ("a.xlsx", b"x", r"must end in one of .* got '\.xlsx'\. Save its sheet as CSV in UTF-8"),
         ("rows", b"x", r"must end in one of .* got 'no ending'"),
         (
             "a.jsonl",

@@ -144,6 +144,12 @@ def test_order_leaves_no_split_empty(count):
     assert sizes(splits) == {"train": count - 2, "validation": 1, "test": 1}
 
 
+def test_rows_of_one_text_fill_one_split():
+    words = r"got train 9, validation 0, test 0 of 9 rows\. .* validation and test; rows of one text stay together\."
+    with pytest.raises(DataError, match=words):
+        split_rows(make_rows([{"text": "the same", "label": "ab"[i % 2]} for i in range(9)]), SplitSection(), seed=0)
+
+
 def test_order_needs_three_rows():
     words = (
         r"every split must hold rows, got train 1, validation 1, test 0 of 2 rows\. Give more rows, or a larger share"

@@ -18,6 +18,7 @@ from finetune.models.prediction import compute_logits
 from finetune.training.checkpoint import load_checkpoint
 from finetune.training.events import load_events
 from finetune.training.loop import _describe_memory, derive_seed
+from finetune.training.progress import TrainingProgress
 
 Weights = dict[str, torch.Tensor]
 
@@ -360,6 +361,15 @@ def test_patience_is_not_counted_in_the_first_half(training, tiny_classifier):
     )
     assert evaluations == 6
     assert state.best_value == 0.9
+
+
+def test_a_bar_that_ends_early_says_why(capsys):
+    with TrainingProgress(160, 88, quiet=False) as progress:
+        progress.stop_early(88, 24)
+        progress.stop_early(40, None)
+    said = capsys.readouterr().err
+    assert "stopped early after step 88; the weights of step 24, the best on validation, are kept" in said
+    assert re.search(r"stopped early after step 40\s*$", said, re.MULTILINE)
 
 
 def test_without_early_stopping_every_epoch_is_trained_and_the_last_weights_stay(training, tiny_classifier):

@@ -130,6 +130,10 @@ def test_a_file_that_cannot_be_read(path: Path, monkeypatch: pytest.MonkeyPatch)
     assert _message(path) == "x.yaml: the file must be readable, got: [Errno 13] Permission denied."
 
 
+NO_KEYS = "the file must hold keys and values, such as `recipe: ...`, got"
+COPY = "Start from a copy: finetune recipes copy sentiment mine.yaml"
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -138,10 +142,10 @@ def test_a_file_that_cannot_be_read(path: Path, monkeypatch: pytest.MonkeyPatch)
         (b"name: x\nb: caf\xe9\n", "the file must be UTF-8, got byte 0xe9 on line 2. Save it as UTF-8."),
         ("name: é".encode("utf-16"), "the file must be text, got a NUL byte on line 1. Save it as UTF-8."),
         (b"#" * (MAX_BYTES + 1), "the file must be at most 1,000,000 bytes. Is it a YAML file?"),
-        (b"", "the file must hold keys and values, such as `recipe: ...`, got an empty file."),
-        (b"# nothing\n", "the file must hold keys and values, such as `recipe: ...`, got an empty file."),
-        (b"- a\n- b\n", "the file must hold keys and values, such as `recipe: ...`, got ['a', 'b']."),
-        (b"text", "the file must hold keys and values, such as `recipe: ...`, got 'text'."),
+        (b"", f"{NO_KEYS} an empty file. {COPY}"),
+        (b"# nothing\n", f"{NO_KEYS} an empty file. {COPY}"),
+        (b"- a\n- b\n", f"{NO_KEYS} ['a', 'b']. {COPY}"),
+        (b"text", f"{NO_KEYS} 'text'. {COPY}"),
     ],
 )
 def test_files_that_hold_no_recipe(path: Path, content: bytes, sentence: str) -> None:

@@ -27,6 +27,7 @@ CASES: list[tuple[str, str]] = [
     ("train: {epochs: 0}", "train.epochs: must be at least 1, got 0."),
     ("train: {learning_rate: 0}", "train.learning_rate: must be above 0, got 0."),
     ("train: {learning_rate: 2}", "train.learning_rate: must be at most 1, got 2."),
+    ("train: {seed: 9999999999}", "train.seed: must be below 4294967296, got 9999999999."),
     ("train: {warmup_ratio: 1.0}", "train.warmup_ratio: must be below 1, got 1.0."),
     ("train: {epochs: four}", "train.epochs: must be a whole number, got 'four'."),
     ("train: {epochs: 2.5}", "train.epochs: must be a whole number, got 2.5."),

@@ -89,6 +89,12 @@ def test_an_unknown_name_lists_what_there_is() -> None:
     assert "benchmarks/intents_banking77" in str(caught.value)
 
 
+def test_a_shipped_file_of_another_kind_is_told_with_the_command_for_it() -> None:
+    words = r"^benchmarks/adapters: must be a recipe, got a comparison\. Try: finetune compare benchmarks/adapters$"
+    with pytest.raises(RecipeError, match=words):
+        find_recipe("benchmarks/adapters")
+
+
 @pytest.mark.parametrize("name", ["../sentiment", "benchmarks/../sentiment", "", "x\0"])
 def test_names_that_are_no_names(name: str) -> None:
     with pytest.raises(RecipeError, match="must be a file or the name of a shipped recipe"):

@@ -25,10 +25,10 @@ def test_the_shipped_sweep_loads_and_is_no_recipe() -> None:
     assert recipe == find_recipe("sentiment")
     assert section.name == path.stem
     assert "sweep_sentiment" not in [one.name for one in list_recipes()]
-    with pytest.raises(
-        RecipeError, match=r"must be a file or the name of a shipped sweep\. .*Shipped: sweep_sentiment"
-    ):
+    with pytest.raises(RecipeError, match=r"must be a sweep, got a recipe\. Try: finetune run sentiment$"):
         find_recipe("sentiment", "sweep")
+    with pytest.raises(RecipeError, match=r"must be a file or the name of a shipped sweep\. Shipped: sweep_sentiment"):
+        find_recipe("nothing", "sweep")
 
 
 def test_a_recipe_beside_the_sweep_goes_first(tmp_path) -> None:

@@ -19,7 +19,8 @@ from finetune.applications.monitor.truth import TrueWindow, score_alerts, score_
 from finetune.applications.monitor.watch import Options, watch
 from finetune.applications.monitor.windows import WindowPlan
 from finetune.errors import DataError
-from finetune.evaluation.wording import count_of, format_number, format_share
+from finetune.evaluation.wording import format_number, format_share
+from finetune.recipe.messages import count_of
 
 ALL = "all topics"
 Table = tuple[str, list[str], list[list[str]]]

@@ -15,7 +15,8 @@ from markupsafe import Markup, escape
 
 from finetune.applications.monitor.records import Alert
 from finetune.applications.monitor.store import WindowRecord
-from finetune.evaluation.wording import count_of, format_count
+from finetune.evaluation.wording import format_count
+from finetune.recipe.messages import count_of
 
 SHARE_HEIGHT, VOLUME_HEIGHT, GAP, TICK_HEIGHT = 150, 44, 26, 18
 HEIGHT = SHARE_HEIGHT + GAP + VOLUME_HEIGHT + TICK_HEIGHT

@@ -14,9 +14,10 @@ from finetune.applications.monitor.charts import SHAPES, describe_time, describe
 from finetune.applications.monitor.records import Alert, Share
 from finetune.applications.monitor.store import Store, WindowRecord
 from finetune.evaluation.report import build_environment
-from finetune.evaluation.wording import count_of, format_number, format_share, listed
+from finetune.evaluation.wording import format_number, format_share, listed
 from finetune.recipe.applications import MonitorSection
 from finetune.recipe.files import write_file_atomically
+from finetune.recipe.messages import count_of
 
 FEW_ITEMS = 2.0
 """Items of a mean window below which a topic has no chart: its band would fill it."""
