@@ -84,6 +84,7 @@ def build_model(items: int, generator: np.random.Generator) -> Any:
 
     from finetune.models.next_item import ItemChoices, build_next_item
     from finetune.recipe.schema import ModelSection, ScratchSection
+    from finetune.tasks.items import normalize
 
     texts = torch.from_numpy(normalize(generator.standard_normal((items, TEXT_WIDTH), np.float32)))
     scratch = ScratchSection(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, position="learned")
@@ -96,7 +97,7 @@ def build_counts(items: int, generator: np.random.Generator) -> Any:
     """Pairs of items drawn by popularity, which follows Zipf's law."""
     from scipy import sparse
 
-    from finetune.tasks.ranker import RECENT_DAYS, WINDOWS, Counts
+    from finetune.tasks.items import RECENT_DAYS, WINDOWS, Counts
 
     popularity = 1e5 / np.arange(1, items + 1)
     shares = popularity / popularity.sum()
@@ -136,10 +137,6 @@ def draw_histories(recommender: Any, people: int, seed: int) -> list[list[str]]:
     drawn = generator.choice(len(popularity), int(lengths.sum()), p=popularity / popularity.sum())
     ids = recommender.task.catalogue.ids
     return [[ids[item] for item in part] for part in np.split(drawn, np.cumsum(lengths)[:-1])]
-
-
-def normalize(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def time_single(answer: Callable[[list[str]], Any], histories: list[list[str]]) -> tuple[float, float]:

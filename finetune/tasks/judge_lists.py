@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save
 
 from finetune.data.histories import Held
-from finetune.evaluation.counting import COUNTINGS, DAY, Events, Histories, Scores
+from finetune.evaluation.counting import COUNTINGS, Histories, Scores
 from finetune.evaluation.recommending import (
     Judging,
     Questions,
@@ -27,7 +27,8 @@ from finetune.evaluation.recommending import (
 )
 from finetune.evaluation.report_samples import LIST_LABELS
 from finetune.evaluation.scoring import round_numbers
-from finetune.tasks.ranker import ROUNDS, Counts, Ranker, Table, fit_trees
+from finetune.tasks.items import WEEK, Counts
+from finetune.tasks.ranker import ROUNDS, Ranker, Table, fit_trees
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores
 from finetune.tasks.task import HeldOut, Judgement
 
@@ -73,9 +74,10 @@ def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judg
                 baseline: choose_settings(COUNTINGS[baseline], events, questions, held_out.section.metrics[0])
                 for baseline in held_out.section.baselines
             }
-        first = _First(held_out.model, held_out.max_length, events)
+        counts = Counts.fit(events)
+        first = _First(held_out.model, held_out.max_length, counts.rank_popular(WEEK))
         systems = {SEQUENCE: rank_all(questions, first.score, groups)}
-        fresh = task.build_ranker(held_out.model, Counts.fit(events)) if task.rank else None
+        fresh = task.build_ranker(held_out.model, counts)
         if fresh is not None:
             if name == "validation":
                 trees, ranked = _fit_ranker(fresh, first, questions, groups, held_out.seed)
@@ -89,7 +91,6 @@ def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judg
         }
         opened = held_out.opened if name == "test" else None
         scored[name] = score_lists(name, questions, systems, items, Judging(held_out.section, held_out.seed, opened))
-    counts = ranker.counts if ranker else Counts.fit(events)
     files, fits = {COUNTS_FILE: save(counts.to_arrays())}, {}
     if ranker is not None:
         files[RANKER_FILE] = ranker.trees.model_to_string().encode()
@@ -115,9 +116,8 @@ def _ask(task: Recommendation, record: Record, split: Held, seed: int) -> Questi
 class _First:
     """The first stage: the sequence model, and where the history is empty what was popular of late."""
 
-    def __init__(self, model: Any, max_length: int, events: Events) -> None:
-        self.model, self.max_length = model, max_length
-        self.popular = events.count(events.now - 7 * DAY) + 1e-6 * events.count()
+    def __init__(self, model: Any, max_length: int, popular: Scores) -> None:
+        self.model, self.max_length, self.popular = model, max_length, popular
 
     def compute(self, histories: Histories) -> Scores:
         """(R, I); nan where a history is empty."""

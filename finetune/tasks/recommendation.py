@@ -33,8 +33,9 @@ from finetune.models.next_item_loss import draw_negatives, full_softmax, gbce, s
 from finetune.models.prediction import compute_by_row, scatter_rows
 from finetune.recipe.schema import ModelSection, RankSection, RecommendSection, TaskSection
 from finetune.tasks.encoding import encode_texts
+from finetune.tasks.items import Counts, Items, normalize
 from finetune.tasks.language import sum_by_row
-from finetune.tasks.ranker import Counts, Items, Ranker
+from finetune.tasks.ranker import Ranker
 from finetune.tasks.task import HeldOut, Judgement, Outputs
 
 CHECKED = 1000
@@ -297,12 +298,6 @@ def embed_items(base: BaseModel, tokenizer: Any, texts: Sequence[str]) -> npt.ND
     (vectors,) = compute_embeddings(base, [examples], tokenizer.pad_token_id)
     vectors[[not text for text in texts]] = 0
     return vectors
-
-
-def normalize(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Rows of length 1; zeros stay."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(lengths, 1e-9), np.float32)
 
 
 def encode_questions(questions: Questions, rows: Sequence[int], max_length: int) -> Examples:

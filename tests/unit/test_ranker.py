@@ -12,7 +12,8 @@ from safetensors.numpy import load, save
 from finetune.data.interactions import Catalogue
 from finetune.errors import DataError, ResourceError
 from finetune.evaluation.counting import DAY, Events, Histories
-from finetune.tasks.ranker import LAST_EVENTS, Counts, Items, Ranker, fit_trees, import_lightgbm
+from finetune.tasks.items import Counts, Items
+from finetune.tasks.ranker import LAST_EVENTS, Ranker, fit_trees, import_lightgbm
 
 ITEMS = 40
 KINDS = ("Crime", "Crime, Poetry", "Poetry", None)

@@ -31,10 +31,11 @@ from finetune.recipe.schema import (
 )
 from finetune.runner import lay_out, search
 from finetune.tasks import judge_lists, recommendation
+from finetune.tasks.items import WEEK, Counts
 from finetune.tasks.judge_lists import place_candidates
 from finetune.tasks.people import load_people
 from finetune.tasks.preparation import load_held_out
-from finetune.tasks.ranker import Counts, Table
+from finetune.tasks.ranker import Table
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores, encode_questions
 from finetune.tasks.task import HeldOut
 from finetune.training.checkpoint import has_checkpoint
@@ -307,7 +308,7 @@ def test_after_nothing_comes_what_was_popular_of_late(model):
     item = np.array([0] * 50 + [1] * 20 + [2] * 2 + [3] * 2 + [3] * 9)
     time = np.array([START] * 70 + [now - DAY] * 4 + [START] * 9)
     events = Events(np.arange(len(item)), item, time, ITEMS, now)
-    first = judge_lists._First(model, 20, events)
+    first = judge_lists._First(model, 20, Counts.fit(events).rank_popular(WEEK))
     histories = Histories(np.array([4, 5]), np.array([0, 0]), np.array([0, 2]))
     sequence = first.compute(histories)
     filled = first.fill(sequence)
