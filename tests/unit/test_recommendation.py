@@ -358,6 +358,24 @@ def test_features_that_do_not_exist(tmp_path):
     )
 
 
+def test_a_column_that_is_called_like_a_feature(tmp_path):
+    write_shop(tmp_path, draw_events())
+    catalogue = (tmp_path / "items.csv").read_text(encoding="utf-8")
+    (tmp_path / "items.csv").write_text(catalogue.replace("price", "popularity", 1), encoding="utf-8")
+    items = {"file": "items.csv", "text": ["title"], "categorical": ["kind"], "numeric": ["popularity"]}
+    section = make_section(
+        data=str(tmp_path / "events.csv"), items=items, rank={"features": ["sequence", "popularity"]}
+    )
+    with pytest.raises(DataError) as caught:
+        load_people(section, None, 0)
+    assert str(caught.value) == (
+        "rank.features: must mean one thing, got popularity, which the catalogue also has as a column. Rename the "
+        "column, or leave it out of items.categorical and items.numeric."
+    )
+    section = make_section(data=str(tmp_path / "events.csv"), items=items, rank={"features": ["sequence", "kind"]})
+    assert load_people(section, None, 0)[1].rank.features == ["sequence", "kind"], "nothing asks for either"
+
+
 def test_features_that_say_nothing_are_left_out(tmp_path):
     keys = {"recommend": {"vectors": "ids"}, "rank": {"features": ["text", "repeats", "price"]}}
     assert load_shop(tmp_path, draw_events(), **keys)[1].rank.features == ["price"]
