@@ -21,6 +21,8 @@ from scipy import sparse
 
 from finetune.errors import DataError, ResourceError
 from finetune.evaluation.counting import Histories, Matrix, Numbers, Scores, apply
+from finetune.evaluation.recommending import find_first
+from finetune.tasks.forest import Forest
 from finetune.tasks.items import RECENT_DAYS, WINDOWS, Counts, Items, normalize
 
 DECAYS = (0.5, 0.8, 0.95)
@@ -31,6 +33,7 @@ LAST_EVENTS = 50
 TEXT_SOURCE = "text 0.8"
 SOURCES = ("follows 5, 0.5", "follows 20, 0.8", "ease 0.5", "ease 0.8")
 """Features whose first items become candidates, beside those of the sequence model and of the texts."""
+NOTHING = np.zeros(0, np.int64)
 TREES = {
     "objective": "lambdarank",
     "learning_rate": 0.05,
@@ -107,7 +110,7 @@ class Ranker:
 
     def score(self, table: Table) -> npt.NDArray[np.float64]:
         """Scores of candidates, (C,)."""
-        return np.asarray(self.trees.predict(table.values))
+        return self._forest.score(table.values)
 
     def explain(self, table: Table) -> list[dict[str, float]]:
         """What each feature of `features` adds to a candidate's score (SHAP values, arXiv:1802.03888), C times."""
@@ -120,6 +123,10 @@ class Ranker:
         gains = _sum_groups([name.partition(":")[0] for name in self.names], self.trees.feature_importance("gain"))
         total = sum(gains.values()) or 1.0
         return {name: gain / total for name, gain in sorted(gains.items(), key=lambda pair: -pair[1])}
+
+    @cached_property
+    def _forest(self) -> Forest:
+        return Forest.build(self.trees)
 
     def _compute(self, histories: Histories, sequence: Scores) -> _Computed:
         size = len(self.items.catalogue.ids)
@@ -149,29 +156,39 @@ class Ranker:
     def _choose(self, computed: _Computed, histories: Histories) -> tuple[Numbers, Numbers]:
         """Request and item of each candidate: the first items of each source, of the lately popular, and of those
         that nobody had yet, by their texts; and what the person had, where it may come again."""
+        pairs, new, seen = computed.pairs, self._new, np.zeros(len(self.items.catalogue.ids), bool)
+        counted = [pairs[name] for name in (*SOURCES, "newest") if name in pairs]
+        found = []
+        for row in range(len(histories)):
+            own = histories.get(row) if self.exclude_seen else NOTHING
+            seen[own] = True
+            first = self._popular[: self.candidates + len(own)]
+            chosen = [first[~seen[first]][: self.candidates]]
+            for name in ("sequence", TEXT_SOURCE):
+                if name in pairs:
+                    scores = pairs[name][row].copy()
+                    scores[own] = -np.inf
+                    chosen.append(find_first(scores, self.candidates))
+            if TEXT_SOURCE in pairs:
+                chosen.append(new[find_first(scores[new], self.candidates)])
+            for source in counted:
+                items = np.flatnonzero(source[row] > 0)  # what was never counted is no candidate
+                items = items[~seen[items]]
+                chosen.append(items[find_first(source[row, items], self.candidates)])
+            seen[own] = False
+            found.append(np.unique(np.concatenate(chosen)))
+        return np.repeat(np.arange(len(found)), [len(items) for items in found]), np.concatenate(found)
+
+    @cached_property
+    def _popular(self) -> Numbers:
+        """Items that were popular of late, the most popular first."""
         popular = self.counts.rank_popular(RECENT_DAYS[1])
-        sequence = computed.pairs["sequence"]
-        known = [computed.pairs[name] for name in ("sequence", TEXT_SOURCE) if name in computed.pairs]
-        counted = [computed.pairs[name] for name in SOURCES]
-        counted.append(np.broadcast_to(popular, sequence.shape))
-        if self.items.texts is not None:
-            seen = self.counts.vectors["popularity"] > 0
-            known.append(np.where(seen, -np.inf, computed.pairs[TEXT_SOURCE]).astype(np.float32))
-        if not self.exclude_seen:
-            counted.append(computed.pairs["newest"])
-        count = min(self.candidates, popular.shape[0])
-        chosen = np.zeros(sequence.shape, bool)
-        for place, source in enumerate([*known, *counted]):
-            worst = np.inf if place < len(known) else 0.0  # what was never counted is no candidate
-            costs = np.negative(source, dtype=np.float32)
-            np.copyto(costs, np.inf, where=np.isnan(costs))
-            if self.exclude_seen:
-                histories.mark(costs, np.inf)
-            first = np.argpartition(costs, count - 1, axis=1)[:, :count]
-            rows = np.arange(len(costs))[:, None]
-            chosen[rows, first] |= costs[rows, first] < worst
-        request, item = np.nonzero(chosen)
-        return request.astype(np.int64), item.astype(np.int64)
+        return np.argsort(-popular, kind="stable")[: np.count_nonzero(popular > 0)]
+
+    @cached_property
+    def _new(self) -> Numbers:
+        """Items that nobody had yet."""
+        return np.flatnonzero(self.counts.vectors["popularity"] == 0)
 
     def _gather(self, computed: _Computed, histories: Histories) -> _Columns:
         pairs, vectors = computed.pairs, self.counts.vectors
