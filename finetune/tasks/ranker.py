@@ -204,8 +204,9 @@ class Ranker:
             if name in groups:
                 columns.pairs |= {f"{name}: {key}": pairs[key] for key in pairs if key.startswith(groups[name])}
                 if name == "text" and self.items.texts is not None:
-                    columns.texts = {
-                        f"{name}: text {decay}": (self.items.texts, taste)
+                    columns.texts = self.items.texts
+                    columns.tastes = {
+                        f"{name}: text {decay}": taste
                         for decay, taste in computed.tastes.items()
                         if f"text {decay}" != TEXT_SOURCE
                     }
@@ -257,12 +258,13 @@ class _Columns:
     requests: dict[str, Scores] = field(default_factory=dict)
     differences: dict[str, tuple[Scores, Scores]] = field(default_factory=dict)
     shares: dict[str, tuple[Matrix, Scores]] = field(default_factory=dict)
-    texts: dict[str, tuple[Scores, Scores]] = field(default_factory=dict)
+    tastes: dict[str, Scores] = field(default_factory=dict)
+    texts: Scores | None = None
 
     @property
     def names(self) -> list[str]:
         """In the order of `take`."""
-        return [*self.pairs, *self.items, *self.requests, *self.differences, *self.shares, *self.texts]
+        return [*self.pairs, *self.items, *self.requests, *self.differences, *self.shares, *self.tastes]
 
     def take(self, request: Numbers, item: Numbers) -> Scores:
         """(C, F)."""
@@ -271,13 +273,26 @@ class _Columns:
             *(vector[item] for vector in self.items.values()),
             *(vector[request] for vector in self.requests.values()),
             *(values[item] - mean[request] for values, mean in self.differences.values()),
-            *(
-                np.asarray(kinds[item].multiply(share[request]).sum(axis=1)).ravel()
-                for kinds, share in self.shares.values()
-            ),
-            *(np.einsum("cs,cs->c", texts[item], taste[request]) for texts, taste in self.texts.values()),
+            *(_sum_shares(kinds[item], share, request) for kinds, share in self.shares.values()),
+            *self._compare_texts(request, item),
         ]
         return np.column_stack(columns).astype(np.float32)
+
+    def _compare_texts(self, request: Numbers, item: Numbers) -> list[Scores]:
+        if self.texts is None or not self.tastes:
+            return []
+        tastes = np.stack(list(self.tastes.values()), axis=-1)  # (R, S, K)
+        found = np.empty((len(item), len(self.tastes)), np.float32)
+        for taste, own in zip(tastes, _find_bounds(request, len(tastes)), strict=True):
+            np.matmul(self.texts[item[own]], taste, out=found[own])
+        return list(found.T)
+
+
+def _sum_shares(kinds: Matrix, share: Scores, request: Numbers) -> Scores:
+    """The person's share of each candidate's kinds, CSR (C, kinds), from that of all kinds, (R, kinds): (C,)."""
+    row = np.repeat(np.arange(len(request)), np.diff(kinds.indptr))
+    values: Scores = kinds.data * share[request[row], kinds.indices]
+    return np.bincount(row, values, minlength=len(request)).astype(np.float32)
 
 
 def _count_since(histories: Histories, items: int) -> Scores:

@@ -318,20 +318,22 @@ def compute_sequence_scores(
     """
     inner: Any = model
     size = int(inner.config.num_items)
-    scores = np.full((len(histories), size), np.nan, np.float32)
     rows = np.flatnonzero(histories.lengths)
     if not len(rows):
-        return scores
+        return np.full((len(histories), size), np.nan, np.float32)
     vectors = _compute_vectors(inner) if item_vectors is None else item_vectors
     examples = Examples.build([histories.get(row)[-max_length:].astype(np.int32) for row in rows.tolist()])
 
-    def measure(batch: Batch, _rows: Indices) -> torch.Tensor:
-        states = inner.encode(**list_inputs(batch), item_vectors=vectors)
-        found: torch.Tensor = inner.score(states, item_vectors=vectors).float().log_softmax(-1)
-        return found
+    def encode(batch: Batch, _rows: Indices) -> torch.Tensor:
+        states: torch.Tensor = inner.encode(**list_inputs(batch), item_vectors=vectors)
+        return states
 
-    for part, values in compute_by_row(model, examples, None, measure):
-        scores[rows[part]] = values
+    states = scatter_rows(compute_by_row(model, examples, None, encode), len(rows), vectors.shape[1])
+    found = inner.score(torch.from_numpy(states).to(vectors), item_vectors=vectors).float().log_softmax(-1).cpu()
+    if len(rows) == len(histories):  # all of one kind: no copy
+        return np.asarray(found.numpy())
+    scores = np.full((len(histories), size), np.nan, np.float32)
+    scores[rows] = found.numpy()
     return scores
 
 
