@@ -6,7 +6,7 @@ be told apart is no success; in a list, the one that stands first in the catalog
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,23 +201,32 @@ def name_history(events: int) -> str:
 
 
 def rank_all(
-    questions: Questions, score: Callable[[Questions], Scores], groups: Mapping[str, npt.NDArray[np.bool_]]
+    questions: Questions,
+    score: Callable[[Questions], Scores],
+    groups: Mapping[str, npt.NDArray[np.bool_]],
+    chunks: Iterable[slice] | None = None,
 ) -> Ranked:
-    """What a system that scores chunks makes of all requests."""
+    """What a system that scores chunks, `questions.chunk()`, makes of all requests."""
     ranked = Ranked()
-    for rows in questions.chunk():
+    for rows in questions.chunk() if chunks is None else chunks:
         part = questions.take(rows)
         ranked.add(score(part), part, groups)
     return ranked
 
 
-def choose_settings(counting: Counting, events: Events, questions: Questions, metric: str) -> dict[str, float]:
-    """The settings of a baseline that are best on validation; of equal ones the first."""
+def choose_settings(
+    counting: Counting,
+    events: Events,
+    questions: Questions,
+    metric: str,
+    track: Callable[[Sequence[dict[str, float]]], Iterable[dict[str, float]]] = iter,
+) -> dict[str, float]:
+    """The settings of a baseline that are best on validation; of equal ones the first. `track` hands them on."""
     settings = counting.list_settings()
     if len(settings) == 1:
         return settings[0]
     scores = []
-    for fitted in counting.fit_all(events, settings):
+    for fitted in counting.fit_all(events, track(settings)):
         places = []
         for rows in questions.chunk():
             part = questions.take(rows)

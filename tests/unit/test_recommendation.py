@@ -19,6 +19,7 @@ from finetune.data.interactions import Catalogue, Interactions
 from finetune.errors import DataError, Interrupted, RecipeError, ResourceError, UsageError
 from finetune.evaluation.counting import COUNTINGS, DAY, Events, Histories
 from finetune.evaluation.ranking_baselines import find_places
+from finetune.evaluation.recommending import CHUNK
 from finetune.models.next_item import build_next_item
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import (
@@ -220,11 +221,11 @@ def test_nothing_that_is_fitted_sees_events_after_its_cut(tmp_path, at):
         np.testing.assert_array_equal(one, two)
 
 
-def judge(task, model):
+def judge(task, model, **keys):
     section = EvaluateSection(
         metrics=["ndcg_at_10", "mrr"], baselines=["popular_week", "co_occurrence"], slices=[], resamples=100
     )
-    return judge_lists.judge_lists(task, task.record, HeldOut(model, None, {}, {}, None, section, 20, 0, 1))
+    return judge_lists.judge_lists(task, task.record, HeldOut(model, None, {}, {}, None, section, 20, 0, 1, **keys))
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +274,32 @@ def test_what_is_counted_for_a_split_ends_at_its_own_cut(judged, model, monkeypa
     # Two baselines are tuned; for each split the trees' counts, then both baselines.
     assert [events.now for events in counted] == [first] * 5 + [second] * 3
     assert all(events.time.max() < events.now for events in counted)
+
+
+def test_judging_says_how_far_it_is(judged, model):
+    _, task, judgement = judged
+    told, done = [], {}
+
+    def track(stage, parts):
+        told.append((stage, len(parts)))
+        for part in parts:
+            yield part
+            done[stage] = done.get(stage, 0) + 1
+
+    assert judge(task, model, track=track).scored == judgement.scored, "it changes nothing"
+    validation, test = (len(task.record.ask(split, exclude_seen=True)) for split in ("validation", "test"))
+    assert told == [
+        ("validation: settings of co_occurrence", 18),
+        ("validation: first stage", -(-validation // CHUNK)),
+        ("validation: candidates", -(-validation // CHUNK)),
+        ("validation: candidates, some items hidden", -(-validation // CHUNK)),
+        ("validation: trees", 3),
+        ("validation: baselines", 2),
+        ("test: first stage", -(-test // CHUNK)),
+        ("test: both stages", -(-test // CHUNK)),
+        ("test: baselines", 2),
+    ]
+    assert done == dict(told), "each to its end"
 
 
 # Scores
