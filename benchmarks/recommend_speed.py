@@ -4,7 +4,7 @@ The catalogue, what was counted and the people are drawn at random, in the sizes
 what they say. The sequence model has random weights, the trees are fitted on random answers. One person is asked for
 with and without reasons. Many people are ranked in one call, without reasons; in turns with it, in the same process,
 the matrix products are timed that this cannot do without: each history's state with every item's vector, and, where
-there are two stages, its mean texts with every item's text. Machines are shared and noisy: read the share, which
+there are two stages, the mean of its texts with every item's text. Machines are shared and noisy: read the share, which
 compares neighbours in time.
 
 To repeat, on a machine that does nothing else:
@@ -155,12 +155,11 @@ def time_products(recommender: Any, people: int) -> float:
     import torch
 
     from finetune.applications.recommender.recommender import choose_chunk
-    from finetune.tasks.ranker import DECAYS
 
     items = len(recommender.task.catalogue.ids)
     step = choose_chunk(items)
-    sides = [(WIDTH, 1)] + ([(TEXT_WIDTH, len(DECAYS))] if recommender.trees is not None else [])
-    pairs = [(torch.randn(step * times, width), torch.randn(items, width).T) for width, times in sides]
+    widths = [WIDTH, TEXT_WIDTH] if recommender.trees is not None else [WIDTH]
+    pairs = [(torch.randn(step, width), torch.randn(items, width).T) for width in widths]
     results = [torch.empty(len(left), items) for left, _ in pairs]
     start = read_clock()
     for _ in range(0, people, step):
