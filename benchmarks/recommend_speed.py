@@ -4,7 +4,7 @@ The catalogue, what was counted and the people are drawn at random, in the sizes
 what they say. The sequence model has random weights, the trees are fitted on random answers. One person is asked for
 with and without reasons. Many people are ranked in one call, without reasons; in turns with it, in the same process,
 the matrix products are timed that this cannot do without: each history's state with every item's vector, and, where
-there are two stages, its mean texts with every item's text. Machines are shared and noisy: read the share, which
+there are two stages, the mean of its texts with every item's text. Machines are shared and noisy: read the share, which
 compares neighbours in time.
 
 To repeat, on a machine that does nothing else:
@@ -84,6 +84,7 @@ def build_model(items: int, generator: np.random.Generator) -> Any:
 
     from finetune.models.next_item import ItemChoices, build_next_item
     from finetune.recipe.schema import ModelSection, ScratchSection
+    from finetune.tasks.items import normalize
 
     texts = torch.from_numpy(normalize(generator.standard_normal((items, TEXT_WIDTH), np.float32)))
     scratch = ScratchSection(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, position="learned")
@@ -96,7 +97,7 @@ def build_counts(items: int, generator: np.random.Generator) -> Any:
     """Pairs of items drawn by popularity, which follows Zipf's law."""
     from scipy import sparse
 
-    from finetune.tasks.ranker import RECENT_DAYS, WINDOWS, Counts
+    from finetune.tasks.items import RECENT_DAYS, WINDOWS, Counts
 
     popularity = 1e5 / np.arange(1, items + 1)
     shares = popularity / popularity.sum()
@@ -138,10 +139,6 @@ def draw_histories(recommender: Any, people: int, seed: int) -> list[list[str]]:
     return [[ids[item] for item in part] for part in np.split(drawn, np.cumsum(lengths)[:-1])]
 
 
-def normalize(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 def time_single(answer: Callable[[list[str]], Any], histories: list[list[str]]) -> tuple[float, float]:
     """p50 and p95 in milliseconds."""
     found = []
@@ -158,12 +155,11 @@ def time_products(recommender: Any, people: int) -> float:
     import torch
 
     from finetune.applications.recommender.recommender import choose_chunk
-    from finetune.tasks.ranker import DECAYS
 
     items = len(recommender.task.catalogue.ids)
     step = choose_chunk(items)
-    sides = [(WIDTH, 1)] + ([(TEXT_WIDTH, len(DECAYS))] if recommender.trees is not None else [])
-    pairs = [(torch.randn(step * times, width), torch.randn(items, width).T) for width, times in sides]
+    widths = [WIDTH, TEXT_WIDTH] if recommender.trees is not None else [WIDTH]
+    pairs = [(torch.randn(step, width), torch.randn(items, width).T) for width in widths]
     results = [torch.empty(len(left), items) for left, _ in pairs]
     start = read_clock()
     for _ in range(0, people, step):

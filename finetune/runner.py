@@ -64,6 +64,7 @@ from finetune.training.loop import GivesUp, Problem, count_steps, fit, never
 from finetune.training.memory import read_peak_memory_mb
 from finetune.training.precision import choose_precision
 from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
+from finetune.training.progress import JudgingProgress
 from finetune.training.session import build_session
 
 # A base at hand, and rows that passed every check.
@@ -413,7 +414,8 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, 
         _narrate(
             quiet, f"judging: {', '.join(recipe.evaluate.baselines) or 'no baselines'}, bootstrap intervals, report"
         )
-        scored = assess(folder, recipe, prepared, base)
+        with JudgingProgress(quiet) as progress:
+            scored = assess(folder, recipe, prepared, base, progress.track)
         folder.update_status(state="finished", error=None)
         _check_gates(folder, scored)
         return Run(folder)

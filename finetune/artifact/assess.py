@@ -26,12 +26,15 @@ from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import EvaluateSection, Recipe
 from finetune.tasks import TASKS, HeldOut, Judgement
 from finetune.tasks.preparation import Part, Prepared, load_held_out
+from finetune.tasks.task import Track, keep_silent
 from finetune.training.events import load_events
 
 CONTRASTIVE = "a contrastive loss on the base, then a head by logistic regression"
 
 
-def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseModel) -> dict[str, dict[str, Any]]:
+def assess(
+    folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseModel, track: Track = keep_silent
+) -> dict[str, dict[str, Any]]:
     """Calibrate, score validation and test, and write everything that people read.
 
     The model is loaded from the run's `model/`: what is judged is what will be used.
@@ -41,6 +44,7 @@ def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseMode
         recipe: resolved.
         prepared: the run's rows.
         base: for the baseline on frozen embeddings.
+        track: says how far it is.
 
     Returns:
         Task name -> the content of its test.json.
@@ -52,7 +56,8 @@ def assess(folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseMode
         path = place / "test.json"
         opened = load_json(path)["opened"] + 1 if path.exists() else 1
         section = _list_known_slices(choose_evaluation(recipe, name), prepared, name)
-        judgement = _judge(predictors[name], prepared.parts[name], section, base, recipe.train.seed, opened=opened)
+        part, seed = prepared.parts[name], recipe.train.seed
+        judgement = _judge(predictors[name], part, section, base, seed, opened=opened, track=track)
         scored[name] = judgement.scored
         temperatures[name] = judgement.settings.get("temperature", 1.0)
         settings[name] = dict(judgement.settings)
@@ -133,6 +138,7 @@ def _judge(  # noqa: PLR0913  (whom, on what, how)
     *,
     opened: int | None,
     settings: Mapping[str, Any] | None = None,
+    track: Track = keep_silent,
 ) -> Judgement:
     return part.task.judge(
         HeldOut(
@@ -146,6 +152,7 @@ def _judge(  # noqa: PLR0913  (whom, on what, how)
             seed=seed,
             opened=opened,
             settings=settings,
+            track=track,
         )
     )
 

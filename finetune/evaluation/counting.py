@@ -8,7 +8,7 @@ Shapes: E events, I items, R requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias
@@ -221,7 +221,7 @@ class Counting:
         """Every combination; those that share what is fitted stand together."""
         return list(_combine({**self.fitted, **self.chosen}))
 
-    def fit_all(self, events: Events, settings: Sequence[Mapping[str, float]]) -> Iterator[Fitted]:
+    def fit_all(self, events: Events, settings: Iterable[Mapping[str, float]]) -> Iterator[Fitted]:
         """A scorer for each of the settings in turn; what they share is fitted once."""
         popular = events.count()
         popular /= max(1.0, float(popular.max(initial=0)))

@@ -6,7 +6,7 @@ be told apart is no success; in a list, the one that stands first in the catalog
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,9 +133,11 @@ def find_first(scores: npt.NDArray[np.floating[Any]], count: int) -> Numbers:
     count = min(count, len(scores))
     blocks = len(scores) // BLOCK
     chosen = np.arange(len(scores))
+    if not count:
+        return chosen
     if blocks > count:
         # So many blocks hold an item as good as the worst of their best: no item below it is in the list.
-        best = scores[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+        best = scores[: blocks * BLOCK].reshape(BLOCK, blocks).max(axis=0)  # strides, which are fast to compare
         chosen = np.flatnonzero(scores >= np.partition(best, blocks - count)[blocks - count])
     found = scores[chosen]
     border = np.partition(found, len(found) - count)[len(found) - count]
@@ -199,23 +201,32 @@ def name_history(events: int) -> str:
 
 
 def rank_all(
-    questions: Questions, score: Callable[[Questions], Scores], groups: Mapping[str, npt.NDArray[np.bool_]]
+    questions: Questions,
+    score: Callable[[Questions], Scores],
+    groups: Mapping[str, npt.NDArray[np.bool_]],
+    chunks: Iterable[slice] | None = None,
 ) -> Ranked:
-    """What a system that scores chunks makes of all requests."""
+    """What a system that scores chunks, `questions.chunk()`, makes of all requests."""
     ranked = Ranked()
-    for rows in questions.chunk():
+    for rows in questions.chunk() if chunks is None else chunks:
         part = questions.take(rows)
         ranked.add(score(part), part, groups)
     return ranked
 
 
-def choose_settings(counting: Counting, events: Events, questions: Questions, metric: str) -> dict[str, float]:
-    """The settings of a baseline that are best on validation; of equal ones the first."""
+def choose_settings(
+    counting: Counting,
+    events: Events,
+    questions: Questions,
+    metric: str,
+    track: Callable[[Sequence[dict[str, float]]], Iterable[dict[str, float]]] = iter,
+) -> dict[str, float]:
+    """The settings of a baseline that are best on validation; of equal ones the first. `track` hands them on."""
     settings = counting.list_settings()
     if len(settings) == 1:
         return settings[0]
     scores = []
-    for fitted in counting.fit_all(events, settings):
+    for fitted in counting.fit_all(events, track(settings)):
         places = []
         for rows in questions.chunk():
             part = questions.take(rows)

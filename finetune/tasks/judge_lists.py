@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from safetensors.numpy import save
 
 from finetune.data.histories import Held
-from finetune.evaluation.counting import COUNTINGS, DAY, Events, Histories, Scores
+from finetune.evaluation.counting import COUNTINGS, Histories, Scores
 from finetune.evaluation.recommending import (
     Judging,
     Questions,
@@ -27,7 +28,8 @@ from finetune.evaluation.recommending import (
 )
 from finetune.evaluation.report_samples import LIST_LABELS
 from finetune.evaluation.scoring import round_numbers
-from finetune.tasks.ranker import ROUNDS, Counts, Ranker, Table, fit_trees
+from finetune.tasks.items import WEEK, Counts
+from finetune.tasks.ranker import ROUNDS, Ranker, Table, fit_trees
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores
 from finetune.tasks.task import HeldOut, Judgement
 
@@ -65,31 +67,36 @@ def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judg
     items = np.array(task.counts, dtype=np.float32)
     groups = group_items(items)
     splits: tuple[Held, ...] = ("validation", "test")
+    track, metric = held_out.track, held_out.section.metrics[0]
     for name in splits:
         questions = _ask(task, record, name, held_out.seed)
         events = record.list_known(name)
         if name == "validation":
             chosen = {
-                baseline: choose_settings(COUNTINGS[baseline], events, questions, held_out.section.metrics[0])
+                baseline: choose_settings(
+                    COUNTINGS[baseline], events, questions, metric, partial(track, f"{name}: settings of {baseline}")
+                )
                 for baseline in held_out.section.baselines
             }
-        first = _First(held_out.model, held_out.max_length, events)
-        systems = {SEQUENCE: rank_all(questions, first.score, groups)}
-        fresh = task.build_ranker(held_out.model, Counts.fit(events)) if task.rank else None
+        counts = Counts.fit(events)
+        first = _First(held_out.model, held_out.max_length, counts.rank_popular(WEEK))
+        chunks = questions.chunk()
+        systems = {SEQUENCE: rank_all(questions, first.score, groups, track(f"{name}: first stage", chunks))}
+        fresh = task.build_ranker(held_out.model, counts)
         if fresh is not None:
             if name == "validation":
-                trees, ranked = _fit_ranker(fresh, first, questions, groups, held_out.seed)
+                trees, ranked = _fit_ranker(fresh, first, questions, groups, held_out)
             else:
                 ranker = replace(fresh, trees=trees)
-                ranked = rank_all(questions, _Both(first, ranker).score, groups)
+                score = _Both(first, ranker).score
+                ranked = rank_all(questions, score, groups, track(f"{name}: both stages", chunks))
             systems = {"both": ranked, **systems}
         systems |= {
             baseline: rank_by_counting(COUNTINGS[baseline], chosen[baseline], events, questions, groups)
-            for baseline in held_out.section.baselines
+            for baseline in track(f"{name}: baselines", held_out.section.baselines)
         }
         opened = held_out.opened if name == "test" else None
         scored[name] = score_lists(name, questions, systems, items, Judging(held_out.section, held_out.seed, opened))
-    counts = ranker.counts if ranker else Counts.fit(events)
     files, fits = {COUNTS_FILE: save(counts.to_arrays())}, {}
     if ranker is not None:
         files[RANKER_FILE] = ranker.trees.model_to_string().encode()
@@ -115,9 +122,8 @@ def _ask(task: Recommendation, record: Record, split: Held, seed: int) -> Questi
 class _First:
     """The first stage: the sequence model, and where the history is empty what was popular of late."""
 
-    def __init__(self, model: Any, max_length: int, events: Events) -> None:
-        self.model, self.max_length = model, max_length
-        self.popular = events.count(events.now - 7 * DAY) + 1e-6 * events.count()
+    def __init__(self, model: Any, max_length: int, popular: Scores) -> None:
+        self.model, self.max_length, self.popular = model, max_length, popular
 
     def compute(self, histories: Histories) -> Scores:
         """(R, I); nan where a history is empty."""
@@ -171,7 +177,7 @@ def _fit_ranker(
     first: _First,
     questions: Questions,
     groups: Mapping[str, npt.NDArray[np.bool_]],
-    seed: int,
+    held_out: HeldOut,
 ) -> tuple[Any, Ranked]:
     """Trees fitted on all of validation, and its ranking by trees that were fitted on other people.
 
@@ -179,17 +185,19 @@ def _fit_ranker(
     share of the items hidden from counts and ids, as items are that come out later. Of those validation may hold few,
     and the trees would take "never seen" for "not wanted".
     """
-    chunks = questions.chunk()
-    sequences, tables = _build_tables(ranker, first, questions)
+    chunks, seed, track = questions.chunk(), held_out.seed, held_out.track
+    sequences, tables = _build_tables(ranker, first, questions, track("validation: candidates", chunks))
     lessons, copies = list(tables), 1
     if ranker.items.texts is not None:
         hidden = np.random.default_rng(seed).random(len(ranker.counts.vectors["age"])) < HIDDEN_SHARE
         with first.without(hidden):
-            lessons += _build_tables(replace(ranker, counts=ranker.counts.hide(hidden)), first, questions)[1]
+            fewer = replace(ranker, counts=ranker.counts.hide(hidden))
+            parts = track("validation: candidates, some items hidden", chunks)
+            lessons += _build_tables(fewer, first, questions, parts)[1]
         copies = 2
     _, number = np.unique(questions.person, return_inverse=True)
     ranks = {rounds: [np.zeros(len(table.item)) for table in tables] for rounds in ROUNDS}
-    for fold in range(FOLDS):
+    for fold in track("validation: trees", range(FOLDS)):
         others = [_keep(questions, rows, number % FOLDS != fold) for rows in chunks] * copies
         trees = fit_trees(lessons, others, seed)
         for place, (table, rows) in enumerate(zip(tables, chunks, strict=True)):
@@ -210,11 +218,16 @@ def _fit_ranker(
     return fit_trees(lessons, [_keep(questions, rows) for rows in chunks] * copies, seed, best), ranked[best]
 
 
-def _build_tables(ranker: Ranker, first: _First, questions: Questions) -> tuple[list[Scores], list[Table]]:
+def _build_tables(
+    ranker: Ranker, first: _First, questions: Questions, chunks: Iterable[slice]
+) -> tuple[list[Scores], list[Table]]:
     """Scores of the first stage, and candidates with features, of each chunk."""
-    histories = [questions.histories.take(rows) for rows in questions.chunk()]
-    sequences = [first.compute(part) for part in histories]
-    return sequences, [ranker.build_table(part, scores) for part, scores in zip(histories, sequences, strict=True)]
+    sequences, tables = [], []
+    for rows in chunks:
+        histories = questions.histories.take(rows)
+        sequences.append(first.compute(histories))
+        tables.append(ranker.build_table(histories, sequences[-1]))
+    return sequences, tables
 
 
 def _keep(questions: Questions, rows: slice, mask: npt.NDArray[np.bool_] | None = None) -> list[Any]:

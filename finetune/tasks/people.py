@@ -93,6 +93,11 @@ def _settle_rank(
             f"rank.features: must be out of {', '.join(FEATURES)} and the catalogue's columns "
             f"({', '.join(columns) or 'none'}), got {', '.join(wrong)}."
         )
+    if shadowed := [name for name in columns if name in FEATURES and name in rank.features]:
+        raise DataError(
+            f"rank.features: must mean one thing, got {', '.join(shadowed)}, which the catalogue also has as a column. "
+            "Rename the column, or leave it out of items.categorical and items.numeric."
+        )
     features = rank.features
     if recommend.vectors == "ids":
         features = [name for name in features if name != "text"]

@@ -9,7 +9,7 @@ Shapes: I items, R requests of a chunk, C candidates of all of them together, F 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -19,35 +19,21 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from finetune.data.interactions import Catalogue
 from finetune.errors import DataError, ResourceError
-from finetune.evaluation.counting import (
-    DAY,
-    NEIGHBOURS,
-    Events,
-    Histories,
-    Matrix,
-    Numbers,
-    Scores,
-    apply,
-    count_following,
-    count_preceding,
-    fit_ease,
-    keep_strongest,
-)
+from finetune.evaluation.counting import Histories, Matrix, Numbers, Scores, apply
+from finetune.evaluation.recommending import find_first
+from finetune.tasks.forest import Forest
+from finetune.tasks.items import RECENT_DAYS, WINDOWS, Counts, Items, normalize
 
-WINDOWS = (1, 5, 20)
 DECAYS = (0.5, 0.8, 0.95)
-RECENT_DAYS = (7, 30, 180)
-EASE_PENALTY = 200.0
 EASE_DECAYS = (0.5, 0.8, 0.95, 1.0)
 SLOW_DECAY = 0.99
-PRIOR_PEOPLE = 5
 LAST_EVENTS = 50
 """Of a history, the newest events that count for what decays, and for a person's taste in columns."""
 TEXT_SOURCE = "text 0.8"
 SOURCES = ("follows 5, 0.5", "follows 20, 0.8", "ease 0.5", "ease 0.8")
 """Features whose first items become candidates, beside those of the sequence model and of the texts."""
+NOTHING = np.zeros(0, np.int64)
 TREES = {
     "objective": "lambdarank",
     "learning_rate": 0.05,
@@ -67,121 +53,6 @@ ROUNDS = (50, 100, 200, 400)
 FEW_VECTORS = 8
 TEXT_BLOCK = 512
 """Texts that stay in the processor's cache while several vectors are multiplied with them."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What was counted before a cut.
-
-    Args:
-        matrices: name -> items by items, CSR (I, I): `follows <window>`, `precedes`, `ease`.
-        vectors: name -> (I,) float32: `popularity`, `popularity <days>`, `again`, the share of its people who had it
-            more than once, and `age`, days since its first event, nan where there was none.
-    """
-
-    matrices: Mapping[str, Matrix]
-    vectors: Mapping[str, Scores]
-
-    @classmethod
-    def fit(cls, events: Events) -> Counts:
-        """Count events that all lie before `events.now`."""
-        matrices = {f"follows {window}": count_following(events, window) for window in WINDOWS}
-        matrices["precedes"] = count_preceding(events, WINDOWS[1])
-        matrices["ease"] = fit_ease(events, EASE_PENALTY)
-        first = np.full(events.items, np.inf)
-        np.minimum.at(first, events.item, events.time)
-        age = np.where(np.isfinite(first), (events.now - first) / DAY, np.nan)
-        vectors = {"popularity": events.count(), "age": age.astype(np.float32), "again": _count_again(events)}
-        vectors |= {f"popularity {days}": events.count(events.now - days * DAY) for days in RECENT_DAYS}
-        return cls({name: keep_strongest(matrix, NEIGHBOURS) for name, matrix in matrices.items()}, vectors)
-
-    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """As named arrays, for a safetensors file."""
-        arrays: dict[str, npt.NDArray[Any]] = dict(self.vectors)
-        for name, matrix in self.matrices.items():
-            parts = {"data": np.float32, "indices": np.int32, "indptr": np.int64}
-            arrays |= {f"{name}/{part}": getattr(matrix, part).astype(kind) for part, kind in parts.items()}
-        return arrays
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Counts:
-        """Inverse of `to_arrays`."""
-        names = dict.fromkeys(name.rpartition("/")[0] for name in arrays if "/" in name)
-        size = len(arrays["age"])
-        matrices = {
-            name: sparse.csr_matrix(
-                tuple(arrays[f"{name}/{part}"] for part in ("data", "indices", "indptr")), shape=(size, size)
-            )
-            for name in names
-        }
-        return cls(matrices, {name: array for name, array in arrays.items() if "/" not in name})
-
-    def hide(self, items: npt.NDArray[np.bool_]) -> Counts:
-        """As if nobody ever had some of the items, (I,) true."""
-        keep = sparse.diags((~items).astype(np.float32))
-        vectors = {
-            name: np.where(items, np.float32(np.nan if name == "age" else 0), vector)
-            for name, vector in self.vectors.items()
-        }
-        return Counts({name: (keep @ matrix @ keep).tocsr() for name, matrix in self.matrices.items()}, vectors)
-
-    def extend(self, count: int) -> Counts:
-        """With so many items at the end that nothing is known of."""
-        size = len(self.vectors["age"]) + count
-        matrices = {}
-        for name, matrix in self.matrices.items():
-            indptr = np.concatenate([matrix.indptr, np.full(count, matrix.indptr[-1])])
-            matrices[name] = sparse.csr_matrix((matrix.data, matrix.indices, indptr), shape=(size, size))
-        missing = {"age": np.nan}
-        vectors = {
-            name: np.concatenate([vector, np.full(count, missing.get(name, 0.0), np.float32)])
-            for name, vector in self.vectors.items()
-        }
-        return Counts(matrices, vectors)
-
-    @cached_property
-    def logs(self) -> dict[str, Scores]:
-        """log(1 + count) of each item, (I,), for each vector of counts."""
-        return {name: np.log1p(vector) for name, vector in self.vectors.items() if name.startswith("popularity")}
-
-
-@dataclass(frozen=True)
-class Items:
-    """What is known of the items themselves.
-
-    Args:
-        catalogue: I items.
-        texts: vectors of their texts of length 1, (I, S); None for a model that reads none.
-    """
-
-    catalogue: Catalogue
-    texts: npt.NDArray[np.float32] | None = None
-
-    @cached_property
-    def numeric(self) -> dict[str, Scores]:
-        """Column -> values (I,), nan where missing."""
-        return {
-            name: np.array([np.nan if value is None else value for value in values], np.float32)
-            for name, values in self.catalogue.columns.items()
-            if not any(isinstance(value, str) for value in values)
-        }
-
-    @cached_property
-    def kinds(self) -> dict[str, Matrix]:
-        """Categorical column -> CSR (I, kinds): a row of ones over the number of kinds of an item; kinds of one value
-        are parted by commas, as in `Comedy, Drama`."""
-        found = {}
-        for name, values in self.catalogue.columns.items():
-            if name in self.numeric:
-                continue
-            parts = [[part.strip() for part in value.split(",")] if isinstance(value, str) else [] for value in values]
-            numbers: dict[str, int] = {}
-            pairs = [(row, numbers.setdefault(kind, len(numbers))) for row, kinds in enumerate(parts) for kind in kinds]
-            weights = [1 / len(parts[row]) for row, _ in pairs]
-            rows, columns = zip(*pairs, strict=True) if pairs else ((), ())
-            shape = (len(values), max(1, len(numbers)))
-            found[name] = sparse.csr_matrix((np.array(weights, np.float32), (rows, columns)), shape=shape)
-        return found
 
 
 @dataclass(frozen=True)
@@ -239,7 +110,7 @@ class Ranker:
 
     def score(self, table: Table) -> npt.NDArray[np.float64]:
         """Scores of candidates, (C,)."""
-        return np.asarray(self.trees.predict(table.values))
+        return self._forest.score(table.values)
 
     def explain(self, table: Table) -> list[dict[str, float]]:
         """What each feature of `features` adds to a candidate's score (SHAP values, arXiv:1802.03888), C times."""
@@ -252,6 +123,10 @@ class Ranker:
         gains = _sum_groups([name.partition(":")[0] for name in self.names], self.trees.feature_importance("gain"))
         total = sum(gains.values()) or 1.0
         return {name: gain / total for name, gain in sorted(gains.items(), key=lambda pair: -pair[1])}
+
+    @cached_property
+    def _forest(self) -> Forest:
+        return Forest.build(self.trees)
 
     def _compute(self, histories: Histories, sequence: Scores) -> _Computed:
         size = len(self.items.catalogue.ids)
@@ -268,8 +143,7 @@ class Ranker:
         parts = np.split(apply(longer, self.counts.matrices["ease"]), len(EASE_DECAYS))
         pairs |= {f"ease {decay}": part for decay, part in zip(EASE_DECAYS, parts, strict=True)}
         if self.items.texts is not None:
-            means = every @ self.items.texts
-            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-9)
+            means = normalize(every @ self.items.texts)
             tastes = dict(zip(DECAYS, np.split(means, len(DECAYS)), strict=True))
             pairs[TEXT_SOURCE] = multiply(tastes[DECAYS[1]], self.items.texts)
         if not self.exclude_seen:
@@ -282,29 +156,39 @@ class Ranker:
     def _choose(self, computed: _Computed, histories: Histories) -> tuple[Numbers, Numbers]:
         """Request and item of each candidate: the first items of each source, of the lately popular, and of those
         that nobody had yet, by their texts; and what the person had, where it may come again."""
-        popular = self.counts.vectors[f"popularity {RECENT_DAYS[1]}"]
-        sequence = computed.pairs["sequence"]
-        known = [computed.pairs[name] for name in ("sequence", TEXT_SOURCE) if name in computed.pairs]
-        counted = [computed.pairs[name] for name in SOURCES]
-        counted.append(np.broadcast_to(popular + 1e-6 * self.counts.vectors["popularity"], sequence.shape))
-        if self.items.texts is not None:
-            seen = self.counts.vectors["popularity"] > 0
-            known.append(np.where(seen, -np.inf, computed.pairs[TEXT_SOURCE]).astype(np.float32))
-        if not self.exclude_seen:
-            counted.append(computed.pairs["newest"])
-        count = min(self.candidates, popular.shape[0])
-        chosen = np.zeros(sequence.shape, bool)
-        for place, source in enumerate([*known, *counted]):
-            worst = np.inf if place < len(known) else 0.0  # what was never counted is no candidate
-            costs = np.negative(source, dtype=np.float32)
-            np.copyto(costs, np.inf, where=np.isnan(costs))
-            if self.exclude_seen:
-                histories.mark(costs, np.inf)
-            first = np.argpartition(costs, count - 1, axis=1)[:, :count]
-            rows = np.arange(len(costs))[:, None]
-            chosen[rows, first] |= costs[rows, first] < worst
-        request, item = np.nonzero(chosen)
-        return request.astype(np.int64), item.astype(np.int64)
+        pairs, new, seen = computed.pairs, self._new, np.zeros(len(self.items.catalogue.ids), bool)
+        counted = [pairs[name] for name in (*SOURCES, "newest") if name in pairs]
+        found = []
+        for row in range(len(histories)):
+            own = histories.get(row) if self.exclude_seen else NOTHING
+            seen[own] = True
+            first = self._popular[: self.candidates + len(own)]
+            chosen = [first[~seen[first]][: self.candidates]]
+            for name in ("sequence", TEXT_SOURCE):
+                if name in pairs:
+                    scores = pairs[name][row].copy()
+                    scores[own] = -np.inf
+                    chosen.append(find_first(scores, self.candidates))
+            if TEXT_SOURCE in pairs:
+                chosen.append(new[find_first(scores[new], self.candidates)])
+            for source in counted:
+                items = np.flatnonzero(source[row] > 0)  # what was never counted is no candidate
+                items = items[~seen[items]]
+                chosen.append(items[find_first(source[row, items], self.candidates)])
+            seen[own] = False
+            found.append(np.unique(np.concatenate(chosen)))
+        return np.repeat(np.arange(len(found)), [len(items) for items in found]), np.concatenate(found)
+
+    @cached_property
+    def _popular(self) -> Numbers:
+        """Items that were popular of late, the most popular first."""
+        popular = self.counts.rank_popular(RECENT_DAYS[1])
+        return np.argsort(-popular, kind="stable")[: np.count_nonzero(popular > 0)]
+
+    @cached_property
+    def _new(self) -> Numbers:
+        """Items that nobody had yet."""
+        return np.flatnonzero(self.counts.vectors["popularity"] == 0)
 
     def _gather(self, computed: _Computed, histories: Histories) -> _Columns:
         pairs, vectors = computed.pairs, self.counts.vectors
@@ -320,8 +204,9 @@ class Ranker:
             if name in groups:
                 columns.pairs |= {f"{name}: {key}": pairs[key] for key in pairs if key.startswith(groups[name])}
                 if name == "text" and self.items.texts is not None:
-                    columns.texts = {
-                        f"{name}: text {decay}": (self.items.texts, taste)
+                    columns.texts = self.items.texts
+                    columns.tastes = {
+                        f"{name}: text {decay}": taste
                         for decay, taste in computed.tastes.items()
                         if f"text {decay}" != TEXT_SOURCE
                     }
@@ -373,12 +258,13 @@ class _Columns:
     requests: dict[str, Scores] = field(default_factory=dict)
     differences: dict[str, tuple[Scores, Scores]] = field(default_factory=dict)
     shares: dict[str, tuple[Matrix, Scores]] = field(default_factory=dict)
-    texts: dict[str, tuple[Scores, Scores]] = field(default_factory=dict)
+    tastes: dict[str, Scores] = field(default_factory=dict)
+    texts: Scores | None = None
 
     @property
     def names(self) -> list[str]:
         """In the order of `take`."""
-        return [*self.pairs, *self.items, *self.requests, *self.differences, *self.shares, *self.texts]
+        return [*self.pairs, *self.items, *self.requests, *self.differences, *self.shares, *self.tastes]
 
     def take(self, request: Numbers, item: Numbers) -> Scores:
         """(C, F)."""
@@ -387,21 +273,26 @@ class _Columns:
             *(vector[item] for vector in self.items.values()),
             *(vector[request] for vector in self.requests.values()),
             *(values[item] - mean[request] for values, mean in self.differences.values()),
-            *(
-                np.asarray(kinds[item].multiply(share[request]).sum(axis=1)).ravel()
-                for kinds, share in self.shares.values()
-            ),
-            *(np.einsum("cs,cs->c", texts[item], taste[request]) for texts, taste in self.texts.values()),
+            *(_sum_shares(kinds[item], share, request) for kinds, share in self.shares.values()),
+            *self._compare_texts(request, item),
         ]
         return np.column_stack(columns).astype(np.float32)
 
+    def _compare_texts(self, request: Numbers, item: Numbers) -> list[Scores]:
+        if self.texts is None or not self.tastes:
+            return []
+        tastes = np.stack(list(self.tastes.values()), axis=-1)  # (R, S, K)
+        found = np.empty((len(item), len(self.tastes)), np.float32)
+        for taste, own in zip(tastes, _find_bounds(request, len(tastes)), strict=True):
+            np.matmul(self.texts[item[own]], taste, out=found[own])
+        return list(found.T)
 
-def _count_again(events: Events) -> Scores:
-    """Share of an item's people who had it more than once, (I,); towards 0 where they are few."""
-    pairs, times = np.unique(events.user * events.items + events.item, return_counts=True)
-    item = pairs % events.items
-    people, often = (np.bincount(item[chosen], minlength=events.items) for chosen in (times > 0, times > 1))
-    return (often / (people + PRIOR_PEOPLE)).astype(np.float32)
+
+def _sum_shares(kinds: Matrix, share: Scores, request: Numbers) -> Scores:
+    """The person's share of each candidate's kinds, CSR (C, kinds), from that of all kinds, (R, kinds): (C,)."""
+    row = np.repeat(np.arange(len(request)), np.diff(kinds.indptr))
+    values: Scores = kinds.data * share[request[row], kinds.indices]
+    return np.bincount(row, values, minlength=len(request)).astype(np.float32)
 
 
 def _count_since(histories: Histories, items: int) -> Scores:

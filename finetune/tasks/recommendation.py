@@ -33,8 +33,9 @@ from finetune.models.next_item_loss import draw_negatives, full_softmax, gbce, s
 from finetune.models.prediction import compute_by_row, scatter_rows
 from finetune.recipe.schema import ModelSection, RankSection, RecommendSection, TaskSection
 from finetune.tasks.encoding import encode_texts
+from finetune.tasks.items import Counts, Items, normalize
 from finetune.tasks.language import sum_by_row
-from finetune.tasks.ranker import Counts, Items, Ranker
+from finetune.tasks.ranker import Ranker
 from finetune.tasks.task import HeldOut, Judgement, Outputs
 
 CHECKED = 1000
@@ -299,12 +300,6 @@ def embed_items(base: BaseModel, tokenizer: Any, texts: Sequence[str]) -> npt.ND
     return vectors
 
 
-def normalize(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Rows of length 1; zeros stay."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(lengths, 1e-9), np.float32)
-
-
 def encode_questions(questions: Questions, rows: Sequence[int], max_length: int) -> Examples:
     """Some requests, none with an empty history: the newest items of each, and its answer."""
     return Examples.build(
@@ -323,20 +318,22 @@ def compute_sequence_scores(
     """
     inner: Any = model
     size = int(inner.config.num_items)
-    scores = np.full((len(histories), size), np.nan, np.float32)
     rows = np.flatnonzero(histories.lengths)
     if not len(rows):
-        return scores
+        return np.full((len(histories), size), np.nan, np.float32)
     vectors = _compute_vectors(inner) if item_vectors is None else item_vectors
     examples = Examples.build([histories.get(row)[-max_length:].astype(np.int32) for row in rows.tolist()])
 
-    def measure(batch: Batch, _rows: Indices) -> torch.Tensor:
-        states = inner.encode(**list_inputs(batch), item_vectors=vectors)
-        found: torch.Tensor = inner.score(states, item_vectors=vectors).float().log_softmax(-1)
-        return found
+    def encode(batch: Batch, _rows: Indices) -> torch.Tensor:
+        states: torch.Tensor = inner.encode(**list_inputs(batch), item_vectors=vectors)
+        return states
 
-    for part, values in compute_by_row(model, examples, None, measure):
-        scores[rows[part]] = values
+    states = scatter_rows(compute_by_row(model, examples, None, encode), len(rows), vectors.shape[1])
+    found = inner.score(torch.from_numpy(states).to(vectors), item_vectors=vectors).float().log_softmax(-1).cpu()
+    if len(rows) == len(histories):  # all of one kind: no copy
+        return np.asarray(found.numpy())
+    scores = np.full((len(histories), size), np.nan, np.float32)
+    scores[rows] = found.numpy()
     return scores
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,19 @@ from finetune.models.base import BaseModel
 from finetune.recipe.schema import EvaluateSection, ModelSection, TaskSection
 
 Outputs = npt.NDArray[np.floating[Any]]
+Part = TypeVar("Part")
+
+
+class Track(Protocol):
+    """What a task says how far its judging is by."""
+
+    def __call__(self, stage: str, parts: Sequence[Part], /) -> Iterable[Part]:
+        """The parts of a stage, to go through them."""
+
+
+def keep_silent(_stage: str, parts: Sequence[Part]) -> Iterable[Part]:
+    """A `Track` that says nothing."""
+    return parts
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class HeldOut:
         seed: the run's.
         opened: how often the test split was opened; None for another held-out set in its place.
         settings: what was fitted on validation when the run was judged; None when that is still to do.
+        track: for judging that takes long: says how far it is.
     """
 
     model: nn.Module
@@ -48,6 +62,7 @@ class HeldOut:
     seed: int
     opened: int | None
     settings: Mapping[str, Any] | None = None
+    track: Track = keep_silent
 
     @property
     def judged(self) -> list[str]:

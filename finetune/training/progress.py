@@ -1,12 +1,15 @@
-"""The progress bar of the loop."""
+"""Progress bars of the loop, and of judging."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Part = TypeVar("Part")
 
 SMOOTHING = 0.95
 
@@ -57,3 +60,33 @@ class TrainingProgress:
         """Print a validation line above the bar."""
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._say(f"step {step}  validation  {values}")
+
+
+class JudgingProgress:
+    """A bar for each stage of judging, from the first one that says how far it is; silent if asked."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._progress = Progress(
+            TextColumn("judge  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+
+    def __enter__(self) -> JudgingProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def track(self, stage: str, parts: Sequence[Part]) -> Iterator[Part]:
+        """The parts of a stage; one is done when the next is asked for."""
+        self._progress.start()
+        task = self._progress.add_task(stage, total=len(parts))
+        for part in parts:
+            yield part
+            self._progress.advance(task)

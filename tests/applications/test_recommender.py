@@ -26,7 +26,8 @@ from finetune.errors import FinetuneError, ResourceError, UsageError
 from finetune.evaluation.recommending import find_first
 from finetune.recipe import load_recipe
 from finetune.tasks import people as people_module
-from finetune.tasks.ranker import Counts, multiply
+from finetune.tasks.items import Counts
+from finetune.tasks.ranker import multiply
 from finetune.tasks.recommendation import Recommendation, compute_sequence_scores
 
 HISTORY = ["B0001", "B0002", "B0108"]

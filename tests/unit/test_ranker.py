@@ -12,7 +12,8 @@ from safetensors.numpy import load, save
 from finetune.data.interactions import Catalogue
 from finetune.errors import DataError, ResourceError
 from finetune.evaluation.counting import DAY, Events, Histories
-from finetune.tasks.ranker import LAST_EVENTS, Counts, Items, Ranker, fit_trees, import_lightgbm
+from finetune.tasks.items import Counts, Items, normalize
+from finetune.tasks.ranker import LAST_EVENTS, Ranker, fit_trees, import_lightgbm
 
 ITEMS = 40
 KINDS = ("Crime", "Crime, Poetry", "Poetry", None)
@@ -101,6 +102,38 @@ def test_candidates_hold_the_first_items_of_each_source(ranker, sequence):
         new = np.where(counts.vectors["popularity"] > 0, -np.inf, texts @ (weights[0.8] @ texts))
         assert set(np.argsort(-new)[:3].tolist()) <= found, "what nobody had yet, by its text"
         assert not found & set(history.tolist())
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_candidates_are_those_of_a_stable_sort_of_every_source(ranker, exclude_seen):
+    """Sources of small whole numbers, so that most of what is at the border of a source is equal."""
+    generator = np.random.default_rng(2)
+    sequence = generator.integers(0, 4, (len(HISTORIES), ITEMS)).astype(np.float32)
+    counts = ranker.counts
+    rounded = {name: (10 * matrix).ceil() * (matrix > 0.1) for name, matrix in counts.matrices.items()}
+    own = replace(ranker, counts=Counts(rounded, counts.vectors), exclude_seen=exclude_seen, features=("sequence",))
+    table = own.build_table(HISTORIES, sequence)
+    texts, popular = ranker.items.texts, counts.rank_popular(30)
+    for row in range(len(HISTORIES)):
+        history = HISTORIES.take(slice(row, row + 1))
+        weights = {decay: history.weigh(ITEMS, decay, LAST_EVENTS).toarray()[0] for decay in (0.5, 0.8, 0.95)}
+        means = normalize(weights[0.8][None] @ texts)[0] @ texts.T
+        known = [sequence[row], means, np.where(counts.vectors["popularity"] > 0, -np.inf, means)]
+        counted = [
+            weights[0.5] @ rounded["follows 5"].toarray(),
+            weights[0.8] @ rounded["follows 20"].toarray(),
+            *(history.weigh(ITEMS, decay).toarray()[0] @ rounded["ease"].toarray() for decay in (0.5, 0.8)),
+            popular,
+            *([] if exclude_seen else [weights[0.95]]),
+        ]
+        wanted = set()
+        for scores in [*known, *(np.where(one > 0, one, -np.inf) for one in counted)]:
+            allowed = np.array(scores, np.float32)
+            if exclude_seen:
+                allowed[HISTORIES.get(row)] = -np.inf
+            order = np.argsort(-allowed, kind="stable")[:3]
+            wanted |= set(order[allowed[order] > -np.inf].tolist())
+        assert list_items(table, row).tolist() == sorted(wanted)
 
 
 def test_without_a_history_candidates_are_popular(ranker, sequence):
@@ -269,7 +302,7 @@ def test_trees_put_right_items_in_front(fitted):
     right = np.mean([item == target[0] for item, target in zip(first, targets, strict=True)])
     assert right > 0.8
     again = fit_trees([table], [targets], seed=0)
-    np.testing.assert_array_equal(again.predict(table.values), scores)
+    np.testing.assert_allclose(again.predict(table.values), scores, rtol=0, atol=1e-12)
 
 
 def test_reasons_add_up_to_the_score(fitted):

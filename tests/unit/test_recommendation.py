@@ -19,6 +19,7 @@ from finetune.data.interactions import Catalogue, Interactions
 from finetune.errors import DataError, Interrupted, RecipeError, ResourceError, UsageError
 from finetune.evaluation.counting import COUNTINGS, DAY, Events, Histories
 from finetune.evaluation.ranking_baselines import find_places
+from finetune.evaluation.recommending import CHUNK
 from finetune.models.next_item import build_next_item
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import (
@@ -31,10 +32,11 @@ from finetune.recipe.schema import (
 )
 from finetune.runner import lay_out, search
 from finetune.tasks import judge_lists, recommendation
+from finetune.tasks.items import WEEK, Counts
 from finetune.tasks.judge_lists import place_candidates
 from finetune.tasks.people import load_people
 from finetune.tasks.preparation import load_held_out
-from finetune.tasks.ranker import Counts, Table
+from finetune.tasks.ranker import Table
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores, encode_questions
 from finetune.tasks.task import HeldOut
 from finetune.training.checkpoint import has_checkpoint
@@ -219,11 +221,11 @@ def test_nothing_that_is_fitted_sees_events_after_its_cut(tmp_path, at):
         np.testing.assert_array_equal(one, two)
 
 
-def judge(task, model):
+def judge(task, model, **keys):
     section = EvaluateSection(
         metrics=["ndcg_at_10", "mrr"], baselines=["popular_week", "co_occurrence"], slices=[], resamples=100
     )
-    return judge_lists.judge_lists(task, task.record, HeldOut(model, None, {}, {}, None, section, 20, 0, 1))
+    return judge_lists.judge_lists(task, task.record, HeldOut(model, None, {}, {}, None, section, 20, 0, 1, **keys))
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +276,32 @@ def test_what_is_counted_for_a_split_ends_at_its_own_cut(judged, model, monkeypa
     assert all(events.time.max() < events.now for events in counted)
 
 
+def test_judging_says_how_far_it_is(judged, model):
+    _, task, judgement = judged
+    told, done = [], {}
+
+    def track(stage, parts):
+        told.append((stage, len(parts)))
+        for part in parts:
+            yield part
+            done[stage] = done.get(stage, 0) + 1
+
+    assert judge(task, model, track=track).scored == judgement.scored, "it changes nothing"
+    validation, test = (len(task.record.ask(split, exclude_seen=True)) for split in ("validation", "test"))
+    assert told == [
+        ("validation: settings of co_occurrence", 18),
+        ("validation: first stage", -(-validation // CHUNK)),
+        ("validation: candidates", -(-validation // CHUNK)),
+        ("validation: candidates, some items hidden", -(-validation // CHUNK)),
+        ("validation: trees", 3),
+        ("validation: baselines", 2),
+        ("test: first stage", -(-test // CHUNK)),
+        ("test: both stages", -(-test // CHUNK)),
+        ("test: baselines", 2),
+    ]
+    assert done == dict(told), "each to its end"
+
+
 # Scores
 
 
@@ -307,7 +335,7 @@ def test_after_nothing_comes_what_was_popular_of_late(model):
     item = np.array([0] * 50 + [1] * 20 + [2] * 2 + [3] * 2 + [3] * 9)
     time = np.array([START] * 70 + [now - DAY] * 4 + [START] * 9)
     events = Events(np.arange(len(item)), item, time, ITEMS, now)
-    first = judge_lists._First(model, 20, events)
+    first = judge_lists._First(model, 20, Counts.fit(events).rank_popular(WEEK))
     histories = Histories(np.array([4, 5]), np.array([0, 0]), np.array([0, 2]))
     sequence = first.compute(histories)
     filled = first.fill(sequence)
@@ -355,6 +383,24 @@ def test_features_that_do_not_exist(tmp_path):
         "rank.features: must be out of sequence, co_occurrence, ease, text, popularity, recency, repeats, history and "
         "the catalogue's columns (kind, price), got colour, weight."
     )
+
+
+def test_a_column_that_is_called_like_a_feature(tmp_path):
+    write_shop(tmp_path, draw_events())
+    catalogue = (tmp_path / "items.csv").read_text(encoding="utf-8")
+    (tmp_path / "items.csv").write_text(catalogue.replace("price", "popularity", 1), encoding="utf-8")
+    items = {"file": "items.csv", "text": ["title"], "categorical": ["kind"], "numeric": ["popularity"]}
+    section = make_section(
+        data=str(tmp_path / "events.csv"), items=items, rank={"features": ["sequence", "popularity"]}
+    )
+    with pytest.raises(DataError) as caught:
+        load_people(section, None, 0)
+    assert str(caught.value) == (
+        "rank.features: must mean one thing, got popularity, which the catalogue also has as a column. Rename the "
+        "column, or leave it out of items.categorical and items.numeric."
+    )
+    section = make_section(data=str(tmp_path / "events.csv"), items=items, rank={"features": ["sequence", "kind"]})
+    assert load_people(section, None, 0)[1].rank.features == ["sequence", "kind"], "nothing asks for either"
 
 
 def test_features_that_say_nothing_are_left_out(tmp_path):

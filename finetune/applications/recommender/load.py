@@ -21,8 +21,9 @@ from finetune.errors import DataError, ResourceError, UsageError
 from finetune.models.base import load_tokenizer, resolve_base
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import TaskSection
+from finetune.tasks.items import Counts
 from finetune.tasks.judge_lists import COUNTS_FILE, RANKER_FILE
-from finetune.tasks.ranker import Counts, import_lightgbm
+from finetune.tasks.ranker import import_lightgbm
 from finetune.tasks.recommendation import Recommendation, embed_items
 
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from finetune.applications.recommender.records import SHOWN_FEATURES, Because
 from finetune.data.interactions import Catalogue
 from finetune.evaluation.counting import Numbers, Scores
-from finetune.tasks.ranker import LAST_EVENTS, Counts
-from finetune.tasks.recommendation import normalize
+from finetune.tasks.items import Counts, normalize
+from finetune.tasks.ranker import LAST_EVENTS
 
 DECAY = 0.8
 """Of the weight of an item of the history, with each event that is newer: the ranker's middle one."""

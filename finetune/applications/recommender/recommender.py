@@ -21,9 +21,10 @@ from finetune.applications.recommender.records import BOTH, POPULAR, SEQUENCE, B
 from finetune.errors import UsageError
 from finetune.evaluation.counting import Histories, Numbers, Scores
 from finetune.evaluation.recommending import find_first
+from finetune.tasks.items import WEEK, Counts, normalize
 from finetune.tasks.judge_lists import place_candidates
-from finetune.tasks.ranker import Counts, Ranker, Table
-from finetune.tasks.recommendation import Recommendation, compute_sequence_scores, normalize
+from finetune.tasks.ranker import Ranker, Table
+from finetune.tasks.recommendation import Recommendation, compute_sequence_scores
 
 CELLS = 3_200_000
 """Scores of a chunk, R x I at most."""
@@ -155,8 +156,8 @@ class Recommender:
 
     @cached_property
     def _popular(self) -> Scores:
-        """For people of whom nothing is known: events of the last 7 days, then all, (I,)."""
-        return self.counts.vectors["popularity 7"] + 1e-6 * self.counts.vectors["popularity"]
+        """For people of whom nothing is known, (I,)."""
+        return self.counts.rank_popular(WEEK)
 
     # Lists
 
