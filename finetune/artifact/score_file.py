@@ -19,10 +19,13 @@ from rich.progress import Progress
 
 from finetune.artifact.load import list_predictors, load
 from finetune.artifact.predictor import MultiPredictor, Prediction, Predictor
+from finetune.artifact.run_folder import find_run
 from finetune.data.sources import load_texts
-from finetune.errors import DataError, ResourceError, UsageError
+from finetune.errors import DataError, FinetuneError, ResourceError, UsageError
+from finetune.recipe import load_recipe
 
 FORMATS = (".csv", ".jsonl", ".parquet")
+TEXT = "text"
 
 
 def score_file(
@@ -30,7 +33,7 @@ def score_file(
     source: Path,
     output: Path,
     *,
-    column: str = "text",
+    column: str | None = None,
     engine: str | None = None,
     quiet: bool = False,
 ) -> int:
@@ -44,7 +47,7 @@ def score_file(
         run: a finished run.
         source: CSV, JSONL or Parquet.
         output: CSV, JSONL or Parquet; appears whole or not at all.
-        column: where the text is.
+        column: where the text is; default where the run's own data have it, else `text`.
         engine: see `load`.
         quiet: no progress bar.
 
@@ -56,8 +59,8 @@ def score_file(
         DataError: rows that cannot be read, a column called like one of those that are added, or values that the
             format of the output cannot hold.
     """
-    records, texts = _read(source, output, column)
     predictor = load(run, engine=engine)
+    records, texts = _read(source, output, list_text_columns(run) if column is None else [column])
     several = isinstance(predictor, MultiPredictor)
     added = {
         name: [f"{name}_{column}" if several else column for column in _list_columns(part)]
@@ -82,22 +85,38 @@ def score_file(
 
 
 def generate_file(
-    generate: Callable[..., list[str]], source: Path, output: Path, *, column: str = "text", quiet: bool = False
+    generate: Callable[..., list[str]],
+    source: Path,
+    output: Path,
+    *,
+    columns: Sequence[str] = (TEXT,),
+    quiet: bool = False,
 ) -> int:
     """Write every row of `source` with what a model writes to its text, as column `generated`.
 
     Args:
         generate: (texts, columns=..., advance=...) -> what is written to each, such as a `Predictor`'s.
-        source, output, column, quiet: as in `score_file`, with what it returns and raises.
+        columns: names of the text column; the first that is there is taken.
+        source, output, quiet: as in `score_file`, with what it returns and raises.
     """
-    records, texts = _read(source, output, column)
+    records, texts = _read(source, output, columns)
     _check_free(source, records[0], ["generated"])
     check_writable(output)
     with show_progress("generate", len(texts), quiet) as advance:
-        columns = [{name: _write_value(value) for name, value in record.items()} for record in records]
-        written = generate(texts, columns=columns, advance=advance)
+        given = [{name: _write_value(value) for name, value in record.items()} for record in records]
+        written = generate(texts, columns=given, advance=advance)
     write_records([record | {"generated": text} for record, text in zip(records, written, strict=True)], output)
     return len(records)
+
+
+def list_text_columns(run: str | Path) -> list[str]:
+    """Where a file is likely to have its texts: where the run's own data have them, then `text`."""
+    try:
+        recipe = load_recipe(find_run(run).recipe)
+    except FinetuneError:  # a pushed model, or a folder of one: it has no data of its own
+        return [TEXT]
+    named = [section.columns.get(TEXT, TEXT) for section in recipe.tasks.values()]
+    return list(dict.fromkeys([*named, TEXT]))
 
 
 def _write_value(value: Any) -> str:
@@ -114,11 +133,11 @@ def _list_values(prediction: Prediction) -> list[Any]:
     return [prediction.label, prediction.confidence, *outside, *prediction.scores.values()]
 
 
-def _read(source: Path, output: Path, column: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _read(source: Path, output: Path, columns: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     check_format(output)
     if output.resolve() == source.resolve():
         raise UsageError(f"{output}: must be another file than the input, got the same. Choose another --output.")
-    return load_texts(source, column)
+    return load_texts(source, *columns)
 
 
 def check_format(output: Path) -> None:

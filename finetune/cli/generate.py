@@ -27,7 +27,9 @@ def generate_command(
     output: Annotated[
         Path | None, typer.Option("--output", help="Where the rows of --input go, with a column `generated`.")
     ] = None,
-    column: Annotated[str, typer.Option("--column", help="The text column of --input.")] = "text",
+    column: Annotated[
+        str | None, typer.Option("--column", help="The text column of --input; default the run's own, else `text`.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Tokens to write at most.")] = None,
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="Sample from logits / this; 0 takes the likeliest token.")
@@ -55,7 +57,7 @@ def generate_command(
         raise UsageError("generate: --with must come with --prompt, got --input, whose columns are read. Leave it out.")
     columns = dict(_read_value(value) for value in values or [])
     from finetune.artifact.load import load_writer
-    from finetune.artifact.score_file import generate_file
+    from finetune.artifact.score_file import generate_file, list_text_columns
 
     predictor = load_writer(run)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "beams": beams}
@@ -67,7 +69,9 @@ def generate_command(
         _answer_prompts(predictor.task.type, prompts or [], generate, stream, as_json)
         return
     generate = partial(predictor.generate, section=section, seed=seed)
-    rows = generate_file(generate, source, output, column=column, quiet=as_json)
+    rows = generate_file(
+        generate, source, output, columns=[column] if column else list_text_columns(run), quiet=as_json
+    )
     if as_json:
         print_json({"output": str(output), "rows": rows})
     else:

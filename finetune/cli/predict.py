@@ -19,7 +19,9 @@ def predict_command(
     output: Annotated[
         Path | None, typer.Option("--output", help="Where the scored rows go: CSV, JSONL or Parquet.")
     ] = None,
-    column: Annotated[str, typer.Option("--column", help="The text column of --input.")] = "text",
+    column: Annotated[
+        str | None, typer.Option("--column", help="The text column of --input; default the run's own, else `text`.")
+    ] = None,
     engine: Engine = None,
     as_json: AsJson = False,
 ) -> None:

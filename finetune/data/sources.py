@@ -117,13 +117,18 @@ def load_rows(
     return LoadedRows(name, rows, card, chosen, origin, _compute_fingerprint(rows), _compare_with_card(card, parts))
 
 
-def load_texts(path: Path, column: str) -> tuple[list[Record], list[str]]:
+def load_texts(path: Path, *columns: str) -> tuple[list[Record], list[str]]:
     """The records of a file as they are, and the text of each; "" where it is missing.
+
+    Args:
+        path: of a table.
+        columns: names of the text column; the first that is there is taken.
 
     Raises:
         DataError: a file that cannot be trusted, no such column, or a text that is too long.
     """
     records = read_table(path)
+    column = next((name for name in columns if name in records[0]), columns[0])
     if column not in records[0]:
         there = describe_columns(records[0])
         fix = "Name the text column with --column."

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from datetime import datetime
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from ruamel.yaml import YAML
 
 import finetune
 from finetune.artifact.load import Predictor
@@ -154,3 +157,17 @@ def test_an_output_that_cannot_be_written_is_told_before_the_rows_are_scored(fin
     monkeypatch.setattr(Predictor, "predict", None)  # whoever scores the rows first fails with another error
     with pytest.raises(ResourceError, match=r"out\.csv: must be writable, got "):
         score_file(finished_run, source, tmp_path / "rows.csv" / "out.csv")
+
+
+def test_texts_are_where_the_runs_own_data_have_them(command, finished_run, tmp_path):
+    """A run that was trained on the column `body` finds it in a file that has `text` too; one without it reads that."""
+    run = Path(shutil.copytree(finished_run, tmp_path / "renamed"))
+    recipe = YAML().load(run / "recipe.resolved.yaml")
+    recipe["tasks"]["tone"]["columns"] = {"text": "body", "label": "sentiment"}
+    YAML().dump(recipe, run / "recipe.resolved.yaml")
+    for names, expected in ((["body", "text"], "body"), (["text"], "text"), (["text", "body"], "body")):
+        texts = {name: "gains beats wins" if name == expected else "loss falls cuts" for name in names}
+        rows = write(tmp_path / "rows.jsonl", [texts])
+        done = command("predict", run, "--input", rows, "--output", tmp_path / "out.jsonl")
+        assert done.code == 0, done.err
+        assert read(tmp_path / "out.jsonl")[0]["predicted_label"] == "positive"
