@@ -17,6 +17,7 @@ from finetune.artifact.predictor import MultiPredictor, Predictor, check_writes
 from finetune.artifact.saved import Saved
 from finetune.models.base import resolve_base
 from finetune.models.multi_task import OneHead
+from finetune.models.packed import pack_linear_layers
 from finetune.recipe.schema import GenerateSection
 from finetune.tasks import MultiTask
 
@@ -48,7 +49,7 @@ def load(reference: str | Path, *, engine: str | None = None, threads: int | Non
         model = load_adapter(model, saved.folder)
         if can_merge(model):  # one product a layer instead of three, and the same logits (tests/parity)
             model = merge_adapter(model)
-    return _build(saved, model.eval().requires_grad_(False).to(choose_device()))
+    return _build(saved, pack_linear_layers(model.eval().requires_grad_(False).to(choose_device())))
 
 
 def load_writer(reference: str | Path) -> Predictor:
