@@ -1,7 +1,7 @@
 """The speed of every export of a run beside the run itself and transformers' pipeline, from text to logits.
 
 All take turns in one process, because machines are shared and noisy: read the ratios, which compare neighbours in time,
-not the absolute rates. Rows are those of the run's validation split. Further runs of the same task, such as a compressed
+not the absolute rates. Rows are those of the validation split. Further runs of the same task, such as a compressed
 one, take their turns on the same rows, against the first one's pipeline.
 
 To repeat, on a machine that does nothing else:
