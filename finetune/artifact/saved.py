@@ -56,9 +56,13 @@ def open_saved(reference: str | Path) -> Saved:
         UsageError: no such run, or a folder of a newer toolkit.
         ModelError: a damaged folder, or a model that the Hub does not give.
     """
-    folder = Path(reference)
+    folder, is_pushed = Path(reference), is_hub_reference(reference)
     if not (folder / SETTINGS).exists():
-        folder = fetch_folder(str(reference)) if is_hub_reference(reference) else find_run(reference).model
+        folder = fetch_folder(str(reference)) if is_pushed else find_run(reference).model
+    if not (folder / SETTINGS).exists() and not is_pushed:
+        raise ModelError(
+            f"{folder}: {SETTINGS} must be there, got a run that was damaged. Bring the file back, or train again."
+        )
     if not (folder / SETTINGS).exists():
         raise ModelError(
             f"{reference}: must be a model that this toolkit pushed, got one without {SETTINGS}. "

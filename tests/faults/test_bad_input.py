@@ -317,6 +317,13 @@ def test_damaged_model(command, own_run, damage, name):
     assert read_files(own_run) == before
 
 
+def test_a_run_whose_settings_are_gone_is_damaged_and_no_foreign_model(command, own_run):
+    (own_run / "model" / "finetune.json").unlink()
+    done = command("predict", own_run, "shares fall")
+    assert done.code == 5
+    assert "finetune.json must be there, got a run that was damaged. Bring the file back, or train again." in done.err
+
+
 # Stopping and going on
 
 
