@@ -36,7 +36,7 @@ check: install ## style, types, who imports whom, unused dependencies
 	$(BIN)/lint-imports
 	$(BIN)/deptry finetune
 
-test: install ## the tests; some eight minutes on two cores
+test: install ## the tests; four to eight minutes on two cores
 	$(BIN)/pytest -m 'not slow' -n auto --dist loadfile
 
 test-slow: install ## the tests that take longer
