@@ -56,18 +56,9 @@ def open_saved(reference: str | Path) -> Saved:
         UsageError: no such run, or a folder of a newer toolkit.
         ModelError: a damaged folder, or a model that the Hub does not give.
     """
-    folder, is_pushed = Path(reference), is_hub_reference(reference)
+    folder = Path(reference)
     if not (folder / SETTINGS).exists():
-        folder = fetch_folder(str(reference)) if is_pushed else find_run(reference).model
-    if not (folder / SETTINGS).exists() and not is_pushed:
-        raise ModelError(
-            f"{folder}: {SETTINGS} must be there, got a run that was damaged. Bring the file back, or train again."
-        )
-    if not (folder / SETTINGS).exists():
-        raise ModelError(
-            f"{reference}: must be a model that this toolkit pushed, got one without {SETTINGS}. "
-            "To train on it, set model.base; to score it: finetune evaluate --model."
-        )
+        folder = _find_saved(reference)
     settings = load_json(folder / SETTINGS)
     if settings.get("format") != FORMAT:
         raise UsageError(
@@ -76,6 +67,22 @@ def open_saved(reference: str | Path) -> Saved:
         )
     _check_files(folder, settings.get("files", {}))
     return Saved(folder, settings, load_task(settings["task"]), read_adapter_base(folder))
+
+
+def _find_saved(reference: str | Path) -> Path:
+    """The folder of a model on the Hub, or of a run."""
+    is_pushed = is_hub_reference(reference)
+    folder = fetch_folder(str(reference)) if is_pushed else find_run(reference).model
+    if (folder / SETTINGS).exists():
+        return folder
+    if is_pushed:
+        raise ModelError(
+            f"{reference}: must be a model that this toolkit pushed, got one without {SETTINGS}. "
+            "To train on it, set model.base; to score it: finetune evaluate --model."
+        )
+    raise ModelError(
+        f"{folder}: {SETTINGS} must be there, got a run that was damaged. Bring the file back, or train again."
+    )
 
 
 def is_hub_reference(reference: str | Path) -> bool:

@@ -59,8 +59,8 @@ def score_file(
         DataError: rows that cannot be read, a column called like one of those that are added, or values that the
             format of the output cannot hold.
     """
-    predictor = load(run, engine=engine)
     records, texts = _read(source, output, list_text_columns(run) if column is None else [column])
+    predictor = load(run, engine=engine)
     several = isinstance(predictor, MultiPredictor)
     added = {
         name: [f"{name}_{column}" if several else column for column in _list_columns(part)]

@@ -165,12 +165,13 @@ class Ranker:
             first = self._popular[: self.candidates + len(own)]
             chosen = [first[~seen[first]][: self.candidates]]
             for name in ("sequence", TEXT_SOURCE):
-                if name in pairs:
-                    scores = pairs[name][row].copy()
-                    scores[own] = -np.inf
-                    chosen.append(find_first(scores, self.candidates))
-            if TEXT_SOURCE in pairs:
-                chosen.append(new[find_first(scores[new], self.candidates)])
+                if name not in pairs:
+                    continue
+                scores = pairs[name][row].copy()
+                scores[own] = -np.inf
+                chosen.append(find_first(scores, self.candidates))
+                if name == TEXT_SOURCE:
+                    chosen.append(new[find_first(scores[new], self.candidates)])
             for source in counted:
                 items = np.flatnonzero(source[row] > 0)  # what was never counted is no candidate
                 items = items[~seen[items]]

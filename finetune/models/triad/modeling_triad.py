@@ -344,8 +344,7 @@ class TriadAttention(nn.Module):
         """Whether formula (1) is all there is to do for a pack: no mask, no dropout, nothing that wants the weights."""
         longest = max(length for _, length in pack.runs)
         return (
-            not self.is_causal
-            and (self.sliding_window is None or self.sliding_window >= longest)
+            self._hides_nothing(longest)
             and longest < FUSED_FROM
             and self.num_key_value_groups == 1
             and not (self.training and self.config.attention_dropout)
@@ -354,10 +353,14 @@ class TriadAttention(nn.Module):
             and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         )
 
+    def _hides_nothing(self, length: int) -> bool:
+        """Whether every token of a row of that length sees all others."""
+        return not self.is_causal and (self.sliding_window is None or self.sliding_window >= length)
+
     def _build_row_mask(self, query: torch.Tensor) -> torch.Tensor | None:
         """The mask of packed rows of one length, (B, 1, T, T); None where they see all, or `attend` works in blocks."""
         length, window = query.shape[2], self.sliding_window
-        if not self.is_causal and (window is None or window >= length):
+        if self._hides_nothing(length):
             return None
         if window is not None and length > 2 * window and self.config._attn_implementation == "eager":
             return None
