@@ -51,13 +51,13 @@ class ColumnError(DataError):
         fix: what to change in a recipe.
     """
 
-    def __init__(self, problem: str, fix: str) -> None:
+    def __init__(self, problem: str, fix: str = "") -> None:
         super().__init__(problem, fix)
         self.problem = problem
 
     def __str__(self) -> str:
         """Both."""
-        return " ".join(self.args)
+        return " ".join(self.args).rstrip()
 
 
 class GateError(FinetuneError):

@@ -79,7 +79,9 @@ class PackedLinear(nn.Linear):
 
 
 def _can_be_packed(layer: nn.Linear) -> bool:
-    return layer.weight.device.type == "cpu" and layer.weight.dtype is torch.float32 and not layer.weight.requires_grad
+    weight = layer.weight
+    plain = type(weight) in (torch.Tensor, nn.Parameter)  # a rounded weight (torchao's) multiplies in its own way
+    return plain and weight.device.type == "cpu" and weight.dtype is torch.float32 and not weight.requires_grad
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:

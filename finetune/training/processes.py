@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -47,7 +48,9 @@ def agree_on(compute: Callable[[], str]) -> str:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(cpu=is_cpu_only(), timeout=PROCESS_GROUP_TIMEOUT)
+    state = PartialState(cpu=is_cpu_only(), timeout=PROCESS_GROUP_TIMEOUT)
+    # A process that ends with its group open may be aborted by gloo's threads, and then a finished run counts as failed.
+    atexit.register(state.destroy_process_group)
     said: list[Any] = [None, None]
     if is_main_process():
         try:

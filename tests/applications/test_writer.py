@@ -194,11 +194,12 @@ def test_it_writes_greedily_and_not_forever():
 )
 def test_other_runs_are_refused(task, words, monkeypatch):
     from finetune.artifact import load as artifact
+    from finetune.artifact import predictor
 
     class Predictor(Stub):
         pass
 
-    monkeypatch.setattr(artifact, "Predictor", Predictor)
+    monkeypatch.setattr(predictor, "Predictor", Predictor)
     monkeypatch.setattr(artifact, "load", lambda _run: Predictor(task))
     with pytest.raises(UsageError) as caught:
         load_reply_writer("runs/w")
