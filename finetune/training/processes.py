@@ -49,7 +49,7 @@ def agree_on(compute: Callable[[], str]) -> str:
     from accelerate.utils import broadcast_object_list
 
     state = PartialState(cpu=is_cpu_only(), timeout=PROCESS_GROUP_TIMEOUT)
-    # A process that ends with its group open may be aborted by gloo's threads, and then a finished run counts as failed.
+    # Else gloo's threads may abort a process at its end, and a finished run counts as failed.
     atexit.register(state.destroy_process_group)
     said: list[Any] = [None, None]
     if is_main_process():
