@@ -103,10 +103,11 @@ def load_banking77() -> tuple[Any, list[Any]]:
     from finetune.data.sources import load_rows
     from finetune.recipe.schema import TaskSection
     from finetune.tasks import TextClassification
+    from finetune.tasks.task import TaskData
 
     source = load_rows("banking77", {})
     section = TaskSection(type="text_classification", data="banking77")
-    task = TextClassification.build(section, source.card.labels if source.card else None, source.rows)
+    task = TextClassification.build(section, TaskData(source.rows, source.card.labels if source.card else None))
     return task, task.prepare_rows(source.rows)
 
 

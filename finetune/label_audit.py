@@ -27,6 +27,7 @@ from finetune.evaluation.label_errors import FOLDS, check_cleanlab, compute_out_
 from finetune.models.base import find_base, load_tokenizer, resolve_base
 from finetune.models.embedding import compute_embeddings
 from finetune.recipe.schema import DEFAULT_BASE, TaskSection
+from finetune.tasks.task import TaskData
 from finetune.tasks.text_classification import TextClassification
 
 Features = Literal["both", "frozen", "tfidf"]
@@ -118,7 +119,8 @@ def audit(
     check_cleanlab()
     source = load_rows(data, columns or {})
     task = TextClassification.build(
-        TaskSection(type="text_classification", data=data), source.card.labels if source.card else None, source.rows
+        TaskSection(type="text_classification", data=data),
+        TaskData(source.rows, source.card.labels if source.card else None),
     )
     notes: list[str] = []
     rows = _choose_rows(task.prepare_rows(source.rows), source.name, test, notes)

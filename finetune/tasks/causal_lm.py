@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from finetune.data.batches import Examples
 from finetune.data.cleaning import clean_text
-from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.errors import DataError
 from finetune.evaluation.corpus_baselines import compute_ngram, compute_unigram
@@ -22,7 +21,7 @@ from finetune.models.generation import generate_texts
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks import language
 from finetune.tasks.shapes import OnLanguageModel
-from finetune.tasks.task import HeldOut, Judgement
+from finetune.tasks.task import HeldOut, Judgement, TaskData
 
 PROMPT_SHARE = 4
 """A sample's prompt is the first quarter of a block."""
@@ -49,13 +48,7 @@ class CausalLM(OnLanguageModel):
     labels: ClassVar[None] = None
 
     @classmethod
-    def build(
-        cls,
-        section: TaskSection,
-        card_labels: list[str] | dict[str, str] | None,
-        rows: Sequence[Row],
-        entries: Sequence[Entry] = (),
-    ) -> CausalLM:
+    def build(cls, section: TaskSection, data: TaskData) -> CausalLM:
         """Nothing is left to the data."""
         return cls(section.separator, tuple(section.clean))
 

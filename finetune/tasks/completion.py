@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from finetune.data.batches import IGNORED, Examples
 from finetune.data.cleaning import clean_text
-from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.errors import DataError
 from finetune.evaluation.answer_baselines import find_sentences
@@ -22,7 +21,7 @@ from finetune.recipe.schema import GenerateSection, ModelSection, TaskSection, T
 from finetune.tasks import language
 from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.shapes import OnLanguageModel
-from finetune.tasks.task import HeldOut, Judgement
+from finetune.tasks.task import HeldOut, Judgement, TaskData
 from finetune.tasks.written import copy_or_find, judge_written
 
 PASSAGE = "passage"
@@ -50,20 +49,14 @@ class Completion(OnLanguageModel):
     labels: ClassVar[None] = None
 
     @classmethod
-    def build(
-        cls,
-        section: TaskSection,
-        card_labels: list[str] | dict[str, str] | None,
-        rows: Sequence[Row],
-        entries: Sequence[Entry] = (),
-    ) -> Completion:
+    def build(cls, section: TaskSection, data: TaskData) -> Completion:
         """Check that the rows have the prompt's columns.
 
         Raises:
             DataError: they do not.
         """
         task = cls(section.prompt, tuple(section.clean))
-        task.check_columns(rows, "tasks.<name>.prompt")
+        task.check_columns(data.rows, "tasks.<name>.prompt")
         return task
 
     @property

@@ -13,7 +13,6 @@ from torch import nn
 
 from finetune.data.batches import IGNORED, Batch, Examples, Indices, collate, list_inputs
 from finetune.data.cleaning import clean_text
-from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.errors import ModelError
 from finetune.evaluation.corpus_baselines import compute_unigram
@@ -23,7 +22,7 @@ from finetune.models.classifier import get_padding
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks import language
 from finetune.tasks.shapes import OnLanguageModel
-from finetune.tasks.task import HeldOut, Judgement, Outputs
+from finetune.tasks.task import HeldOut, Judgement, Outputs, TaskData
 
 MASKED, RANDOM = 0.8, 0.1
 """Of the chosen tokens so many are hidden, so many replaced by a random one; the rest stay as they are."""
@@ -56,13 +55,7 @@ class MaskedLM(OnLanguageModel):
     labels: ClassVar[None] = None
 
     @classmethod
-    def build(
-        cls,
-        section: TaskSection,
-        card_labels: list[str] | dict[str, str] | None,
-        rows: Sequence[Row],
-        entries: Sequence[Entry] = (),
-    ) -> MaskedLM:
+    def build(cls, section: TaskSection, data: TaskData) -> MaskedLM:
         """Nothing is left to the data."""
         return cls(section.mask_ratio, tuple(section.clean))
 

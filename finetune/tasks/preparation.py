@@ -35,7 +35,7 @@ from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.entries import ENTRY
 from finetune.tasks.multi_task import Headed
 from finetune.tasks.people import load_people
-from finetune.tasks.task import Task
+from finetune.tasks.task import Task, TaskData
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _prepare_part(
     )
     entries = load_entries(section, source, relative_to) if ENTRY in shape.roles else []
     known = section.model_copy(update={"columns": {**section.columns, **source.columns}})
-    task = shape.build(known, _get_card_labels(source), source.rows, entries)
+    task = shape.build(known, TaskData(source.rows, _get_card_labels(source), entries))
     rows = task.prepare_rows(source.rows)
     splits = split_rows(rows, section.split, seed=seed, columns=source.columns)
     splits, apart = set_apart(splits, section.out_of_scope, is_exposed=section.outlier_exposure > 0)

@@ -14,7 +14,6 @@ from torch import nn
 
 from finetune.data.answers import find_answers
 from finetune.data.batches import IGNORED, Batch, Examples, Indices
-from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.data.windows import Windows, encode_windows
 from finetune.errors import DataError, DivergedError, ModelError
@@ -36,7 +35,7 @@ from finetune.models.question_answering import (
 from finetune.recipe.schema import ModelSection, TaskSection
 from finetune.tasks import language
 from finetune.tasks.shapes import OnBase
-from finetune.tasks.task import HeldOut, Judgement, Outputs
+from finetune.tasks.task import HeldOut, Judgement, Outputs, TaskData
 
 TARGETS = 4
 """Of a window: first and last token of the answer, 0 and 0 where it holds none; first and last token of the passage."""
@@ -111,22 +110,16 @@ class QuestionAnswering(OnBase):
     labels: ClassVar[None] = None
 
     @classmethod
-    def build(
-        cls,
-        section: TaskSection,
-        card_labels: list[str] | dict[str, str] | None,
-        rows: Sequence[Row],
-        entries: Sequence[Entry] = (),
-    ) -> QuestionAnswering:
+    def build(cls, section: TaskSection, data: TaskData) -> QuestionAnswering:
         """Nothing is left to the data.
 
         Raises:
             DataError: the recipe names a column for `answer_start` that is not there.
         """
         named = section.columns.get("answer_start")
-        if named is not None and rows and named not in rows[0].values:
+        if named is not None and data.rows and named not in data.rows[0].values:
             raise DataError(
-                f"{section.data}: column {named!r} must exist, got columns {', '.join(rows[0].values)}. "
+                f"{section.data}: column {named!r} must exist, got columns {', '.join(data.rows[0].values)}. "
                 "Correct tasks.<name>.columns."
             )
         return cls(section.stride, section.max_answer_tokens, named or "answer_start")

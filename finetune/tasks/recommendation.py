@@ -36,7 +36,7 @@ from finetune.tasks.encoding import encode_texts
 from finetune.tasks.items import Counts, Items, normalize
 from finetune.tasks.language import sum_by_row
 from finetune.tasks.ranker import Ranker
-from finetune.tasks.task import HeldOut, Judgement, Outputs
+from finetune.tasks.task import HeldOut, Judgement, Outputs, TaskData
 
 CHECKED = 1000
 """Requests of validation that are scored while training."""
@@ -106,7 +106,7 @@ class Recommendation:
     labels: ClassVar[None] = None
 
     @classmethod
-    def build(cls, section: TaskSection, *_others: Any) -> Recommendation:
+    def build(cls, section: TaskSection, data: TaskData) -> Recommendation:
         """Not from rows: `tasks.people` builds it from events."""
         raise UsageError(f"{section.data}: must be read as events for recommendation.")
 

@@ -29,7 +29,7 @@ from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks.encoding import CONTEXT, read_question
 from finetune.tasks.entries import ENTRY, Library, compute_mean_metrics
 from finetune.tasks.shapes import OnBase
-from finetune.tasks.task import HeldOut, Judgement, Outputs
+from finetune.tasks.task import HeldOut, Judgement, Outputs, TaskData
 
 RELEVANT = "relevant"
 """The one class."""
@@ -79,22 +79,16 @@ class Reranking(OnBase):
         return 2 * self.size
 
     @classmethod
-    def build(
-        cls,
-        section: TaskSection,
-        card_labels: list[str] | dict[str, str] | None,
-        rows: Sequence[Row],
-        entries: Sequence[Entry] = (),
-    ) -> Reranking:
+    def build(cls, section: TaskSection, data: TaskData) -> Reranking:
         """Settle the entries.
 
         Raises:
             DataError: a row names no entry of the knowledge.
         """
-        library = Library(tuple(entries), CONTEXT in section.columns)
-        library.check(rows)
+        library = Library(tuple(data.entries), CONTEXT in section.columns)
+        library.check(data.rows)
         return cls(
-            size=len(rows),
+            size=len(data.rows),
             clean=tuple(section.clean),
             reads_context=library.reads_context,
             negatives=section.negatives,

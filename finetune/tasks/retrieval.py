@@ -26,7 +26,7 @@ from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks.encoding import CONTEXT, encode_texts
 from finetune.tasks.entries import ENTRY, Library, compute_mean_metrics
 from finetune.tasks.shapes import OnBase
-from finetune.tasks.task import HeldOut, Judgement, Outputs
+from finetune.tasks.task import HeldOut, Judgement, Outputs, TaskData
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,17 @@ class Retrieval(OnBase):
         return self.size + len(self.answers)
 
     @classmethod
-    def build(
-        cls,
-        section: TaskSection,
-        card_labels: list[str] | dict[str, str] | None,
-        rows: Sequence[Row],
-        entries: Sequence[Entry] = (),
-    ) -> Retrieval:
+    def build(cls, section: TaskSection, data: TaskData) -> Retrieval:
         """Settle the entries and the answers.
 
         Raises:
             DataError: a row names no entry of the knowledge.
         """
-        library = Library(tuple(entries), CONTEXT in section.columns)
-        library.check(rows)
-        answers = sorted({library.find_right(row) for row in library.keep_answered(rows)})
+        library = Library(tuple(data.entries), CONTEXT in section.columns)
+        library.check(data.rows)
+        answers = sorted({library.find_right(row) for row in library.keep_answered(data.rows)})
         return cls(
-            len(entries),
+            len(data.entries),
             tuple(answers),
             tuple(section.clean),
             library.reads_context,

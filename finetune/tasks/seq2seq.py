@@ -11,7 +11,6 @@ from torch import nn
 
 from finetune.data.batches import IGNORED, Batch, Examples, list_inputs
 from finetune.data.cleaning import clean_text
-from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.evaluation.corpus_scoring import SystemOutput
 from finetune.models.base import BaseModel
@@ -19,7 +18,7 @@ from finetune.models.generation import generate_texts
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks import language
 from finetune.tasks.shapes import OnLanguageModel
-from finetune.tasks.task import HeldOut, Judgement
+from finetune.tasks.task import HeldOut, Judgement, TaskData
 from finetune.tasks.written import copy_or_find, judge_written
 
 
@@ -42,13 +41,7 @@ class Seq2Seq(OnLanguageModel):
     labels: ClassVar[None] = None
 
     @classmethod
-    def build(
-        cls,
-        section: TaskSection,
-        card_labels: list[str] | dict[str, str] | None,
-        rows: Sequence[Row],
-        entries: Sequence[Entry] = (),
-    ) -> Seq2Seq:
+    def build(cls, section: TaskSection, data: TaskData) -> Seq2Seq:
         """Nothing is left to the data."""
         return cls(tuple(section.clean))
 

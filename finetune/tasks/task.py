@@ -145,6 +145,21 @@ class Trainable(Protocol):
         """Inverse of `to_config`."""
 
 
+@dataclass(frozen=True)
+class TaskData:
+    """What a task is built from beside its section of the recipe.
+
+    Args:
+        rows: of all splits.
+        labels: the classes that the card names, or value in the data -> class; None where it names none.
+        entries: the knowledge, for tasks that look for entries.
+    """
+
+    rows: Sequence[Row]
+    labels: list[str] | dict[str, str] | None = None
+    entries: Sequence[Entry] = ()
+
+
 class Task(Trainable, Protocol):
     """A problem shape with all that the data settle, such as labels: what is trained, and how its rows are read."""
 
@@ -162,20 +177,12 @@ class Task(Trainable, Protocol):
         """Names of the classes in the order of the logits; None where there are none."""
 
     @classmethod
-    def build(
-        cls,
-        section: TaskSection,
-        card_labels: list[str] | dict[str, str] | None,
-        rows: Sequence[Row],
-        entries: Sequence[Entry] = (),
-    ) -> Task:
+    def build(cls, section: TaskSection, data: TaskData) -> Task:
         """Settle what the recipe leaves to the data.
 
         Args:
             section: of the recipe; `columns` has all roles that are read.
-            card_labels: the classes that the card names.
-            rows: all rows.
-            entries: the knowledge, for tasks that look for entries.
+            data: what was read.
         """
 
     def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:

@@ -14,7 +14,6 @@ from torch import nn
 
 from finetune.data.batches import IGNORED, Batch, Examples, list_inputs
 from finetune.data.cleaning import clean_text
-from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
 from finetune.errors import DataError
 from finetune.evaluation.baselines import BaselineData, BaselineResult, compute_baselines
@@ -44,7 +43,7 @@ from finetune.recipe.messages import suggest
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
 from finetune.tasks.encoding import CONTEXT, encode_texts, read_question
 from finetune.tasks.shapes import OnBase
-from finetune.tasks.task import HeldOut, Judgement, Outputs
+from finetune.tasks.task import HeldOut, Judgement, Outputs, TaskData
 
 MISTAKES = 50
 
@@ -92,20 +91,14 @@ class TextClassification(OnBase):
         return len(self.labels) + (self.exposure > 0)
 
     @classmethod
-    def build(
-        cls,
-        section: TaskSection,
-        card_labels: list[str] | dict[str, str] | None,
-        rows: Sequence[Row],
-        entries: Sequence[Entry] = (),
-    ) -> TextClassification:
+    def build(cls, section: TaskSection, data: TaskData) -> TextClassification:
         """Settle the classes: the recipe's, else the card's, else the sorted values of the data.
 
         Raises:
             DataError: fewer than two classes, or no row out of scope where there should be some.
         """
-        labels, outside = section.labels if section.labels is not None else card_labels, section.out_of_scope
-        found = {row.values["label"] for row in rows if row.values["label"]}
+        labels, outside = section.labels if section.labels is not None else data.labels, section.out_of_scope
+        found = {row.values["label"] for row in data.rows if row.values["label"]}
         values = labels if isinstance(labels, dict) else {}
         if outside is not None and outside not in (named := {values.get(label, label) for label in found}):
             raise DataError(

@@ -19,6 +19,7 @@ from finetune.models.base import BaseModel, load_tokenizer
 from finetune.models.question_answering import build_answerer, build_answerer_config, find_best_spans
 from finetune.recipe.schema import ModelSection, TaskSection
 from finetune.tasks.question_answering import NEVER, QuestionAnswering, Span, choose_windows
+from finetune.tasks.task import TaskData
 
 PASSAGE = "The company names the meeting. The loss cuts the gains, and (as of 2024) no bank warns. Oil falls 3.9%."
 QUESTIONS = ["what cuts the gains?", "when?", "who wins?"]
@@ -100,7 +101,7 @@ def test_many_wrong_answers_are_counted() -> None:
 def test_a_column_of_starts_that_is_not_there() -> None:
     section = TaskSection(type="question_answering", data="a.csv", columns={"answer_start": "at"})
     with pytest.raises(DataError, match=r"a\.csv: column 'at' must exist, got columns text, passage, answer\."):
-        QuestionAnswering.build(section, None, build_rows())
+        QuestionAnswering.build(section, TaskData(build_rows()))
 
 
 def test_config_comes_back() -> None:

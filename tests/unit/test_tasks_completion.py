@@ -20,6 +20,7 @@ from finetune.recipe.prompt import Piece, list_columns, parse_prompt
 from finetune.recipe.schema import EvaluateSection, GenerateSection, ModelSection, ScratchSection, TaskSection
 from finetune.tasks import Completion
 from finetune.tasks.completion import share_room
+from finetune.tasks.task import TaskData
 
 SECTION = ModelSection(
     base="scratch",
@@ -180,7 +181,7 @@ def test_a_config_comes_back() -> None:
     [
         (
             lambda task, tokenizer: task.build(
-                TaskSection(type="completion", data="x", prompt="{text} {pasage}"), None, build_rows()
+                TaskSection(type="completion", data="x", prompt="{text} {pasage}"), TaskData(build_rows())
             ),
             "tasks.<name>.prompt: must find the column 'pasage' in r:1, got text, passage, target. Did you mean "
             "'passage'?",

@@ -21,6 +21,7 @@ from finetune.models.base import BaseModel, load_tokenizer
 from finetune.recipe.schema import ModelSection, TaskSection
 from finetune.tasks import Reranking, Retrieval, load_task
 from finetune.tasks.encoding import encode_texts
+from finetune.tasks.task import TaskData
 
 ENTRIES = [
     Entry("returns", "How long can I return shoes?", "Thirty days.", "a"),
@@ -36,7 +37,7 @@ ROWS = [
 
 def build(shape, rows=ROWS, columns=None, **keys):
     section = TaskSection(type=shape.type, data="rows.csv", columns=columns or {}, **keys)
-    return shape.build(section, None, rows, ENTRIES)
+    return shape.build(section, TaskData(rows, entries=ENTRIES))
 
 
 @pytest.fixture(scope="module")
