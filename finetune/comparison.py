@@ -36,7 +36,7 @@ Execute = Callable[[Sequence[str]], None]
 
 
 def compare(
-    what: str | Path | Sequence[str | Path], *, runs: Path | None = None, quiet: bool = False
+    what: str | Path | Sequence[str | Path], *, runs: str | Path | None = None, quiet: bool = False
 ) -> dict[str, Any]:
     """Compare the candidates of a comparison file, or finished runs with each other.
 
@@ -59,7 +59,7 @@ def compare(
 
 
 def compare_candidates(
-    name_or_path: str | Path, *, runs: Path | None = None, quiet: bool = False, execute: Execute | None = None
+    name_or_path: str | Path, *, runs: str | Path | None = None, quiet: bool = False, execute: Execute | None = None
 ) -> dict[str, Any]:
     """Train, choose, judge and compare the candidates of a comparison file; what is there already is not done again.
 
@@ -68,7 +68,7 @@ def compare_candidates(
         execute: carries out the command of a run; default a process of its own.
     """
     loaded = load_comparison(name_or_path)
-    root = (runs or RUNS_FOLDER) / loaded.section.name
+    root = Path(runs or RUNS_FOLDER) / loaded.section.name
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -107,7 +107,7 @@ def run(
     overrides: Sequence[str] = (),
     *,
     processes: int = 1,
-    runs: Path | None = None,
+    runs: str | Path | None = None,
     quiet: bool = False,
     open_test: bool = True,
 ) -> Run:
@@ -211,7 +211,7 @@ def evaluate(reference: str | Path, data: str | None = None, task: str | None = 
         lock.release()
 
 
-def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: Path | None) -> RunFolder:
+def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: str | Path | None) -> RunFolder:
     """Lay out the folder of a run whose data passed every check: recipe, rows, what a repetition needs.
 
     Args:
@@ -251,7 +251,7 @@ def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: 
     return folder
 
 
-def lay_out(recipe: Recipe, path: Path, runs: Path | None) -> tuple[RunFolder, Ready]:
+def lay_out(recipe: Recipe, path: Path, runs: str | Path | None) -> tuple[RunFolder, Ready]:
     """Prepare the data of a recipe and lay out the folder of its run.
 
     Args:

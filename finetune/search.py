@@ -101,7 +101,7 @@ def sweep(
     overrides: Sequence[str] = (),
     *,
     trials: int | None = None,
-    runs: Path | None = None,
+    runs: str | Path | None = None,
     quiet: bool = False,
 ) -> SweepResult:
     """Search the values that a sweep declares, or go on with it.
@@ -155,7 +155,9 @@ def _check_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _build_plan(path: Path, overrides: Sequence[str], trials: int | None, runs: Path | None, quiet: bool) -> _Plan:
+def _build_plan(
+    path: Path, overrides: Sequence[str], trials: int | None, runs: str | Path | None, quiet: bool
+) -> _Plan:
     """Check everything that can be checked before the first trial, the rows included."""
     section, recipe_path = load_sweep(path, overrides)
     if twice := [key for key in section.search if any(given.split("=")[0].strip() == key for given in overrides)]:
@@ -175,12 +177,12 @@ def _build_plan(path: Path, overrides: Sequence[str], trials: int | None, runs: 
         runner.check(recipe_path, shared)
     except RecipeError as error:
         raise RecipeError(str(error).replace("train.early_stop.metric:", f"{path}: metric:")) from error
-    folder = (runs or RUNS_FOLDER) / section.name
+    folder = Path(runs or RUNS_FOLDER) / section.name
     tell = (lambda _text: None) if quiet else (lambda text: sys.stderr.write(f"{text}\n"))
     return _Plan(section, metric, recipe_path, shared, folder, trials or section.trials, quiet, tell)  # type: ignore[arg-type]
 
 
-def _build_command(path: Path, overrides: Sequence[str], trials: int | None, runs: Path | None) -> str:
+def _build_command(path: Path, overrides: Sequence[str], trials: int | None, runs: str | Path | None) -> str:
     words = ["finetune", "sweep", str(path), *(word for given in overrides for word in ("--set", given))]
     words += ["--trials", str(trials)] if trials else []
     words += ["--runs", str(runs)] if runs else []

@@ -123,13 +123,13 @@ class RunFolder:
         return lock
 
 
-def create_run_folder(name: str, recipe_text: str, root: Path | None = None) -> RunFolder:
+def create_run_folder(name: str, recipe_text: str, root: str | Path | None = None) -> RunFolder:
     """Make runs/<name>/<time>-<hash>, new even when two runs start in the same second.
 
     Raises:
         ResourceError: the folder cannot be written.
     """
-    parent = (root or RUNS_FOLDER) / name
+    parent = Path(root or RUNS_FOLDER) / name
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     digest = hashlib.sha256(recipe_text.encode()).hexdigest()[:8]
     for attempt in range(100):

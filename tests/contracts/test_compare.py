@@ -404,7 +404,7 @@ def test_a_process_that_fails_without_words_gets_some(
 def test_with_processes_of_their_own_it_comes_to_the_same(compared: Any, write_recipe: Any, tmp_path: Path) -> None:
     _, expected, _ = compared
     path = write_comparison(tmp_path, write_recipe)
-    results = finetune.compare(path, runs=tmp_path / "runs", quiet=True)
+    results = finetune.compare(path, runs=str(tmp_path / "runs"), quiet=True)
     for name, one in results["candidates"].items():
         assert one["metrics"]["macro_f1"] == pytest.approx(
             expected["candidates"][name]["metrics"]["macro_f1"], abs=1e-4

@@ -30,7 +30,7 @@ def test_the_package_offers_what_it_lists():
 
 
 def test_a_run_from_python(write_recipe, tmp_path, capfd):
-    run = finetune.run(write_recipe(tmp_path / "in"), ["train.epochs=1"], runs=tmp_path / "runs", quiet=True)
+    run = finetune.run(write_recipe(tmp_path / "in"), ["train.epochs=1"], runs=str(tmp_path / "runs"), quiet=True)
     assert capfd.readouterr().out == ""
     assert run.folder.path.parent == tmp_path / "runs" / "tiny"
     assert run.test == json.loads((run.folder.evaluation / "test.json").read_text())

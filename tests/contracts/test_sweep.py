@@ -61,7 +61,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, write_recipe: Callable[..., 
         patch.setattr(Examples, "load", classmethod(record))
         for name in ("assess", "assess_held_out"):
             patch.setattr(runner, name, refuse)
-        result = finetune.sweep(write_sweep(folder / "in"), runs=folder / "runs", quiet=True)
+        result = finetune.sweep(write_sweep(folder / "in"), runs=str(folder / "runs"), quiet=True)
     return {"folder": folder, "result": result, "loaded": loaded}
 
 
