@@ -289,6 +289,19 @@ def test_errors_speak_json_too(command, words):
 # One verb after another
 
 
+def test_one_row_is_scored_without_intervals(command, own_run, tmp_path):
+    path = tmp_path / "one.csv"
+    path.write_text("text,label\nprofit beats,positive\n")
+    done = command("evaluate", own_run, "--data", path)
+    assert done.code == 0
+    assert "one: 1 row, no intervals" in done.out
+    assert re.search(r"^model +[01]\.000 +[01]\.000 +0\.\d{3}$", done.out, re.MULTILINE)
+    assert "  warning  One row shows nothing of chance. Score more rows.\n" in done.out
+    assert " to " not in done.out
+    scored = json.loads(command("evaluate", own_run, "--data", path, "--json").out)
+    assert {(value["low"], value["high"]) for value in scored["metrics"].values()} == {(None, None)}
+
+
 def test_run_shows_scores_beside_baselines_and_where_things_lie(command, write_recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
