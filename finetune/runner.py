@@ -66,6 +66,7 @@ from finetune.training.precision import choose_precision
 from finetune.training.processes import agree_on, is_main_process, rebuild_error, start_workers, world_size
 from finetune.training.progress import JudgingProgress
 from finetune.training.session import build_session
+from finetune.training.signals import name_stop
 
 # A base at hand, and rows that passed every check.
 Ready = tuple[BaseModel, Prepared]
@@ -426,9 +427,10 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, 
     except Interrupted as error:
         folder.update_status(state="stopped", error=str(error))
         raise Interrupted(f"{error} Go on with: finetune resume {folder.path}") from None
-    except KeyboardInterrupt:
-        folder.update_status(state="stopped", error="stopped by Ctrl-C")
-        raise Interrupted(f"stopped by Ctrl-C. Go on with: finetune resume {folder.path}") from None
+    except KeyboardInterrupt as error:
+        stopped = f"stopped by {name_stop(error)}"
+        folder.update_status(state="stopped", error=stopped)
+        raise Interrupted(f"{stopped}. Go on with: finetune resume {folder.path}") from None
     except Exception as error:
         folder.update_status(state="failed", error=str(error))
         raise

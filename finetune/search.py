@@ -27,6 +27,7 @@ from finetune.recipe.files import build_disk_error, write_file_atomically
 from finetune.recipe.loading import dump_values, read_document
 from finetune.recipe.sweep import Choice, Sweep, Values, format_override, is_whole, load_sweep
 from finetune.training.loop import derive_seed
+from finetune.training.signals import name_stop
 
 if TYPE_CHECKING:
     import optuna
@@ -139,8 +140,8 @@ def sweep(
         return _conclude(study, plan, path)
     except Interrupted as error:
         raise Interrupted(f"{error} Go on with: {command}") from None
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped by Ctrl-C. Go on with: {command}") from None
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"stopped by {name_stop(error)}. Go on with: {command}") from None
     finally:
         held.release()
 

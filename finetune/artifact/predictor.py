@@ -17,6 +17,7 @@ from finetune.evaluation.outside import OutsideRule
 from finetune.models.classifier import get_padding
 from finetune.models.generation import generate_texts, stream_text
 from finetune.models.prediction import compute_logits
+from finetune.recipe.messages import count_of
 from finetune.recipe.schema import GenerateSection
 from finetune.tasks import Completion, MultiTask, QuestionAnswering, Reranking, Retrieval, Task, TextClassification
 from finetune.tasks.encoding import Side, encode_texts, join_context
@@ -38,6 +39,7 @@ USES = {
     "question_answering": "In Python: finetune.load(RUN).answer(question, passage).",
 }
 """Task type -> what its runs are for; all others are bases."""
+SHOWN_EMPTY = 20
 Shape = TypeVar("Shape", TextClassification, Retrieval, Reranking)
 
 
@@ -108,8 +110,11 @@ class Predictor:
         """Score texts, in order.
 
         Args:
-            texts: any number, as they come; the cleaning of the recipe is applied.
+            texts: any number, as they come, none empty; the cleaning of the recipe is applied.
             advance: called with the number of texts after each batch.
+
+        Raises:
+            UsageError: one text in place of a list, an empty text, or a run that gives no labels.
         """
         check_texts(texts)
         return self.build_predictions(self.compute_text_logits(texts, advance))
@@ -366,9 +371,18 @@ class MultiPredictor:
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Raise UsageError for one text in place of a list."""
+    """Raise UsageError for one text in place of a list, or for empty texts, of which no class is true."""
     if isinstance(texts, str):
         raise UsageError("predict: texts must be a list of texts, got one text. Write predict([text]).")
+    if empty := describe_empty(texts, "text"):
+        raise UsageError(f"predict: no text may be empty, got {empty}. Leave out what is empty.")
+
+
+def describe_empty(texts: Sequence[str], one: str) -> str:
+    """How many texts are empty or white space, and which, from 1: `2 rows (3, 7)` if `one` is a row; "" for none."""
+    empty = [f"{number:,}" for number, text in enumerate(texts, start=1) if not text.strip()]
+    more = ", ..." if len(empty) > SHOWN_EMPTY else ""
+    return f"{count_of(len(empty), one)} ({', '.join(empty[:SHOWN_EMPTY])}{more})" if empty else ""
 
 
 def check_writes(task: Task | MultiTask) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters.attach import read_adapter_base
-from finetune.artifact.run_folder import RUNS_FOLDER, find_run, load_json
+from finetune.artifact.run_folder import RUNS_FOLDER, find_run, is_run, load_json
 from finetune.artifact.save import FORMAT, SETTINGS
 from finetune.errors import ModelError, UsageError
 from finetune.models.base import BaseModel, download_model, resolve_base
@@ -86,14 +86,15 @@ def _find_saved(reference: str | Path) -> Path:
 
 
 def is_hub_reference(reference: str | Path) -> bool:
-    """Whether something that is no folder may be `org/name` on the Hub: `runs/typo` is not, where there is `runs`."""
+    """Whether a reference may be `org/name` on the Hub: what lies here is not, and nothing in a folder of runs is."""
     name = split_revision(str(reference))[0]
-    owner = name.partition("/")[0]
+    owner = Path(name.partition("/")[0])
     return (
         isinstance(reference, str)
         and re.fullmatch(REPO_PATTERN, name) is not None
-        and owner not in (str(RUNS_FOLDER), ".", "..")
-        and not Path(owner).exists()
+        and str(owner) not in (str(RUNS_FOLDER), ".", "..")
+        and not Path(reference).exists()
+        and not any(is_run(child) for child in owner.glob("*"))
     )
 
 
@@ -106,8 +107,10 @@ def fetch_folder(reference: str) -> Path:
     try:
         return download_model(reference)
     except ModelError as error:
+        owner, _, name = reference.partition("/")
+        here = f", and the folder {owner} here has no {name}" if Path(owner).is_dir() else ""
         raise ModelError(
-            f"{reference}: must be a run, a saved model's folder or a model on the Hub; {error}. "
+            f"{reference}: must be a run, a saved model's folder or a model on the Hub; {error}{here}. "
             "Check the name, and HF_TOKEN where it is private."
         ) from error
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from finetune.artifact.load import list_predictors, load
-from finetune.artifact.predictor import MultiPredictor, Prediction, Predictor
+from finetune.artifact.predictor import MultiPredictor, Prediction, Predictor, describe_empty
 from finetune.artifact.run_folder import find_run
 from finetune.data.sources import load_texts
 from finetune.errors import DataError, FinetuneError, ResourceError, UsageError
@@ -56,10 +56,15 @@ def score_file(
 
     Raises:
         UsageError: an output that is the input, or of an unknown format.
-        DataError: rows that cannot be read, a column called like one of those that are added, or values that the
-            format of the output cannot hold.
+        DataError: rows that cannot be read or have no text, a column called like one of those that are added, or values
+            that the format of the output cannot hold.
     """
     records, texts = _read(source, output, list_text_columns(run) if column is None else [column])
+    if empty := describe_empty(texts, "row"):
+        raise DataError(
+            f"{source}: every row must have a text, got none in {empty}. Fill or remove them, or name another column "
+            "with --column."
+        )
     predictor = load(run, engine=engine)
     several = isinstance(predictor, MultiPredictor)
     added = {

@@ -77,7 +77,14 @@ def main(arguments: list[str] | None = None) -> None:
     debug, as_json = "--debug" in given, "--json" in given
     # Accepted anywhere on the line, as people type it.
     given = [*(["--debug"] if debug else []), *(word for word in given if word != "--debug")]
-    signal.signal(signal.SIGTERM, _stop)
+    received: list[str] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        """SIGTERM outside the loop, which has a handler of its own: stop like Ctrl-C, by its own name."""
+        received.append(signal.Signals(number).name)
+        raise KeyboardInterrupt(received[0])
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         code = app(given, prog_name="finetune", standalone_mode=False)
     except FinetuneError as error:
@@ -94,13 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
         _trace(debug)
         fail(f"a bug: {type(error).__name__}: {error}. Run again with --debug and report what it prints.", BUG, as_json)
     if code == CTRL_C:
-        fail("stopped by Ctrl-C.", Interrupted.exit_code, as_json)
+        fail(f"stopped by {received[0] if received else 'Ctrl-C'}.", Interrupted.exit_code, as_json)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _stop(_signal: int, _frame: FrameType | None) -> None:
-    """SIGTERM outside the loop, which has a handler of its own: stop like Ctrl-C, and say that the run resumes."""
-    raise KeyboardInterrupt
 
 
 def _trace(debug: bool) -> None:

@@ -25,7 +25,7 @@ def predict_command(
     engine: Engine = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict with a finished run."""
+    """Predict with a finished run; empty texts are refused, with the numbers of their rows."""
     from finetune.errors import UsageError
 
     if bool(texts) == bool(source):

@@ -62,16 +62,16 @@ def recommend_command(
     from finetune.applications.recommender.recommender import Wish
 
     wish = Wish(top, exclude_seen, tuple(filters or ()), diversity)
-    recommender = load_recommender(run, items=items)
     if source is not None and output is not None:
         from finetune.applications.recommender.rank_file import rank_file
 
-        count = rank_file(recommender, source, output, wish, quiet=as_json)
+        count = rank_file(run, source, output, wish, items=items, quiet=as_json)
         if as_json:
             print_json({"output": str(output), "people": count})
         else:
             print_text(f"{output}: the lists of {count:,} people written.")
         return
+    recommender = load_recommender(run, items=items)
     had = load_people(run, events).find(user) if user is not None else (history or "").split(",") if history else []
     (found,) = recommender.answer([had], wish)
     if as_json:

@@ -189,9 +189,8 @@ def show_scores(scored: dict[str, Any], of: str = "") -> None:
         [name, *(format_score(system["metrics"].get(metric, {}), decimals_of(metric)) for metric in metrics)]
         for name, system in [("model", scored), *scored["baselines"].items()]
     ]
-    level = f"{scored['confidence']:.0%}"
-    print_table(
-        ["", *metrics],
-        rows,
-        title=f"{of}{scored['split']}: {count_of(scored['rows'], 'row')}, {level} bootstrap intervals",
-    )
+    is_one = scored["rows"] == 1
+    intervals = "no intervals" if is_one else f"{scored['confidence']:.0%} bootstrap intervals"
+    print_table(["", *metrics], rows, title=f"{of}{scored['split']}: {count_of(scored['rows'], 'row')}, {intervals}")
+    if is_one:
+        print_findings([{"severity": "warning", "message": "One row shows nothing of chance. Score more rows."}])

@@ -103,7 +103,8 @@ def list_cells(results: Mapping[str, Any]) -> list[list[str]]:
 def _format_lost(lost: Mapping[str, Any]) -> str:
     if lost["value"] is None:
         return "not defined"
-    return f"{lost['value']:+.4f} [{lost['low']:+.3f}, {lost['high']:+.3f}]"
+    interval = "" if lost["low"] is None else f" [{lost['low']:+.3f}, {lost['high']:+.3f}]"
+    return f"{lost['value']:+.4f}{interval}"
 
 
 def _build_dots(results: Mapping[str, Any]) -> list[Dot]:

@@ -116,7 +116,7 @@ def compute_corpus_estimates(tables: Tables, *, resamples: int, seed: int) -> di
     samples = {name: np.full(resamples, np.nan) for name in tables}
     n_rows = len(next(iter(tables.values()), ()))
     start = 0
-    for weights in draw_weights(n_rows, resamples, seed) if n_rows else ():
+    for weights in draw_weights(n_rows, resamples, seed):
         block = slice(start, start + weights.shape[1])
         for name, table in tables.items():
             samples[name][block] = CORPUS_METRICS[name].compute(table.T @ weights)

@@ -37,7 +37,7 @@ class Estimate:
 
     value: float
     samples: Floats
-    """(resamples,). All nan for a metric of `evaluate`: it cannot be computed a thousand times in reasonable time."""
+    """(resamples,). All nan for one row, and for a metric of `evaluate`, which would take too long a thousand times."""
 
 
 def compute_intervals(
@@ -138,7 +138,12 @@ def compute_estimates(
 
 
 def draw_weights(n_rows: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """Blocks (N, B) of how often each row is drawn in each of B resamples; every column sums to N."""
+    """Blocks (N, B) of how often each row is drawn in each of B resamples; every column sums to N.
+
+    One row gives none: all its resamples are that row, and an interval of no width would claim certainty.
+    """
+    if n_rows < 2:
+        return
     generator = np.random.default_rng(seed)
     largest = max(1, BLOCK_CELLS // n_rows)
     for start in range(0, resamples, largest):

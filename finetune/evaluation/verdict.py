@@ -87,7 +87,8 @@ def _judge_score(test: Mapping[str, Any], primary: str | None) -> Evidence:
     text = f"Its {name_of(primary)} is {format_number(value, digits)}{rows}{better}."
     interval = format_interval(score, digits)
     if not interval:
-        return Evidence("Score", "care", f"{text} It has no interval.", "the score has no interval")
+        why = ": one row shows nothing of chance. Test on more" if test.get("rows") == 1 else ""
+        return Evidence("Score", "care", f"{text} It has no interval{why}.", "the score has no interval")
     level = test.get("confidence")
     text += f" The {f'{100 * level:g}% ' if is_number(level) else ''}interval is {interval}."
     if score["high"] - score["low"] > WIDE_INTERVAL * (value if primary in RELATIVE else 1):

@@ -1,4 +1,4 @@
-"""Stopping on request: a signal sets a flag, and the loop saves and ends at the next step."""
+"""Stopping on request: a signal sets a flag, and the loop saves and ends at the next step; elsewhere it is an error."""
 
 from __future__ import annotations
 
@@ -42,3 +42,8 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_name = self.signal_name or signal.Signals(number).name
+
+
+def name_stop(error: KeyboardInterrupt) -> str:
+    """What stopped the work outside the loop: the signal that the command's handler named, else Ctrl-C."""
+    return str(error) or "Ctrl-C"

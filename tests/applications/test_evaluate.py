@@ -98,7 +98,7 @@ def test_figures_by_hand(assistant, questions):
     figures = summarize(answered, confidence=0.95, resamples=500, seed=0)
     assert figures["all"]["questions"] == 9
     assert figures["in_scope"]["right"]["value"] == pytest.approx(5 / 7)
-    assert figures["in_scope"]["asked_back"]["value"] == figures["in_scope"]["handed_over"]["value"] == 1 / 7
+    assert figures["in_scope"]["asked_back"]["value"] == figures["in_scope"]["handed_over"]["value"] == round(1 / 7, 6)
     assert figures["out_of_scope"]["wrong"]["value"] == 0.5
     assert figures["styles"]["short"]["questions"] == 1
     right = figures["in_scope"]["right"]
@@ -143,6 +143,8 @@ def test_an_interval_draws_whole_clusters():
     assert less["high"] - less["low"] < 0.5 * (wide["high"] - wide["low"])
     # 1.96 standard errors of a share of 0.7 among 20.
     assert (wide["high"] - wide["low"]) / 2 == pytest.approx(1.96 * np.sqrt(0.7 * 0.3 / 20), rel=0.1)
+    one = summarize([replace(each, question=few[0].question) for each in few], confidence=0.95, resamples=9, seed=1)
+    assert one["all"]["right"] == {"value": 0.7, "low": None, "high": None}, "one cluster has no interval"
 
 
 def test_the_curve_by_hand():

@@ -274,7 +274,11 @@ def test_a_backtest_comes_alone(monitor, stream, monkeypatch):
             ["--input", "a", "--alerts", "b", "--fail-on", "alarm", "--follow"],
             "--fail-on: must come without --follow, which never ends by itself. Leave one out.",
         ),
-        (["--input", "gone", "--alerts", "b"], "gone: must be a file of JSON lines, got no file."),
+        (
+            ["--input", "gone", "--alerts", "b"],
+            "gone: must be a file of JSON lines, got no file. Check the name, or add --follow to wait for it.",
+        ),
+        (["--input", ".", "--alerts", "b"], ".: must be a file of JSON lines, got a folder. Name a file in it."),
         (["--feed", "a", "--alerts", "b"], "--feed: must be an address such as https://example.org/path, got 'a'."),
         (
             ["--feed", "http://a", "--alerts", "b", "--webhook", "b"],

@@ -358,9 +358,9 @@ def test_conditions(conditions, expected):
 
 
 def test_wishes_that_cannot_be_met(recommender):
-    with pytest.raises(UsageError, match=r"^top: must be at least 1, got 0\.$"):
+    with pytest.raises(UsageError, match=r"^top: must be at least 1, got 0\. Ask for 10 items"):
         recommender.recommend(HISTORY, 0)
-    with pytest.raises(UsageError, match=r"^diversity: must lie in 0 to 1, got 1\.5\.$"):
+    with pytest.raises(UsageError, match=r"^diversity: must lie in 0 to 1, got 1\.5\. 0 is the plain order"):
         recommender.recommend(HISTORY, diversity=1.5)
     assert recommender.recommend(HISTORY, filters=["price < 0"]).items == ()
 

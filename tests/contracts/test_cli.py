@@ -206,16 +206,18 @@ def test_ctrl_c_exits_with_75(command, monkeypatch, verb):
     assert done.err == "finetune: stopped by Ctrl-C.\n"
 
 
-def test_a_run_stopped_by_ctrl_c_says_how_to_go_on(command, monkeypatch, write_recipe, tmp_path):
-    def stop(*_arguments, **_options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runner, "fit", stop)
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize("phase", ["fit", "assess"])
+def test_a_stopped_run_says_what_stopped_it_and_how_to_go_on(
+    command, monkeypatch, write_recipe, tmp_path, number, name, phase
+):
+    monkeypatch.setattr(runner, phase, lambda *_arguments, **_options: signal.raise_signal(number))
     done = command("run", write_recipe(tmp_path / "in"), "--runs", tmp_path / "runs")
     (folder,) = (tmp_path / "runs" / "tiny").iterdir()
     assert done.code == 75
-    assert done.err.endswith(f"finetune: stopped by Ctrl-C. Go on with: finetune resume {folder}\n")
-    assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    assert done.err.endswith(f"finetune: stopped by {name}. Go on with: finetune resume {folder}\n")
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["error"]) == ("stopped", f"stopped by {name}")
     monkeypatch.undo()
     assert command("resume", folder).code == 0
 
@@ -287,6 +289,19 @@ def test_errors_speak_json_too(command, words):
 # One verb after another
 
 
+def test_one_row_is_scored_without_intervals(command, own_run, tmp_path):
+    path = tmp_path / "one.csv"
+    path.write_text("text,label\nprofit beats,positive\n")
+    done = command("evaluate", own_run, "--data", path)
+    assert done.code == 0
+    assert "one: 1 row, no intervals" in done.out
+    assert re.search(r"^model +[01]\.000 +[01]\.000 +0\.\d{3}$", done.out, re.MULTILINE)
+    assert "  warning  One row shows nothing of chance. Score more rows.\n" in done.out
+    assert " to " not in done.out
+    scored = json.loads(command("evaluate", own_run, "--data", path, "--json").out)
+    assert {(value["low"], value["high"]) for value in scored["metrics"].values()} == {(None, None)}
+
+
 def test_run_shows_scores_beside_baselines_and_where_things_lie(command, write_recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -338,4 +353,4 @@ def test_check_shows_findings(command, write_recipe, tmp_path):
 def test_sigterm_before_training_exits_with_75(command, monkeypatch):
     monkeypatch.setattr(runner, "run", lambda *_arguments, **_options: os.kill(os.getpid(), signal.SIGTERM))
     done = command("run", "sentiment")
-    assert (done.code, done.err) == (75, "finetune: stopped by Ctrl-C.\n")
+    assert (done.code, done.err) == (75, "finetune: stopped by SIGTERM.\n")

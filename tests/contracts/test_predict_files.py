@@ -14,6 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import finetune
+from finetune.artifact import score_file as score_module
 from finetune.artifact.load import Predictor
 from finetune.artifact.score_file import score_file
 from finetune.errors import ResourceError
@@ -80,7 +81,7 @@ def test_another_text_column_leaves_a_column_called_text_alone(command, finished
 def test_values_of_any_json_type_come_back(command, finished_run, tmp_path):
     records = [
         {"text": "profit falls", "id": 1, "tags": ["a", {"b": None}], "mixed": 1},
-        {"text": None, "id": None, "tags": None, "mixed": "one"},
+        {"text": True, "id": None, "tags": None, "mixed": "one"},
         {"text": 12, "id": 2**53 + 1, "tags": [], "mixed": True},
     ]
     scored = tmp_path / "scored.jsonl"
@@ -149,6 +150,32 @@ def test_refusals_touch_nothing(command, finished_run, tmp_path, monkeypatch, so
     assert done.code == code
     assert words in done.err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("source", ["csv", "jsonl", "parquet"])
+def test_empty_rows_are_named_before_the_model_is_loaded(command, finished_run, tmp_path, monkeypatch, source):
+    """No class is true of a text that says nothing; training refuses such rows too."""
+    records = [{"id": str(i), "text": text} for i, text in enumerate(["falls", "", "gains", " \t\n\u3000"])]
+    rows, scored = write(tmp_path / f"rows.{source}", records), tmp_path / "scored.csv"
+    monkeypatch.setattr(score_module, "load", None)  # whoever loads the model first fails with a bug's 70
+    done = command("predict", finished_run, "--input", rows, "--output", scored)
+    words = f"{rows}: every row must have a text, got none in 2 rows (2, 4). Fill or remove them, or name another "
+    assert (done.code, done.err) == (3, f"finetune: {words}column with --column.\n")
+    assert not scored.exists()
+
+
+def test_a_null_is_no_text(command, finished_run, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", [{"text": "falls"}] + [{"text": None}] * 30)
+    done = command("predict", finished_run, "--input", rows, "--output", tmp_path / "scored.csv")
+    assert done.code == 3
+    shown = ", ".join(str(number) for number in range(2, 22))
+    assert f"got none in 30 rows ({shown}, ...). Fill or remove them" in done.err
+
+
+def test_empty_texts_are_refused_like_empty_rows(command, finished_run):
+    done = command("predict", finished_run, "falls", " ")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "finetune: predict: no text may be empty, got 1 text (2). Leave out what is empty.\n"
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_rows_are_scored(finished_run, tmp_path, monkeypatch):

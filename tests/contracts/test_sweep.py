@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -304,9 +305,10 @@ def test_the_command_shows_every_trial_and_what_to_do_next(trials, command, tmp_
     assert len(content["trials"]) == 3
 
 
-def test_ctrl_c_exits_with_75_and_the_command_to_go_on(trials, command, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_exits_with_75_and_the_command_to_go_on(trials, command, tmp_path, monkeypatch, number, name) -> None:
     def stop(*_arguments: Any, **_options: Any) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     path = write_sweep(tmp_path / "in")
     real = runner.search
@@ -315,7 +317,7 @@ def test_ctrl_c_exits_with_75_and_the_command_to_go_on(trials, command, tmp_path
     done = command(*words)
     assert done.code == 75
     said = f"sweep {path} --set train.epochs=1 --trials 2 --runs {tmp_path / 'runs'}"
-    assert done.err.endswith(f"finetune: stopped by Ctrl-C. Go on with: finetune {said}\n")
+    assert done.err.endswith(f"finetune: stopped by {name}. Go on with: finetune {said}\n")
     monkeypatch.setattr(runner, "search", real)
     assert command(*words).code == 0
     assert len(trials) == 2

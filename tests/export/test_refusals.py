@@ -40,8 +40,19 @@ def test_a_run_that_did_not_finish(command, own_run):
 def test_a_format_that_is_none(command, own_run):
     done = command("export", own_run, "--format", "onnx-int4")
     assert done.code == 2
-    assert "format: must be one of transformers, onnx, onnx-int8," in done.err
+    assert "--format: must be one of transformers, onnx, onnx-int8," in done.err
     assert "Did you mean 'onnx-int8'?" in done.err
+    done = command("export", own_run, "--format", "zip")
+    assert done.code == 2
+    assert "torch-export, got 'zip'. Take onnx-int8 for speed on a CPU.\n" in done.err
+
+
+def test_an_engine_that_is_none(command, own_run):
+    done = command("predict", own_run, "some text", "--engine", "magic")
+    assert done.code == 2
+    assert "--engine: must be one of transformers, onnx, onnx-int8," in done.err
+    fix = f"Leave it out, or write an export first: finetune export {own_run} --format onnx-int8"
+    assert f"got 'magic'. {fix}\n" in done.err
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "seq2seq", "masked_lm", "completion"])

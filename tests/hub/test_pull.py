@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,22 @@ def test_what_cannot_be_pulled(pulled: Path, command: Command, name: str, words:
     outcome = command("predict", name, "anything")
     assert outcome.code != 0
     assert words in outcome.err
+
+
+def test_a_folder_with_the_owners_name(
+    adapter: str, own_run: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies here comes first, nothing in a folder of runs is asked of the Hub, and all else is."""
+    here = tmp_path / "here"
+    (here / "acme").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert command("predict", adapter, "anything").code == 0
+    outcome = command("predict", "acme/nothing", "anything")
+    assert "; the Hub answered 404, and the folder acme here has no nothing. Check the name, and HF_T" in outcome.err
+    shutil.copytree(own_run, here / "acme" / "tone" / own_run.name)
+    assert command("predict", "acme/tone", "anything").code == 0
+    outcome = command("predict", "acme/tome", "anything")
+    assert "acme/tome: must be a finished run, got none. acme has tone. Make one: finetune run RECIPE" in outcome.err
 
 
 def test_a_private_model_without_a_token(

@@ -98,6 +98,10 @@ def test_a_pushed_model_gets_the_figures_of_its_run(
     assert found["metrics"]["macro_f1"]["low"] < found["metrics"]["macro_f1"]["value"] > 0.6
     assert found["temperature"] == pytest.approx(expected["temperature"])
     assert found["baselines"] == {}  # nothing to fit them on
+    (tmp_path / "here" / "acme").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    again = score(command, "--model", "acme/tone", "--data", rows)
+    assert again["metrics"] == found["metrics"], "a folder that is called like the owner hides no model"
 
 
 def test_a_plain_classifier_and_the_baselines_of_the_data(plain: Path, split_rows: Path, command: Command) -> None:

@@ -93,6 +93,12 @@ def test_a_size_without_a_score_has_a_row_and_no_dot():
     assert list_cells(results)[1][2] == "not defined"
 
 
+def test_what_was_lost_on_one_row_has_no_interval():
+    results = make_results()
+    results["points"]["6x1"]["lost"] = {"value": 0.25, "low": None, "high": None}
+    assert list_cells(results)[1][2] == "+0.2500"
+
+
 @pytest.mark.parametrize(("row", "name", "lost"), [(0, "run", ""), (2, "3x0.5 *", "+0.0080 [-0.002, +0.020]")])
 def test_the_table_for_a_terminal(row, name, lost):
     cells = list_cells(make_results())[row]

@@ -166,6 +166,15 @@ def test_no_rows() -> None:
     assert compute_corpus_estimates({}, resamples=100, seed=0) == {}
 
 
+def test_one_row_has_no_interval() -> None:
+    one = SystemOutput(draw_likelihood(1, nats=1.0), ["a text"])
+    split = CorpusSplit("validation", one, references=["a text"], inputs=["x"], values=[{}], baselines={"copy": one})
+    scored = score_corpus(split, make_section(metrics=["bleu", "loss"], slices=[]), seed=0)
+    assert scored["metrics"]["loss"]["value"] is not None
+    assert {(found["low"], found["high"]) for found in scored["metrics"].values()} == {(None, None)}
+    assert scored["baselines"]["copy"]["difference"]["loss"] == {"value": 0, "low": None, "high": None, "p_value": None}
+
+
 def test_likelihoods_that_are_not_finite() -> None:
     rows = draw_likelihood(1, nats=1.0)
     rows[3, 0], rows[5, 0] = np.nan, np.inf

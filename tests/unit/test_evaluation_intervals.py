@@ -159,6 +159,23 @@ def test_undefined_values_are_nan_without_warnings() -> None:
     assert rare == {"value": 1.0, "low": 1.0, "high": 1.0}  # resamples without the one positive row are left out
 
 
+def test_one_row_has_values_and_no_interval() -> None:
+    """Every resample of one row is that row: its interval would have no width, and claim certainty."""
+    scores = np.array([[0.2, 0.8]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compute_intervals(
+            np.array([1]), scores, ["accuracy", "brier", "auroc"], confidence=0.95, resamples=100, seed=0
+        )
+        one = compute_estimates(np.array([1]), scores, ["accuracy"], resamples=100, seed=0)["accuracy"]
+        difference = compute_difference(one, one, 0.95)
+    assert (found["accuracy"]["value"], found["brier"]["value"]) == (1.0, pytest.approx(0.04 + 0.04))
+    assert all(math.isnan(values[end]) for values in found.values() for end in ("low", "high"))
+    assert difference["value"] == 0
+    assert math.isnan(difference["p_value"])
+    assert list(draw_weights(1, 100, seed=0)) == []
+
+
 def test_a_metric_of_evaluate_has_a_value_and_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intervals, "compute_metric", lambda name, references, scores: 0.5)
     references, scores = draw(20, 2)

@@ -35,6 +35,16 @@ def test_good_model_gets_a_yes() -> None:
     assert [line.label for line in verdict.lines] == labels
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"), [(1, "It has no interval: one row shows nothing of chance. Test on more."), (9, "no interval.")]
+)
+def test_a_score_without_an_interval_is_a_caution(rows: int, words: str) -> None:
+    metrics = {"macro_f1": {"value": 1.0, "low": None, "high": None}}
+    line = judge("Score", metrics=metrics, rows=rows)
+    assert line.state == "care"
+    assert line.text.endswith(words)
+
+
 def test_what_has_no_classes_is_not_asked_for_calibration() -> None:
     verdict = build_verdict({key: part for key, part in GOOD.items() if key not in ("temperature", "reliability")}, [])
     assert verdict.state == "good"

@@ -104,8 +104,12 @@ class FileSource:
         self.path, self.is_followed = path, is_followed
         self.origin = f"file {path.resolve()}"
         self._position: Mapping[str, Any] | None = None
-        if path.is_dir() or not (is_followed or path.exists()):
-            raise UsageError(f"{path}: must be a file of JSON lines, got {'a folder' if path.is_dir() else 'no file'}.")
+        if path.is_dir():
+            raise UsageError(f"{path}: must be a file of JSON lines, got a folder. Name a file in it.")
+        if not (is_followed or path.exists()):
+            raise UsageError(
+                f"{path}: must be a file of JSON lines, got no file. Check the name, or add --follow to wait for it."
+            )
 
     def go_on(self, position: Mapping[str, Any] | None) -> None:
         """Begin where a former source stopped."""

@@ -14,9 +14,10 @@ import pyarrow
 import pyarrow.parquet
 
 from finetune.applications.recommender.histories import read_people
-from finetune.applications.recommender.recommender import Recommender, Wish
+from finetune.applications.recommender.load import load_recommender
+from finetune.applications.recommender.recommender import Wish
 from finetune.applications.recommender.records import RankedList
-from finetune.artifact.score_file import show_progress
+from finetune.artifact.score_file import check_writable, show_progress
 from finetune.errors import ResourceError, UsageError
 
 FORMATS = (".jsonl", ".parquet")
@@ -37,12 +38,14 @@ COLUMNS = pyarrow.schema(
 """Of a Parquet file: a row for each person."""
 
 
-def rank_file(recommender: Recommender, source: Path, output: Path, wish: Wish, *, quiet: bool = False) -> int:
+def rank_file(
+    run: str | Path, source: Path, output: Path, wish: Wish, *, items: Path | None = None, quiet: bool = False
+) -> int:
     """Write a list for each line of `source`, in order.
 
     Args:
-        recommender: of a run.
-        source: JSONL, as `read_people` reads it.
+        run, items: as `load_recommender` takes them.
+        source: JSONL, as `read_people` reads it; every line is checked before the model is loaded.
         output: JSONL with all that `--json` has, or Parquet with `COLUMNS`; appears whole or not at all.
         wish: what every list is asked for.
         quiet: no progress bar.
@@ -51,7 +54,7 @@ def rank_file(recommender: Recommender, source: Path, output: Path, wish: Wish, 
         The number of people.
 
     Raises:
-        UsageError: an output that is the input, or of an unknown format.
+        UsageError: an output that is the input, or of an unknown format; a run or wish that cannot be met.
         DataError: a line that is no person.
         ResourceError: a file that cannot be written.
     """
@@ -59,9 +62,12 @@ def rank_file(recommender: Recommender, source: Path, output: Path, wish: Wish, 
         raise UsageError(f"{output}: must end in {' or '.join(FORMATS)}, got {output.suffix or 'no ending'!r}.")
     if output.resolve() == source.resolve():
         raise UsageError(f"{output}: must be another file than the input, got the same. Choose another --output.")
-    total = source.stat().st_size if source.is_file() else 0
+    for _ in read_people(source, lambda _bytes: None):
+        pass
+    check_writable(output)
+    recommender = load_recommender(run, items=items)
     count = 0
-    with show_progress("recommend", total, quiet) as advance, _open(output) as write:
+    with show_progress("recommend", source.stat().st_size, quiet) as advance, _open(output) as write:
         people = read_people(source, advance)
         while chunk := list(islice(people, PEOPLE)):
             lists = list(recommender.answer([history for _, history in chunk], wish))

@@ -53,9 +53,12 @@ class Wish:
 
     def __post_init__(self) -> None:
         if self.top < 1:
-            raise UsageError(f"top: must be at least 1, got {self.top}.")
+            raise UsageError(f"top: must be at least 1, got {self.top}. Ask for 10 items, or any number from 1.")
         if not 0 <= self.diversity <= 1:
-            raise UsageError(f"diversity: must lie in 0 to 1, got {self.diversity:g}.")
+            raise UsageError(
+                f"diversity: must lie in 0 to 1, got {self.diversity:g}. 0 is the plain order, 1 what is least alike; "
+                "try 0.3."
+            )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from finetune.applications.support.index import Found, KnowledgeIndex
 from finetune.applications.support.reader import Reader, Reading
 from finetune.errors import DataError
 from finetune.evaluation.intervals import Estimate, Interval, compute_interval, draw_weights
+from finetune.evaluation.scoring import round_numbers
 
 OUT_OF_SCOPE = "out_of_scope"
 """The label of a question that no intent fits."""
@@ -185,7 +186,8 @@ def summarize(answered: Sequence[Answered], *, confidence: float, resamples: int
 
     Returns:
         `all`, `in_scope`, `out_of_scope` (each where there are any) and `styles` (name -> the same): `questions`, and
-        the share of each outcome as {"value", "low", "high"}, and these `in_the_end`.
+        the share of each outcome as {"value", "low", "high"}, and these `in_the_end`. Numbers are rounded to six
+        digits; one cluster has no interval: None.
     """
     groups = {
         "all": list(answered),
@@ -201,10 +203,11 @@ def summarize(answered: Sequence[Answered], *, confidence: float, resamples: int
         at_once, in_the_end = ([each.judgement for each in part], [each.in_the_end for each in part])
         return {"questions": len(part), **share(at_once), "in_the_end": share(in_the_end)}
 
-    return {
+    found = {
         **{name: count(part) for name, part in groups.items() if part},
         "styles": {style: count([each for each in answered if each.question.style == style]) for style in styles},
     }
+    return dict(round_numbers(found))
 
 
 def compute_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
@@ -248,11 +251,10 @@ def _compute_shares(
     counts = np.stack(
         [np.bincount(clusters, [each == outcome for each in judged], len(sizes)) for outcome in OUTCOMES]
     )  # (4, clusters)
-    samples: Numbers = np.concatenate(
-        [counts @ weights / (sizes @ weights) for weights in draw_weights(len(sizes), resamples, seed)], axis=1
-    )
+    drawn = [counts @ weights / (sizes @ weights) for weights in draw_weights(len(sizes), resamples, seed)]
+    samples: Numbers = np.concatenate([np.empty((len(OUTCOMES), 0)), *drawn], axis=1)  # none of one cluster
     values = counts.sum(axis=1) / len(answered)
     return {
-        outcome: compute_interval(Estimate(float(value), drawn), confidence)
-        for outcome, value, drawn in zip(OUTCOMES, values, samples, strict=True)
+        outcome: compute_interval(Estimate(float(value), own), confidence)
+        for outcome, value, own in zip(OUTCOMES, values, samples, strict=True)
     }

@@ -52,7 +52,9 @@ def open_export(reference: str | Path, engine: str) -> Saved:
         UsageError: no such format, run or export, or one that was made of another model.
         ModelError: a damaged folder.
     """
-    get_format(engine)
+    get_format(
+        engine, "--engine", f"Leave it out, or write an export first: finetune export {reference} --format onnx-int8"
+    )
     if (Path(reference) / SETTINGS).exists():
         saved = open_saved(reference)
         found = saved.settings.get("engine", {}).get("format", "none, a model as it was trained")
