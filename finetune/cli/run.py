@@ -181,8 +181,7 @@ def _show_trained(run: Run, as_json: bool) -> None:
 
 def show_scores(scored: dict[str, Any], of: str = "") -> None:
     """The table of a scored split: the model above its baselines."""
-    from finetune.evaluation.wording import decimals_of, format_score
-    from finetune.recipe.messages import count_of
+    from finetune.evaluation.wording import decimals_of, describe_tested, format_score
 
     metrics = scored["metrics"]
     rows = [
@@ -191,6 +190,6 @@ def show_scores(scored: dict[str, Any], of: str = "") -> None:
     ]
     is_one = scored["rows"] == 1
     intervals = "no intervals" if is_one else f"{scored['confidence']:.0%} bootstrap intervals"
-    print_table(["", *metrics], rows, title=f"{of}{scored['split']}: {count_of(scored['rows'], 'row')}, {intervals}")
+    print_table(["", *metrics], rows, title=f"{of}{scored['split']}: {describe_tested(scored)}, {intervals}")
     if is_one:
         print_findings([{"severity": "warning", "message": "One row shows nothing of chance. Score more rows."}])
