@@ -443,7 +443,7 @@ def _check_gates(folder: RunFolder, scored: Mapping[str, dict[str, Any]]) -> Non
         raise_on_failed_gates(join_gates(scored))
     except GateError as error:
         reports = ", ".join(str(place / "report.html") for place in folder.evaluations().values())
-        raise GateError(f"{error}\n  Everything was written; see {reports}") from None
+        raise GateError(f"{error}\n  Everything was written; see {reports}", folder.path) from None
 
 
 def _count_rows(prepared: Prepared) -> str:
