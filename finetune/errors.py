@@ -18,6 +18,11 @@ without a traceback and exits with `exit_code`; anything that is not a `Finetune
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 class FinetuneError(Exception):
     """Base of every error whose message is meant for the user."""
@@ -61,9 +66,18 @@ class ColumnError(DataError):
 
 
 class GateError(FinetuneError):
-    """A finished model that misses what `evaluate.gates` demands."""
+    """A finished model that misses what `evaluate.gates` demands.
+
+    Args:
+        message: what was missed.
+        run: the folder of the finished run, where its scores are; None where no run has missed its gates.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, run: Path | None = None) -> None:
+        super().__init__(message)
+        self.run = run
 
 
 class DivergedError(GateError):

@@ -54,7 +54,7 @@ from finetune.models.quantization import check_quantization, quantize_layers
 from finetune.recipe import dump_recipe, find_recipe, load_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
-from finetune.tasks import TASKS, MultiTask, Task, TextClassification, load_task
+from finetune.tasks import TASKS, MultiTask, Recommendation, Task, TextClassification, load_task
 from finetune.tasks.contrastive import ContrastivePhase, check_rows_per_class
 from finetune.tasks.distillation import compute_distilled_losses
 from finetune.tasks.preparation import Prepared, prepare
@@ -443,12 +443,13 @@ def _check_gates(folder: RunFolder, scored: Mapping[str, dict[str, Any]]) -> Non
         raise_on_failed_gates(join_gates(scored))
     except GateError as error:
         reports = ", ".join(str(place / "report.html") for place in folder.evaluations().values())
-        raise GateError(f"{error}\n  Everything was written; see {reports}") from None
+        raise GateError(f"{error}\n  Everything was written; see {reports}", folder.path) from None
 
 
 def _count_rows(prepared: Prepared) -> str:
     counts = {
-        name: ", ".join(f"{len(rows):,} {split}" for split, rows in part.splits.items()) + " rows"
+        name: ", ".join(f"{len(rows):,} {split}" for split, rows in part.splits.items())
+        + (" people" if isinstance(part.task, Recommendation) else " rows")
         for name, part in prepared.parts.items()
     }
     return "; ".join(f"{name}: {count}" if len(counts) > 1 else count for name, count in counts.items())

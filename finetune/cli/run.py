@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 Processes = Annotated[
     int, typer.Option("--processes", min=1, help="Training processes: one per GPU, or several on a CPU.")
 ]
+VERBS = {"assistant": "chat", "monitor": "monitor"}
+"""Application -> the verb that uses it, and builds it where it is not there."""
 NoTest = Annotated[
     bool, typer.Option("--no-test", help="Stop after training; the test split stays closed until `finetune resume`.")
 ]
@@ -41,7 +45,9 @@ def run_command(
     from finetune.runner import run
 
     options: dict[str, Any] = {"processes": processes, "quiet": as_json, "open_test": not no_test}
-    _show(run(recipe, overrides or (), runs=runs, **options), as_json)
+    with _showing_missed(as_json):
+        done = run(recipe, overrides or (), runs=runs, **options)
+    _show(done, as_json)
 
 
 def resume_command(
@@ -53,7 +59,9 @@ def resume_command(
     """Go on with a stopped run, from its last good checkpoint."""
     from finetune.runner import resume
 
-    _show(resume(run, processes=processes, quiet=as_json, open_test=not no_test), as_json)
+    with _showing_missed(as_json):
+        done = resume(run, processes=processes, quiet=as_json, open_test=not no_test)
+    _show(done, as_json)
 
 
 def check_command(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -78,6 +86,33 @@ def check_command(recipe: RecipeArgument, overrides: Overrides = None, as_json: 
         f"{trained:,} of {total:,} parameters would be trained ({trained / total:.2%}), in about {plan['steps']:,} "
         f"steps; weights, gradients and optimizer take {plan['memory_mb']:,} MB, activations come on top."
     )
+
+
+@contextmanager
+def _showing_missed(as_json: bool) -> Iterator[None]:
+    """Show the scores of a run that missed its gates before the error says which; --json has the error alone.
+
+    No application is built on such a run before somebody asks for it.
+    """
+    from finetune.errors import GateError
+
+    try:
+        yield
+    except GateError as error:
+        if error.run is not None and not as_json:
+            from finetune.applications.registry import list_applications
+            from finetune.artifact.run_folder import RunFolder
+            from finetune.recipe import load_recipe
+            from finetune.runner import Run
+
+            folder = RunFolder(error.run)
+            show_all_scores(Run(folder).tests)
+            for application in list_applications(load_recipe(folder.recipe)):
+                verb = VERBS[application.name]
+                print_note(
+                    f"{application.name}: not built, as a gate was missed; finetune {verb} {folder.path} builds it"
+                )
+        raise
 
 
 def _show(run: Run, as_json: bool) -> None:
@@ -181,8 +216,7 @@ def _show_trained(run: Run, as_json: bool) -> None:
 
 def show_scores(scored: dict[str, Any], of: str = "") -> None:
     """The table of a scored split: the model above its baselines."""
-    from finetune.evaluation.wording import decimals_of, format_score
-    from finetune.recipe.messages import count_of
+    from finetune.evaluation.wording import decimals_of, describe_tested, format_score
 
     metrics = scored["metrics"]
     rows = [
@@ -191,6 +225,6 @@ def show_scores(scored: dict[str, Any], of: str = "") -> None:
     ]
     is_one = scored["rows"] == 1
     intervals = "no intervals" if is_one else f"{scored['confidence']:.0%} bootstrap intervals"
-    print_table(["", *metrics], rows, title=f"{of}{scored['split']}: {count_of(scored['rows'], 'row')}, {intervals}")
+    print_table(["", *metrics], rows, title=f"{of}{scored['split']}: {describe_tested(scored)}, {intervals}")
     if is_one:
         print_findings([{"severity": "warning", "message": "One row shows nothing of chance. Score more rows."}])

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.evaluation import charts
 from finetune.evaluation.charts import Series, is_number
-from finetune.evaluation.wording import format_share, name_of, part_of
+from finetune.evaluation.wording import describe_tested, format_share, name_of, part_of
 
 FEATURES = {
     "sequence": "Sequence model",
@@ -32,7 +32,7 @@ def build_lists(test: Mapping[str, Any]) -> dict[str, Any]:
     groups = {name: found for name, found in part_of(lists, "by_item").items() if found.get("people")}
     return {
         "items": lists.get("items"),
-        "requests": lists.get("requests"),
+        "tested": describe_tested(test),
         "metric": name_of(next(iter(part_of(test, "metrics")), None)),
         "groups": [{"name": name, "people": found["people"]} for name, found in groups.items()],
         "systems": [

@@ -12,6 +12,7 @@ from finetune.evaluation.gates import BEATS_BASELINES
 from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.wording import (
     decimals_of,
+    describe_tested,
     format_condition,
     format_interval,
     format_number,
@@ -81,7 +82,7 @@ def _judge_score(test: Mapping[str, Any], primary: str | None) -> Evidence:
     score = part_of(test, "metrics").get(primary) or {}
     if primary is None or not is_number(score.get("value")):
         return Evidence("Score", "bad", "There is no score on held-out rows.", "it has no score on held-out rows")
-    rows = f" on {count_of(test['rows'], 'row')} that it never saw in training" if is_number(test.get("rows")) else ""
+    rows = f" on {describe_tested(test)} that it never saw in training" if is_number(test.get("rows")) else ""
     value, digits = score["value"], decimals_of(primary)
     better = "" if is_larger_better(primary) else "; lower is better"
     text = f"Its {name_of(primary)} is {format_number(value, digits)}{rows}{better}."

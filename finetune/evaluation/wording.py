@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from finetune.evaluation.charts import is_number
+from finetune.recipe.messages import count_of
 
 Score = Mapping[str, Any]
 """{"value", "low", "high"}; each may be missing, None or nan."""
@@ -200,6 +201,15 @@ def listed(words: Sequence[str]) -> str:
 def quoted(text: str) -> str:
     """The text in typographic quotation marks."""
     return f"\N{LEFT DOUBLE QUOTATION MARK}{text}\N{RIGHT DOUBLE QUOTATION MARK}"
+
+
+def describe_tested(test: Mapping[str, Any]) -> str:
+    """What a score is over: `18 rows`; of lists `1,119 requests of 182 people`."""
+    lists = part_of(test, "lists")
+    if not lists.get("requests"):
+        return count_of(test["rows"], "row")
+    people = "1 person" if lists["people"] == 1 else f"{lists['people']:,} people"
+    return f"{count_of(lists['requests'], 'request')} of {people}"
 
 
 def part_of(part: Mapping[str, Any], key: Any) -> Any:

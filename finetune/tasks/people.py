@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from finetune.data.histories import Held, split_by_time, split_leave_one_out, tr
 from finetune.data.interactions import Interactions, LoadedInteractions, load_interactions
 from finetune.data.rows import Row, Splits
 from finetune.errors import DataError
-from finetune.evaluation.recommending import name_history
+from finetune.evaluation.recommending import Questions, name_history
 from finetune.recipe.recommendation import FEATURES
 from finetune.recipe.schema import RankSection, RecommendSection, TaskSection
 from finetune.tasks.ranker import import_lightgbm
@@ -46,11 +47,10 @@ def load_people(
     task = Recommendation(
         log.catalogue, tuple(counts.tolist()), recommend, rank, by_moment=cuts is not None, record=record
     )
-    splits = _list_people(log, record)
     held: tuple[Held, ...] = ("validation", "test")
-    asked: dict[str, int] = {name: len(record.ask(name, exclude_seen=recommend.exclude_seen)) for name in held}
+    splits = _list_people(log, record, {name: record.ask(name, exclude_seen=recommend.exclude_seen) for name in held})
     for name, rows in splits.items():
-        if not rows or not asked.get(name, 1):
+        if not rows:
             raise DataError(
                 f"{loaded.origin}: {name} must have people with something to ask for, got none. Change "
                 "split.validation and split.test, or give more events; where things are had again, set "
@@ -59,8 +59,9 @@ def load_people(
     return loaded, task, splits
 
 
-def _list_people(log: Interactions, record: Record) -> Splits:
-    """A row for each person with at least two events in train, and for each that a split asks for."""
+def _list_people(log: Interactions, record: Record, asked: Mapping[str, Questions]) -> Splits:
+    """A row for each person with at least two events in train, and for each that a split is judged by: not for those
+    who only came back to what lists leave out."""
     known = train_mask(log, record.requests, "validation", record.cuts)
     events = np.bincount(log.user[known], minlength=len(log.users))
 
@@ -70,11 +71,9 @@ def _list_people(log: Interactions, record: Record) -> Splits:
 
     learned_from = np.flatnonzero(events > 1).tolist()
     splits: Splits = {"train": [build(person, "train", int(events[person])) for person in learned_from]}
-    asked: tuple[Held, ...] = ("validation", "test")
-    for name in asked:
-        requests = record.requests[name]
-        people, first = np.unique(requests.person, return_index=True)
-        lengths = requests.end - requests.start
+    for name, questions in asked.items():
+        people, first = np.unique(questions.person, return_index=True)
+        lengths = questions.histories.lengths
         splits[name] = [build(int(person), name, int(lengths[row])) for person, row in zip(people, first, strict=True)]
     return splits
 

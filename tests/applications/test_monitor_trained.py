@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
 import finetune
 from finetune.applications.monitor import build
@@ -125,6 +127,25 @@ def test_run_ends_with_the_error_of_the_shares(run):
     assert figures["windows"]["window_minutes"] == 1440
     # The rows of test are of two days, ten of each day: five of each topic.
     assert figures["windows"]["windows"] <= 4
+
+
+def test_a_missed_gate_leaves_the_monitor_to_the_verb_that_uses_it(run, history, command, tmp_path):
+    path = shutil.copytree(run[0], tmp_path / "missed")
+    shutil.rmtree(path / "monitor")
+    recipe = YAML().load(path / "recipe.resolved.yaml")
+    recipe["evaluate"]["gates"] = {"macro_f1": "> 1"}
+    YAML().dump(recipe, path / "recipe.resolved.yaml")
+    (path / "status.json").write_text((path / "status.json").read_text().replace('"finished"', '"trained"'))
+    done = command("resume", path)
+    assert done.code == 4
+    for task in ("tone", "topic"):
+        assert f"{task}, test: 18 rows, 95% bootstrap intervals" in done.out
+    assert f"monitor: not built, as a gate was missed; finetune monitor {path} builds it\n" in done.err
+    assert "evaluate.gates: 2 of 2 missed on test\n" in done.err
+    assert not (path / "monitor").exists()
+    done = command("monitor", path, "--backtest", history())
+    assert done.code == 0
+    assert "building the monitor: " in done.err
 
 
 def test_what_was_built_is_loaded(run, monitor):

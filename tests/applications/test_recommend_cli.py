@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
+from finetune import runner
 from finetune.applications.recommender import Recommender, load_recommender
 from finetune.applications.recommender import rank_file as file_module
+from finetune.errors import Interrupted
 
 HISTORY = ["B0001", "B0002", "B0108"]
 
@@ -146,6 +150,20 @@ def test_commands_that_cannot_be_meant(command, shop_run, options, words):
     done = command("recommend", shop_run, *options)
     assert done.code == 2
     assert words in done.err
+
+
+def test_a_run_and_its_scores_count_the_same_people(command, shop_run, tmp_path, monkeypatch):
+    def stop(*_arguments, **_options):
+        raise Interrupted("stopped here.")
+
+    monkeypatch.setattr(runner, "train", stop)
+    done = command("run", shop_run / "recipe.resolved.yaml", "--runs", tmp_path / "runs")
+    assert done.code == 75
+    people = int(re.search(r" validation, (\d+) test people from folder data/samples/bookshop\n", done.err)[1])
+    monkeypatch.undo()
+    done = command("evaluate", shutil.copytree(shop_run, tmp_path / "copy"))
+    assert f"test: {people} requests of {people} people, 95% bootstrap intervals" in done.out
+    assert f" on {people} requests of {people} people that it " in (shop_run / "evaluation/report.html").read_text()
 
 
 def test_files_that_cannot_be_read(command, shop_run, tmp_path):

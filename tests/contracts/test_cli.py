@@ -177,6 +177,12 @@ def test_a_missed_gate_exits_with_4_after_everything_was_written(command, write_
     assert (folder / "evaluation" / "report.html").stat().st_size > 1000
     assert (folder / "MODEL_CARD.md").exists()
     assert command("predict", folder, "shares fall").code == 0
+    (folder / "status.json").write_text((folder / "status.json").read_text().replace('"finished"', '"trained"'))
+    shown = command("resume", folder)
+    assert shown.code == 4
+    assert "test: 18 rows, 95% bootstrap intervals" in shown.out
+    assert re.search(r"^model +0\.\d{3} \(0\.\d{3} to [01]\.\d{3}\)", shown.out, re.MULTILINE)
+    assert "evaluate.gates: 1 of 2 missed on test\n  accuracy: must be > 1, got " in shown.err
 
 
 def test_missing_resources_exit_with_5(command, write_recipe, tmp_path):

@@ -422,6 +422,21 @@ def test_a_second_stage_without_lightgbm_is_refused_before_training(tmp_path, mo
     load_shop(tmp_path, draw_events())
 
 
+def test_a_split_counts_the_people_that_it_is_judged_by(tmp_path):
+    """Who only came back to what lists leave out is asked for nothing, and counted in no held-out split."""
+    back = [("back", "b01", START + DAY * day) for day in range(60)]
+    found = {}
+    for exclude_seen in (True, False):
+        _, task, splits = load_shop(tmp_path, draw_events() + back, recommend={"exclude_seen": exclude_seen})
+        for name in ("validation", "test"):
+            asked = task.record.ask(name, exclude_seen=exclude_seen)
+            assert [row.values["person"] for row in splits[name]] == np.unique(asked.person).tolist()
+            found[exclude_seen, name] = {row.values["user"] for row in splits[name]}
+    for name in ("validation", "test"):
+        assert found[False, name] - found[True, name] >= {"back"}
+        assert found[True, name] <= found[False, name]
+
+
 def test_people_who_only_come_back_to_what_they_had(tmp_path):
     events = [(f"p{person}", "b01", START + DAY * day) for person in range(5) for day in range(9)]
     with pytest.raises(DataError) as caught:

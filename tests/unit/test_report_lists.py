@@ -58,7 +58,7 @@ def test_each_system_has_its_scores_by_item_and_what_its_lists_hold(read_page: A
     page = read_page(html)
     assert "lists" in [section["id"] for section in page.named("section")]
     assert "#lists" in [link["href"] for link in page.named("a")]
-    head, *rows = read_rows(page, "Lists of ten out of 2,345 items, for 1,119 requests", html)
+    head, *rows = read_rows(page, "Lists of ten out of 2,345 items, for 1,119 requests of 182 people", html)
     assert head == ["", "NDCG@10, popular", "NDCG@10, rare", "Coverage", "Novelty"], "nothing was asked of cold items"
     assert "17 people" in page.text
     assert rows == [

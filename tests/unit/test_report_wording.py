@@ -61,3 +61,16 @@ def test_long_names_may_break_after_an_underscore() -> None:
 def test_a_score_has_the_decimals_of_its_metric(metric: str, written: str) -> None:
     score = {"value": 33.4171, "low": 32.1039, "high": 34.7312}
     assert wording.format_score(score, wording.decimals_of(metric)) == written
+
+
+@pytest.mark.parametrize(
+    ("test", "words"),
+    [
+        ({"rows": 1}, "1 row"),
+        ({"rows": 1800}, "1,800 rows"),
+        ({"rows": 182, "lists": {"requests": 1119, "people": 182}}, "1,119 requests of 182 people"),
+        ({"rows": 1, "lists": {"requests": 1, "people": 1}}, "1 request of 1 person"),
+    ],
+)
+def test_a_score_says_what_it_is_over(test: dict[str, Any], words: str) -> None:
+    assert wording.describe_tested(test) == words
