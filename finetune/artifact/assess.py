@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +90,17 @@ def assess_held_out(
         test.json, with the rows shared with train in `findings`.
     """
     part = prepared.parts[name]
-    source, rows, findings = load_held_out(part.task, data, part.section.columns, part.splits["train"])
-    examples = part.task.build_examples(rows, prepared.tokenizer, recipe.model.max_length)
-    other = replace(part, splits=part.splits | {"test": rows}, examples=part.examples | {"test": examples})
+    other = load_held_out(part, data, prepared.tokenizer, recipe.model.max_length, recipe.train.seed)
+    source = other.source
     section = choose_evaluation(recipe, name)
-    slices = [column for column in section.slices if _has_column(rows, column)]
+    slices = [column for column in section.slices if _has_column(other.splits["test"], column)]
     section = section.model_copy(update={"slices": slices})
     predictor = list_predictors(load(folder.model), [name])[name]
     settings = {"temperature": predictor.temperature, **predictor.fitted}
     judgement = _judge(predictor, other, section, base, recipe.train.seed, opened=None, settings=settings)
     # A file called test.csv must not take the place of the run's own scores.
     split = f"other-{source.name}" if source.name in part.splits else source.name
-    found = {"split": split, "data": source.origin, "findings": findings_to_json(findings)}
+    found = {"split": split, "data": source.origin, "findings": findings_to_json(other.findings)}
     scored = judgement.scored["test"] | found
     save_json(folder.evaluations()[name] / f"{split}.json", scored)
     return scored

@@ -18,17 +18,27 @@ from finetune.models.triad.conversion import convert_config
 from finetune.models.triad.families import FAMILIES
 from finetune.recipe.defaults import TYPE_DEFAULTS
 from finetune.recipe.schema import EvaluateSection, ModelSection
-from finetune.tasks import CausalLM, MaskedLM, QuestionAnswering, Retrieval, Seq2Seq, Task, TextClassification
+from finetune.tasks import (
+    CausalLM,
+    Completion,
+    MaskedLM,
+    QuestionAnswering,
+    Reranking,
+    Retrieval,
+    Seq2Seq,
+    Task,
+    TextClassification,
+)
 
 LONGEST = 512
 """Tokens after which a text is cut for a model that does not say how many it was made for."""
 ENDINGS = {
-    "ForSequenceClassification": (TextClassification.type,),
+    "ForSequenceClassification": (TextClassification.type, Reranking.type),
     "ForQuestionAnswering": (QuestionAnswering.type,),
     "ForMaskedLM": (MaskedLM.type, Retrieval.type),
     "ForPreTraining": (MaskedLM.type, Retrieval.type),
-    "ForCausalLM": (CausalLM.type,),
-    "LMHeadModel": (CausalLM.type,),
+    "ForCausalLM": (CausalLM.type, Completion.type),
+    "LMHeadModel": (CausalLM.type, Completion.type),
     "ForConditionalGeneration": (Seq2Seq.type,),
     "ForSeq2SeqLM": (Seq2Seq.type,),
     "MTModel": (Seq2Seq.type,),
@@ -40,7 +50,9 @@ SHAPES: dict[str, Task] = {
     MaskedLM.type: MaskedLM(),
     CausalLM.type: CausalLM(),
     Seq2Seq.type: Seq2Seq(),
+    Completion.type: Completion(),
     Retrieval.type: Retrieval(size=0, answers=()),  # the entries come with the data
+    Reranking.type: Reranking(size=0, reads_types=True),
 }
 MODULES = {"Transformer", "Pooling", "Normalize"}
 """What a sentence encoder of sentence-transformers may consist of."""
@@ -63,11 +75,12 @@ def load_plain(folder: Path, reference: str, task: str | None) -> Predictor:
     base = BaseModel(reference, folder, "saved model")
     config = load_config(base)
     kind = _choose_task(base, config, task)
-    shape: Task = SHAPES[kind] if kind in SHAPES else TextClassification(_list_classes(base, config), {})
+    classes = [config.id2label[i] for i in range(config.num_labels)]
+    shape: Task = SHAPES[kind] if kind in SHAPES else TextClassification(classes, {})
     tokenizer = shape.build_tokenizer(base, [], ModelSection())
     section = ModelSection(architecture="native", max_length=_count_tokens(base, config, tokenizer, kind))
     shape = shape.bind(tokenizer)
-    if isinstance(shape, TextClassification):
+    if isinstance(shape, TextClassification | Reranking):
         model = load_saved_classifier(folder, None)
     elif isinstance(shape, Retrieval):
         model = _load_encoder(base, config)
@@ -91,6 +104,8 @@ def _choose_task(base: BaseModel, config: Any, task: str | None) -> str:
             f"{base.reference}: must be a model of this toolkit, or one of transformers whose class ends with "
             f"{', '.join(ENDINGS)}, got {name}. Train it on a task first: set model.base to it."
         )
+    if TextClassification.type in known:  # a cross-encoder gives a pair one number
+        known, name = (known[1:], f"{name} with one output") if config.num_labels == 1 else (known[:1], name)
     if task is not None and task not in known:
         raise UsageError(
             f"--task: must be {' or '.join(known)} for {base.reference}, a {name}, got {task!r}. Leave it out; to have "
@@ -98,13 +113,6 @@ def _choose_task(base: BaseModel, config: Any, task: str | None) -> str:
         )
     usual = known[-1] if (base.folder / "modules.json").exists() else known[0]  # as sentence-transformers saves them
     return task or usual
-
-
-def _list_classes(base: BaseModel, config: Any) -> list[str]:
-    classes = [config.id2label[i] for i in range(config.num_labels)]
-    if len(classes) < 2:
-        raise ModelError(f"{base.reference}: must have at least 2 classes, got one number a text.")
-    return classes
 
 
 def _count_tokens(base: BaseModel, config: Any, tokenizer: Any, kind: str) -> int:

@@ -22,7 +22,6 @@ from finetune.recipe.schema import GenerateSection
 from finetune.tasks import Completion, MultiTask, QuestionAnswering, Reranking, Retrieval, Task, TextClassification
 from finetune.tasks.encoding import Side, encode_texts, join_context
 from finetune.tasks.question_answering import Answer
-from finetune.tasks.reranking import encode_pairs
 
 WRITING = ("causal_lm", "seq2seq", "completion")
 """Task types whose models write text."""
@@ -179,7 +178,7 @@ class Predictor:
         """How likely each passage answers the question, of a `reranking` model: (N,), in [0, 1]."""
         task = self._get(Reranking, "score_pairs", "scores of pairs")
         questions = [join_context(question, context)] * len(passages)
-        pairs = Examples.build(encode_pairs(questions, passages, self.tokenizer, self.max_length))
+        pairs = task.encode_pairs(questions, passages, self.tokenizer, self.max_length)
         logits = task.compute_outputs(self.model, pairs, get_padding(self.model, self.tokenizer))
         return np.asarray(1 / (1 + np.exp(-logits[:, 0].astype(np.float64))))
 

@@ -14,27 +14,35 @@ from finetune.artifact.save import SETTINGS
 from finetune.artifact.saved import Saved, fetch_folder, is_hub_reference, open_saved
 from finetune.data.batches import Examples
 from finetune.data.checks import findings_to_json
-from finetune.data.knowledge import load_card_knowledge, load_knowledge
+from finetune.data.knowledge import Entry, load_card_knowledge, load_knowledge
 from finetune.data.rows import Row
 from finetune.data.sources import LoadedRows, load_rows
 from finetune.data.splits import split_rows
 from finetune.errors import ColumnError, DataError, UsageError
 from finetune.models.base import WHEELS, BaseModel, resolve_base
 from finetune.recipe.defaults import TYPE_DEFAULTS
+from finetune.recipe.prompt import parse_prompt
 from finetune.recipe.schema import EvaluateSection, SplitSection, TrainSection
-from finetune.tasks import HeldOut, MultiTask, Recommendation, Reranking, Retrieval, Task, TextClassification
+from finetune.tasks import (
+    Completion,
+    HeldOut,
+    MultiTask,
+    Recommendation,
+    Reranking,
+    Retrieval,
+    Task,
+    TextClassification,
+)
 from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.preparation import check_held_out
 
-UNSCORED = (Reranking, Recommendation)
-"""Tasks that are judged with more than their model: a first search, or the events before a cut in time."""
 ON_BASE = ("frozen_logreg", "frozen", "fused")
 """Baselines that need the base as it was before training."""
 UNFITTED = ("copy", "no_answer", "bm25", "frozen", "fused")
 """Baselines that need no train rows."""
 
 
-def score_model(
+def score_model(  # noqa: PLR0913  (as the command takes them)
     reference: str,
     data: str,
     *,
@@ -42,10 +50,12 @@ def score_model(
     task: str | None = None,
     labels: Sequence[str] | None = None,
     knowledge: str | None = None,
+    prompt: str | None = None,
 ) -> dict[str, Any]:
     """Score a model on a held-out set with the metrics, intervals and baselines that a run gets by default.
 
     Baselines are fitted on the set's own train rows; a set without such rows is scored without those that need them.
+    What a reranker looks at again is found as in its run where its base is known, else by BM25.
 
     Args:
         reference: `org/name` on the Hub, or a folder: of this toolkit, or a plain model, see `artifact.plain`.
@@ -53,7 +63,10 @@ def score_model(
         columns: role (`text`, `label`) -> the data's name of its column, where it is another.
         task: whose rows the data are, of a model with several tasks; of a plain model its task type.
         labels: its classes in the order of the logits, where it calls them otherwise than the data.
-        knowledge: the entries that questions are answered from, for a sentence encoder; default the card's.
+        knowledge: the entries that questions are answered from, for a sentence encoder or a reranker; default the
+            card's.
+        prompt: what a model that completes reads, words and columns in braces; default its own, `{text}` of a plain
+            one.
 
     Returns:
         The scores, in the layout of evaluation/test.json, with `model`, `task` (its type), `max_length` (tokens that
@@ -68,12 +81,14 @@ def score_model(
     saved = open_saved(folder) if (folder / SETTINGS).exists() else None
     predictor = _load_ours(saved, task) if saved else load_plain(folder, reference, task)
     source = _load_rows(reference, data, dict(columns or {}), predictor)
-    shape = _fit_to_data(predictor.task, source, reference, labels, knowledge)
-    if isinstance(shape, Retrieval) and saved is None:
+    shape = _fit_to_data(predictor.task, source, reference, labels, knowledge, prompt)
+    base = resolve_base(saved.base) if saved and saved.base else None  # as it was before training, where that is known
+    if isinstance(shape, Retrieval | Reranking) and saved is None:
         shape = replace(shape, reads_context=CONTEXT in source.columns)
+    if isinstance(shape, Reranking) and base is None:
+        shape = replace(shape, first_search="bm25")
     test, findings = check_held_out(shape, source)
     rows = _split(shape, source.rows) | {"test": test}
-    base = resolve_base(saved.base) if saved and saved.base else None  # as it was before training, where that is known
     judgement = shape.judge(
         HeldOut(
             model=predictor.model,
@@ -114,9 +129,10 @@ def _load_ours(saved: Saved, task: str | None) -> Predictor:
             got = "none" if task is None else repr(task)
             raise UsageError(f"--task: must be one of {', '.join(shape.tasks)}, got {got}.")
         shape = shape.tasks[task]
-    if isinstance(shape, UNSCORED):
+    if isinstance(shape, Recommendation):
         raise UsageError(
-            f"--model: must be a model that is scored by itself, got {shape.type}. Score its run: finetune evaluate RUN"
+            f"--model: must be a model that is scored by itself, got {shape.type}, which is judged with the events "
+            "before a cut in time. Score its run: finetune evaluate RUN"
         )
     return list_predictors(load(saved.folder), [task or ""])[task or ""]
 
@@ -136,12 +152,22 @@ def _load_rows(reference: str, data: str, columns: dict[str, str], predictor: Pr
 
 
 def _fit_to_data(
-    shape: Task, source: LoadedRows, reference: str, labels: Sequence[str] | None, knowledge: str | None
+    shape: Task,
+    source: LoadedRows,
+    reference: str,
+    labels: Sequence[str] | None,
+    knowledge: str | None,
+    prompt: str | None,
 ) -> Task:
-    """The task with what it needs to know of the data: what values mean its classes, or the entries."""
-    for option, given, wanted in (("--labels", labels, TextClassification), ("--knowledge", knowledge, Retrieval)):
+    """The task with what it needs to know of the data: what values mean its classes, the entries, or the prompt."""
+    for option, given, wanted, fix in (
+        ("--labels", labels, (TextClassification,), ""),
+        ("--knowledge", knowledge, (Retrieval, Reranking), ""),
+        ("--prompt", prompt, (Completion,), " Of a causal language model --task completion makes one."),
+    ):
         if given is not None and not isinstance(shape, wanted):
-            raise UsageError(f"{option}: must come with a model for {wanted.type}, got {shape.type}. Leave it out.")
+            kinds = " or ".join(one.type for one in wanted)
+            raise UsageError(f"{option}: must come with a model for {kinds}, got {shape.type}. Leave it out.{fix}")
     if isinstance(shape, TextClassification):
         if labels is not None:
             if len(labels) != len(shape.labels):
@@ -149,7 +175,12 @@ def _fit_to_data(
                 raise UsageError(f"--labels: {must}, got {len(labels)}.")
             shape = replace(shape, labels=list(labels))
         return _match_classes(reference, source, shape)
-    return _find_entries(shape, source, knowledge) if isinstance(shape, Retrieval) else shape
+    if isinstance(shape, Completion):
+        return _settle_prompt(shape, source, prompt)
+    if isinstance(shape, Retrieval):
+        entries = _find_entries(source, knowledge)
+        return replace(shape, size=len(entries), answers=(), entries=entries)
+    return replace(shape, entries=_find_entries(source, knowledge)) if isinstance(shape, Reranking) else shape
 
 
 def _match_classes(reference: str, source: LoadedRows, shape: TextClassification) -> TextClassification:
@@ -168,8 +199,20 @@ def _match_classes(reference: str, source: LoadedRows, shape: TextClassification
     return replace(shape, values=values)
 
 
-def _find_entries(shape: Retrieval, source: LoadedRows, knowledge: str | None) -> Retrieval:
-    """The task with the entries that are searched."""
+def _settle_prompt(shape: Completion, source: LoadedRows, prompt: str | None) -> Completion:
+    """The task with that prompt, where there is one, after a look at the columns that it names."""
+    if prompt is not None:
+        try:
+            parse_prompt(prompt)
+        except ValueError as error:
+            raise UsageError(f"--prompt: {error}") from error
+        shape = replace(shape, prompt=prompt)
+    shape.check_columns(source.rows, "--prompt")
+    return shape
+
+
+def _find_entries(source: LoadedRows, knowledge: str | None) -> tuple[Entry, ...]:
+    """What is searched."""
     if knowledge is not None:
         entries = load_knowledge(knowledge)
     elif source.card is not None and source.card.knowledge is not None:
@@ -179,7 +222,7 @@ def _find_entries(shape: Retrieval, source: LoadedRows, knowledge: str | None) -
             f"--knowledge: must name what {source.origin} is answered from, got none. Write --knowledge FILE, with "
             "id, text and perhaps title and group of each entry."
         )
-    return replace(shape, size=len(entries), answers=(), entries=tuple(entries))
+    return tuple(entries)
 
 
 def _split(task: Task, rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -193,7 +236,7 @@ def _split(task: Task, rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _encode(shape: Task, rows: Sequence[Row], predictor: Predictor) -> Examples:
     """Encoded rows; a ranking is made of the rows alone."""
-    if not rows or isinstance(shape, Retrieval):
+    if not rows or isinstance(shape, Retrieval | Reranking):
         return Examples.build([], targets=[])
     return shape.build_examples(rows, predictor.tokenizer, predictor.max_length)
 
@@ -201,10 +244,5 @@ def _encode(shape: Task, rows: Sequence[Row], predictor: Predictor) -> Examples:
 def _build_section(shape: Task, predictor: Predictor, *, has_train: bool, has_base: bool) -> EvaluateSection:
     """`evaluate` as a recipe of that type without the section has it, less the baselines that cannot be fitted."""
     section = EvaluateSection(**TYPE_DEFAULTS[shape.type]["evaluate"])
-    reads_context = isinstance(shape, Retrieval) and shape.reads_context  # how much of it is chosen on validation
-    kept = [
-        name
-        for name in section.baselines
-        if (has_train or (name in UNFITTED and not reads_context)) and (has_base or name not in ON_BASE)
-    ]
+    kept = [name for name in section.baselines if (has_train or name in UNFITTED) and (has_base or name not in ON_BASE)]
     return section.model_copy(update={"baselines": kept, "generate": predictor.writing, "samples": 0})

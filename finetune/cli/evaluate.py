@@ -38,7 +38,14 @@ def evaluate_command(
     knowledge: Annotated[
         str | None,
         typer.Option(
-            "--knowledge", help="With --model, a sentence encoder: the entries, where the data's card has none."
+            "--knowledge",
+            help="With --model, a sentence encoder or a reranker: the entries, where the data's card has none.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", help='With --model, one that completes: what it reads, such as "Q: {text} A:"; default {text}.'
         ),
     ] = None,
     columns: Annotated[
@@ -50,7 +57,7 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run again (opening its test split is counted), or any model on a held-out set."""
-    options = {"--labels": labels, "--knowledge": knowledge, "--column": columns}
+    options = {"--labels": labels, "--knowledge": knowledge, "--prompt": prompt, "--column": columns}
     scored = _score_model(run, model, data, task, options) if model else _score_run(run, data, task, options)
     if as_json:
         print_json(scored)
@@ -59,6 +66,8 @@ def evaluate_command(
     show_all_scores(tests)
     if model:
         print_text(f"{model}: scored as {scored['task']}, {scored['max_length']:,} tokens at a time.")
+        if "first_search" in scored:
+            print_text(f"It read again the first {scored['candidates']} entries that {scored['first_search']} found.")
     print_findings([finding for test in tests.values() for finding in test.get("findings", [])])
     opened = max(test.get("opened") or 1 for test in tests.values())
     if opened > 1:
@@ -97,4 +106,5 @@ def _score_model(
         task=task,
         labels=labels.split(",") if labels else None,
         knowledge=options["--knowledge"],
+        prompt=options["--prompt"],
     )

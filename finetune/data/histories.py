@@ -65,11 +65,17 @@ def split_by_time(
         must = f"must have different times before, between and after the cuts for validation {validation:g} and test"
         got = f"{len(times):,} events at {len(np.unique(times)):,} times"
         raise DataError(f"events: {must} {test:g}, got {got}. Use more events, or larger shares.")
-    windows: dict[Held, tuple[int, int]] = {"validation": cuts, "test": (cuts[1], int(times[-1]) + 1)}
+    asked = _list_moments(interactions, *cuts)
     return cuts, {
-        held: _draw(_list_moments(interactions, *window), requests, np.random.default_rng([seed, number]))
-        for number, (held, window) in enumerate(windows.items())
+        "validation": _draw(asked, requests, np.random.default_rng([seed, 0])),
+        "test": ask_since(interactions, cuts[1], requests, seed),
     }
+
+
+def ask_since(interactions: Interactions, cut: int, requests: int = 10, seed: int = 0) -> Requests:
+    """The requests of test behind a cut: moments at or after it; the arguments are those of `split_by_time`."""
+    asked = _list_moments(interactions, cut, int(interactions.time.max()) + 1)
+    return _draw(asked, requests, np.random.default_rng([seed, 1]))
 
 
 def split_leave_one_out(interactions: Interactions, requests: int = 1) -> dict[Held, Requests]:

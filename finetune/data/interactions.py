@@ -34,6 +34,9 @@ from finetune.recipe.card import Card, ItemsSection
 ROLES = ("user", "item", "time")
 """What every event has; `weight` is optional."""
 
+NO_CATALOGUE = ItemsSection(file=None, text=[], categorical=[], numeric=[])
+"""Of events only people, items and times are read: a run has its catalogue."""
+
 Numbers = npt.NDArray[np.int64]
 Values = tuple[str | float | None, ...]
 

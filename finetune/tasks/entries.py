@@ -119,13 +119,15 @@ class Library:
         """What systems without training make of questions.
 
         A whole dialogue drowns the question for them. So each reads as many of its last turns as serve it best on
-        validation.
+        validation, and without such rows the question alone.
 
         Returns:
             Name -> scores of all entries, (N, E), and what was chosen.
         """
         asked = {"validation": held_out.rows["validation"], "rows": rows}
-        variants = TURNS if self.reads_context else (None,)
+        variants: Sequence[int | None] = (None,)
+        if self.reads_context:
+            variants = TURNS if asked["validation"] else TURNS[:1]
         texts = {
             (part, turns): [self._read_last(row, turns) for row in part_rows]
             for part, part_rows in asked.items()

@@ -241,7 +241,7 @@ def _keep(questions: Questions, rows: slice, mask: npt.NDArray[np.bool_] | None 
 
 def _list_predictions(task: Recommendation, record: Record, questions: Questions, model: Ranked) -> dict[str, Any]:
     """A row for each request of test."""
-    ids, users = task.catalogue.ids, record.interactions.users
+    ids, users = task.catalogue.ids, record.find("test")[0].users
     lengths = questions.histories.lengths
     return {
         "id": [f"test:{users[person]}:{row}" for row, person in enumerate(questions.person)],

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from finetune.data.batches import Examples, Indices
+from finetune.data.catalog import card_names
 from finetune.data.checks import (
     Finding,
     advise_on_leaks,
@@ -22,6 +23,7 @@ from finetune.data.checks import (
     set_apart,
 )
 from finetune.data.cleaning import normalize_for_duplicates
+from finetune.data.interactions import ROLES, LoadedInteractions
 from finetune.data.knowledge import Entry, compute_knowledge_fingerprint, load_card_knowledge, load_knowledge
 from finetune.data.rows import Row, Splits, build_name_rows
 from finetune.data.sources import LoadedRows, load_rows
@@ -34,7 +36,7 @@ from finetune.tasks import TASKS, MultiTask, Recommendation, Reranking, Retrieva
 from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.entries import ENTRY
 from finetune.tasks.multi_task import Headed
-from finetune.tasks.people import load_people
+from finetune.tasks.people import load_others, load_people
 from finetune.tasks.task import Task, TaskData
 
 
@@ -212,11 +214,14 @@ def _prepare_people(
 ) -> tuple[Part, Any]:
     """The same of events: a row is a person."""
     loaded, task, splits = load_people(section, relative_to, seed)
-    rows = [row for part in splits.values() for row in part]
-    source = LoadedRows(loaded.name, rows, loaded.card, dict(loaded.columns), loaded.origin, loaded.fingerprint)
+    source = _as_rows(loaded, [row for part in splits.values() for row in part])
     tokenizer = tokenizer or task.build_tokenizer(base, splits["train"], model)
     examples = {name: task.build_examples(people, tokenizer, model.max_length) for name, people in splits.items()}
     return Part(section, task, source, splits, examples, list(loaded.findings)), tokenizer
+
+
+def _as_rows(loaded: LoadedInteractions, people: list[Row]) -> LoadedRows:
+    return LoadedRows(loaded.name, people, loaded.card, dict(loaded.columns), loaded.origin, loaded.fingerprint)
 
 
 def load_entries(section: TaskSection, source: LoadedRows, relative_to: Path | None) -> list[Entry]:
@@ -283,32 +288,42 @@ def _measure_lengths(task: Task, rows: Sequence[Row], examples: Examples, tokeni
     return lengths
 
 
-def load_held_out(
-    task: Task, reference: str, columns: dict[str, str], train: Sequence[Row] | None = None
-) -> tuple[LoadedRows, list[Row], list[Finding]]:
-    """Load another held-out set for a trained task: its test split where it has one, else all of its rows.
+def load_held_out(part: Part, reference: str, tokenizer: Any, max_length: int, seed: int) -> Part:
+    """Put another held-out set in the place of a part's test split: its test split where it has one, else all of it.
 
     Args:
-        task: what was trained.
-        reference, columns: as for `load_rows`.
-        train: what it was trained on, for the findings; None where that is not known.
+        part: what was trained, and on what.
+        reference: as for `load_rows`, with the part's columns.
+        tokenizer, max_length, seed: of the run.
+
+    Returns:
+        The part with the source of the set, and the findings about it.
 
     Raises:
         DataError: unreadable data, unknown or missing labels.
     """
+    task, columns = part.task, part.section.columns
     if isinstance(task, Recommendation):
-        raise DataError(
-            f"{reference}: must be left out for recommendation, whose test split is what came after a cut in time. "
-            "Score that again without --data, or run the recipe on the new events."
-        )
-    source = load_rows(reference, columns, roles=type(task).roles, optional=type(task).optional_roles)
-    return (source, *check_held_out(task, source, train))
+        named = columns if reference in card_names() else part.source.columns
+        loaded, task, rows = load_others(reference, {role: named[role] for role in ROLES if role in named}, task, seed)
+        source, findings = _as_rows(loaded, rows), list(loaded.findings)
+    else:
+        source = load_rows(reference, columns, roles=type(task).roles, optional=type(task).optional_roles)
+        rows, findings = check_held_out(task, source, part.splits["train"])
+    examples = part.examples | {"test": task.build_examples(rows, tokenizer, max_length)}
+    splits = part.splits | {"test": rows}
+    return replace(part, task=task, source=source, splits=splits, examples=examples, findings=findings)
 
 
 def check_held_out(
     task: Task, source: LoadedRows, train: Sequence[Row] | None = None
 ) -> tuple[list[Row], list[Finding]]:
-    """The rows of a held-out set that are scored, and what `load_held_out` finds about them.
+    """The rows of a held-out set that are scored, and what there is to know of them.
+
+    Args:
+        task: what was trained.
+        source: the set.
+        train: what it was trained on; None where that is not known.
 
     Raises:
         DataError: unknown or missing labels, or entries that are not there.

@@ -55,11 +55,13 @@ class Record:
         interactions: all events.
         requests: of validation and test.
         cuts: the two cuts in time; None where each person's last event is left out.
+        others: other events, and the requests in them that are asked in the place of test; nothing is counted of them.
     """
 
     interactions: Interactions
     requests: Mapping[Held, Requests]
     cuts: Cuts | None
+    others: tuple[Interactions, Requests] | None = None
 
     def list_known(self, at: Held) -> Events:
         """What may be counted before a split is asked for."""
@@ -69,9 +71,14 @@ class Record:
         now = last if self.cuts is None else self.cuts[0 if at == "validation" else 1]
         return Events(log.user[mask], log.item[mask], log.time[mask], len(log.catalogue.ids), now)
 
+    def find(self, at: Held) -> tuple[Interactions, Requests]:
+        """The events that a split asks about, and its requests in them."""
+        return self.others if at == "test" and self.others else (self.interactions, self.requests[at])
+
     def ask(self, at: Held, *, exclude_seen: bool) -> Questions:
         """The requests of a split with their answers."""
-        asked, item = self.requests[at], self.interactions.item
+        log, asked = self.find(at)
+        item = log.item
         targets = [item[start:end] for start, end in zip(asked.target_start, asked.target_end, strict=True)]
         histories = Histories(item, asked.start, asked.end)
         return build_questions(asked.person, histories, targets, exclude_seen=exclude_seen)

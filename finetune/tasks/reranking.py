@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,8 +47,11 @@ class Reranking(OnBase):
         clean: steps on each question before it is encoded.
         reads_context: whether what was said before belongs to the question.
         negatives: wrong entries for a question.
-        candidates: entries that are looked at again when the model is judged, the best of the baseline `fused`.
+        candidates: entries that are looked at again when the model is judged, the best of `first_search`.
         entries: what the questions are answered from; none where a trained model was loaded.
+        first_search: the baseline that finds them.
+        reads_types: whether the model is told which of the two texts a token belongs to, where its tokenizer says so;
+            what is trained here is not.
     """
 
     size: int
@@ -57,6 +60,8 @@ class Reranking(OnBase):
     negatives: int = 4
     candidates: int = 20
     entries: tuple[Entry, ...] = ()
+    first_search: str = "fused"
+    reads_types: bool = False
 
     type: ClassVar[str] = "reranking"
     roles: ClassVar[tuple[str, ...]] = ("text", ENTRY)
@@ -112,7 +117,22 @@ class Reranking(OnBase):
             questions += [read_question(row, self.reads_context)] * (len(right) + len(wrong))
             passages += [self.entries[entry].passage for entry in (*right, *wrong)]
             labels += [2 * number + 1] * len(right) + [2 * number] * len(wrong)
-        return Examples.build(encode_pairs(questions, passages, tokenizer, max_length), labels)
+        return self.encode_pairs(questions, passages, tokenizer, max_length, labels)
+
+    def encode_pairs(
+        self,
+        questions: Sequence[str],
+        passages: Sequence[str],
+        tokenizer: Any,
+        max_length: int,
+        labels: Sequence[int] | None = None,
+    ) -> Examples:
+        """Each question with its passage; where both are too long, the longer one is cut."""
+        if not questions:
+            return Examples.build([], labels)
+        encoded = tokenizer(list(questions), list(passages), truncation="longest_first", max_length=max_length)
+        types = encoded.get("token_type_ids") if self.reads_types else None
+        return Examples.build(encoded["input_ids"], labels, types=types)
 
     def build_model(self, base: BaseModel, section: ModelSection, tokenizer: Any, seed: int) -> nn.Module:
         """The base with a new head of one score, in float32."""
@@ -174,16 +194,18 @@ class Reranking(OnBase):
         return {"loss": float(loss)} | compute_mean_metrics(names, places)
 
     def judge(self, held_out: HeldOut) -> Judgement:
-        """Rank again the first of what the baseline `fused` finds; behind them everything stays as it was."""
+        """Rank again the best of `first_search`; behind them everything stays as it was."""
         rankings: dict[str, Rankings] = {}
         baselines: dict[str, dict[str, Any]] = {}
         for name in held_out.judged:
             rows = held_out.rows[name]
-            names = list(dict.fromkeys([*held_out.section.baselines, "fused"]))
+            names = list(dict.fromkeys([*held_out.section.baselines, self.first_search]))
             found = self.library.rank_baselines(held_out, rows, names)
-            rankings[name] = self._rerank(held_out, rows, found["fused"][0])
+            rankings[name] = self._rerank(held_out, rows, found[self.first_search][0])
             baselines[name] = {system: found[system] for system in held_out.section.baselines}
-        return self.library.judge(held_out, rankings, baselines)
+        judgement = self.library.judge(held_out, rankings, baselines)
+        how = {"first_search": self.first_search, "candidates": self.candidates}
+        return replace(judgement, scored={name: scored | how for name, scored in judgement.scored.items()})
 
     def _rerank(self, held_out: HeldOut, rows: Sequence[Row], first: Rankings) -> Rankings:
         """`first`, (N, E), with the best of each row in the order of the model's scores."""
@@ -191,7 +213,7 @@ class Reranking(OnBase):
         chosen = np.argsort(-first, axis=1, kind="stable")[:, :count]
         questions = [text for row in rows for text in [read_question(row, self.reads_context)] * count]
         passages = [self.entries[number].passage for numbers in chosen for number in numbers]
-        pairs = Examples.build(encode_pairs(questions, passages, held_out.tokenizer, held_out.max_length))
+        pairs = self.encode_pairs(questions, passages, held_out.tokenizer, held_out.max_length)
         logits = self.compute_outputs(held_out.model, pairs, get_padding(held_out.model, held_out.tokenizer))
         ranking = first.copy()
         lowest, highest = logits.min(initial=0.0), first.max(initial=0.0)
@@ -219,13 +241,3 @@ class Reranking(OnBase):
             config["negatives"],
             config["candidates"],
         )
-
-
-def encode_pairs(questions: Sequence[str], passages: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
-    """Token ids of each question with its passage; where both are too long, the longer one is cut."""
-    if not questions:
-        return []
-    encoded: list[list[int]] = tokenizer(
-        list(questions), list(passages), truncation="longest_first", max_length=max_length
-    )["input_ids"]
-    return encoded

@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy import sparse
 
+import finetune
 from finetune.applications.recommender import Recommender, load_recommender
 from finetune.applications.recommender.conditions import find_matching
 from finetune.applications.recommender.histories import People, normalize_ids, read_histories
@@ -30,6 +31,7 @@ from finetune.tasks.items import Counts
 from finetune.tasks.ranker import multiply
 from finetune.tasks.recommendation import Recommendation, compute_sequence_scores
 
+ROOT = Path(__file__).resolve().parents[2]
 HISTORY = ["B0001", "B0002", "B0108"]
 
 
@@ -177,6 +179,27 @@ def test_features_do_not_depend_on_who_else_is_asked_for(recommender, judged):
     parts = [ranker.build_table(histories.take(slice(row, row + 1)), sequence[row : row + 1]) for row in range(12)]
     assert np.concatenate([part.item for part in parts]).tolist() == together.item.tolist()
     np.testing.assert_allclose(np.concatenate([part.values for part in parts]), together.values, atol=1e-6)
+
+
+def test_events_as_another_set_are_scored_as_the_run_was(shop_run, tmp_path):
+    run = Path(shutil.copytree(shop_run, tmp_path / "runs" / "shop" / shop_run.name))
+    expected = json.loads((run / "evaluation" / "test.json").read_text())
+    card, *lines = (ROOT / "data" / "samples" / "bookshop" / "events.csv").read_text().splitlines()
+    path = tmp_path / "late.csv"  # no catalogue lies beside it
+    path.write_text("\n".join([card, "P001,no such book,2025-01-07T07:13:00Z,view,1", *lines]) + "\n")
+    for data, name, unknown in (("bookshop", "bookshop", 0), (str(path), "late", 1)):
+        found = finetune.evaluate(run, data)
+        of_set = {name: found.pop(name) for name in ("split", "data", "findings")}
+        assert found == {key: value for key, value in expected.items() if key not in ("split", "opened")}
+        assert of_set["split"] == name
+        assert [finding["count"] for finding in of_set["findings"] if finding["kind"] == "unknown_item"] == [
+            1
+        ] * unknown
+        assert json.loads((run / "evaluation" / f"{name}.json").read_text())["metrics"] == expected["metrics"]
+    assert json.loads((run / "evaluation" / "test.json").read_text()) == expected
+    few = tmp_path / "few.csv"
+    few.write_text("\n".join([card, *(line for line in lines if line < "P2")]) + "\n")
+    assert finetune.evaluate(run, str(few))["rows"] < expected["rows"]
 
 
 # Histories

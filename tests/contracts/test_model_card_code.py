@@ -205,7 +205,7 @@ def test_the_toolkits_own_lines_answer(
     [
         ("causal_lm", "finetune evaluate --model acme/it --data FILE"),
         ("retrieval", "finetune evaluate --model acme/it --data FILE --knowledge FILE"),
-        ("reranking", "finetune evaluate RUN --data FILE"),  # which is no answer by itself
+        ("reranking", "finetune evaluate --model acme/it --data FILE --knowledge FILE"),
     ],
 )
 def test_a_published_card_says_how_to_score_it_elsewhere(kind: str, words: str, tiny_base: Path) -> None:

@@ -26,9 +26,13 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
 )
 
 import finetune
+from finetune.data.ranking import LexicalIndex
 from finetune.models.tokenizer import train_tokenizer
 
 Command = Callable[..., Any]
@@ -299,6 +303,116 @@ def test_retrieval(tiny_base: Path, filler: Path, tmp_path: Path, score: Command
     assert get_values(score("--model", by_mean, *data)) == get_values(found)
 
 
+@pytest.fixture
+def reader(tiny_base: Path, tmp_path: Path) -> Path:
+    """A random cross-encoder that tells its two texts apart by their token types."""
+    torch.manual_seed(0)
+    config = BertConfig.from_pretrained(tiny_base, num_labels=1)
+    model = BertForSequenceClassification.from_pretrained(tiny_base, config=config)
+    nn.init.normal_(model.bert.embeddings.token_type_embeddings.weight)
+    nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(tmp_path / "reader")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "reader")
+    return tmp_path / "reader"
+
+
+def write_library(folder: Path) -> tuple[Path, Path]:
+    """30 entries of words, and questions with two words of one of them, behind what was said before."""
+    folder.mkdir()
+    generator = np.random.default_rng(9)
+    words = [word for text in ENTRIES.values() for word in text.split()] + NOUNS + VALUES
+    entries = [{"id": f"e{i}", "text": " ".join(generator.choice(words, size=6))} for i in range(30)]
+    rows = []
+    for i in range(40):
+        entry = entries[int(generator.integers(30))]
+        asked, said = (" ".join(generator.choice(text, size=2)) for text in (entry["text"].split(), words))
+        rows.append({"text": f"{asked} {i}", "entry": entry["id"], "before": said})
+    for name, records in (("questions", rows), ("entries", entries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder / "questions.jsonl", folder / "entries.jsonl"
+
+
+@torch.no_grad()
+def rerank(folder: Path, questions: Path, entries: Path, *, reads_before: bool = False) -> float:
+    """MRR where a cross-encoder of transformers orders the 20 entries that share most words with the question."""
+    model, tokenizer = (
+        BertForSequenceClassification.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    rows, known = ([json.loads(line) for line in path.read_text().splitlines()] for path in (questions, entries))
+    index, found = LexicalIndex([entry["text"] for entry in known]), []
+    for row in rows:
+        order = np.argsort(-index.compute_scores(row["text"]), kind="stable")[:20].tolist()
+        asked = f"{row['before']}\n{row['text']}" if reads_before else row["text"]
+        texts = [known[i]["text"] for i in order]
+        scores = model(**tokenizer([asked] * 20, texts, padding=True, return_tensors="pt")).logits[:, 0]
+        names = [known[order[i]]["id"] for i in scores.argsort(descending=True).tolist()]
+        assert row["entry"] in names, "else what is behind them would have to be ordered here, too"
+        found.append(1 / (1 + names.index(row["entry"])))
+    return float(np.mean(found))
+
+
+def test_reranking(reader: Path, tmp_path: Path, score: Command, command: Command) -> None:
+    questions, entries = write_library(tmp_path / "library")
+    data = ("--data", questions, "--knowledge", entries)
+    found = score("--model", reader, *data)
+    expected = rerank(reader, questions, entries)
+    assert 0.1 < expected < 0.9
+    assert get_values(found)["mrr"] == pytest.approx(expected, abs=1e-6)
+    assert (found["task"], found["max_length"], found["rows"], found["entries"]) == ("reranking", 64, 40, 30)
+    assert (found["first_search"], found["candidates"]) == ("bm25", 20)
+    assert list(found["baselines"]) == ["bm25"]
+    before = score("--model", reader, *data, "--column", "context=before")
+    expected_before = rerank(reader, questions, entries, reads_before=True)
+    assert abs(expected_before - expected) > 1e-3
+    assert get_values(before)["mrr"] == pytest.approx(expected_before, abs=1e-6)
+    assert before["baselines"]["bm25"]["settings"] == {"turns": 0}  # no validation to choose more on
+    assert get_values(before["baselines"]["bm25"]) == get_values(found["baselines"]["bm25"])
+    shown = " ".join(command("evaluate", "--model", reader, *data).out.split())
+    assert "scored as reranking, 64 tokens at a time. It read again the first 20 entries that bm25 found." in shown
+
+
+@pytest.fixture
+def completer(tiny_gpt2: Path, tmp_path: Path) -> Path:
+    """The random GPT-2 with room for a prompt and 128 tokens behind it."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config.from_pretrained(tiny_gpt2, n_positions=256)).save_pretrained(tmp_path / "completer")
+    AutoTokenizer.from_pretrained(tiny_gpt2, model_max_length=256).save_pretrained(tmp_path / "completer")
+    return tmp_path / "completer"
+
+
+def test_completion(completer: Path, tmp_path: Path, score: Command) -> None:
+    rows = write_pairs(tmp_path / "pairs.csv", 0, 12)
+    prompt = "of {n}: {text} ="
+    with rows.open(encoding="utf-8", newline="") as file:
+        pairs = [(row["text"], row["target"]) for row in csv.DictReader(file)]
+    lines = [{"said": target, "text": text, "n": f"cat {i}"} for i, (text, target) in enumerate(pairs)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--task", "completion", "--prompt", prompt, "--column", "target=said")
+    found = score("--model", completer, "--data", data, *options)
+    tokenizer, model = AutoTokenizer.from_pretrained(completer), AutoModelForCausalLM.from_pretrained(completer).eval()
+    written, nats, count = [], 0.0, 0
+    for line in lines:
+        # Each part by itself, as what stands in a column must not melt into the words around it.
+        parts = ["of ", line["n"], ": ", line["text"], " ="]
+        asked = [token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]]
+        ids = model.generate(torch.tensor([asked]), max_new_tokens=128, do_sample=False)
+        written.append(tokenizer.decode(ids[0, len(asked) :], skip_special_tokens=True))
+        said = [*tokenizer(line["said"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*asked, *said[:-1]]])).logits[0, len(asked) - 1 :]
+        nats += float(nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum"))
+        count += len(said)
+    assert get_values(found)["loss"] == pytest.approx(nats / count, abs=1e-5)
+    assert get_values(found)["perplexity"] == pytest.approx(np.exp(nats / count), rel=1e-5)
+    assert len(set(written)) > 5, "else equal scores would say little"
+    chrf = sacrebleu.corpus_chrf(written, [[line["said"] for line in lines]]).score
+    assert get_values(found)["chrf"] == pytest.approx(chrf, abs=1e-4)
+    assert (found["task"], found["max_length"], found["rows"], found["baselines"]) == ("completion", 256, 12, {})
+    assert get_values(found) != get_values(score("--model", completer, "--data", data, *options[:2], *options[4:]))
+
+
 # Models of this toolkit: what their runs say
 
 
@@ -341,6 +455,19 @@ def test_a_search_run_and_its_model(search_run: Path, tmp_path: Path, score: Com
     assert get_values(found["baselines"]["bm25"]) == get_values(expected["baselines"]["bm25"])
 
 
+def test_a_reranker_among_several_tasks(
+    write_support_recipe: Callable[..., Path], tmp_path: Path, score: Command
+) -> None:
+    recipe = write_support_recipe(tmp_path / "in", train={"epochs": 1})
+    run = finetune.run(recipe, runs=tmp_path / "runs", quiet=True).folder.path
+    rows, entries = tmp_path / "in" / "questions.jsonl", tmp_path / "in" / "faq.jsonl"
+    found = score("--model", run, "--data", rows, "--knowledge", entries, "--task", "rerank")
+    expected = score(run, "--data", rows, "--task", "rerank")
+    assert get_values(found).items() >= get_values(expected).items()
+    assert (found["first_search"], found["rows"]) == ("fused", 90)
+    assert get_values(found["baselines"]["bm25"])["mrr"] == get_values(expected["baselines"]["bm25"])["mrr"]
+
+
 def test_a_run_of_answers_its_model_and_its_export(
     answer_run: Path, tmp_path: Path, score: Command, command: Command
 ) -> None:
@@ -353,14 +480,16 @@ def test_a_run_of_answers_its_model_and_its_export(
     assert get_values(exported) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["causal_lm", "masked_lm", "seq2seq"])
+@pytest.mark.parametrize("kind", ["causal_lm", "masked_lm", "seq2seq", "completion"])
 def test_a_language_run_and_its_model(
     kind: str, write_language_recipe: Callable[..., Path], tmp_path: Path, score: Command
 ) -> None:
-    recipe = write_language_recipe(tmp_path / "in", kind, {"train": {"epochs": 1}})
+    completes = {"tasks": {"only": {"type": kind, "prompt": "{text}:"}}} if kind == "completion" else {}
+    rows_of = "seq2seq" if completes else kind
+    recipe = write_language_recipe(tmp_path / "in", rows_of, {"train": {"epochs": 1}}, completes)
     run = finetune.run(recipe, runs=tmp_path / "runs", quiet=True)
     rows = next(path for path in (tmp_path / "in").iterdir() if path.suffix != ".yaml")
-    columns = list_columns({"text": "en", "target": "de"}) if kind == "seq2seq" else []
+    columns = list_columns({"text": "en", "target": "de"}) if rows_of == "seq2seq" else []
     found = score("--model", run.folder.path, "--data", rows, *columns)
     assert get_values(found) == pytest.approx(get_values(score(run.folder.path, "--data", rows)), abs=1e-6)
 
@@ -382,12 +511,15 @@ def test_a_plain_word_filler_and_the_run_that_trained_it(
 # What does not go together
 
 
-def test_refusals(answerer: Path, filler: Path, tiny_base: Path, tmp_path: Path, command: Command) -> None:
+def test_refusals(
+    answerer: Path, filler: Path, tiny_base: Path, tiny_gpt2: Path, tmp_path: Path, command: Command
+) -> None:
     rows = write_questions(tmp_path / "rows.csv", 2, seed=0)
     questions, entries = write_search(tmp_path / "search")
     dense = copy_as_sentence_encoder(tiny_base, tmp_path / "dense", "mean_tokens", "Dense")
     widest = copy_as_sentence_encoder(tiny_base, tmp_path / "widest", "max_tokens")
     asked = ("--data", rows, *list_columns(COLUMNS))
+    completed = ("--task", "completion", *list_columns({"text": "question", "target": "answer"}))
     for arguments, code, words in (
         (
             (answerer, "--data", questions),
@@ -415,7 +547,23 @@ def test_refusals(answerer: Path, filler: Path, tiny_base: Path, tmp_path: Path,
         (
             (answerer, *asked, "--knowledge", entries),
             2,
-            "--knowledge: must come with a model for retrieval, got question_answering. Leave it out.",
+            "--knowledge: must come with a model for retrieval or reranking, got question_answering. Leave it out.",
+        ),
+        (
+            (tiny_gpt2, "--data", questions, "--prompt", "{text}"),
+            2,
+            "--prompt: must come with a model for completion, got causal_lm. Leave it out. Of a causal language model "
+            "--task completion makes one.",
+        ),
+        (
+            (tiny_gpt2, *asked[:2], *completed, "--prompt", "{text"),
+            2,
+            "--prompt: must name columns in braces, {{ and }} being braces themselves; expected '}' before end of",
+        ),
+        (
+            (tiny_gpt2, *asked[:2], *completed, "--prompt", "{questoin}:"),
+            3,
+            "--prompt: must find the column 'questoin' in rows:1, got passage, text, target.",
         ),
         (
             (answerer, *asked, "--column", "label=x"),

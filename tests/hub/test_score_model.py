@@ -162,12 +162,14 @@ def score_by_card(command: Command, run: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_model_that_is_no_answer_by_itself(run: Path, rows: Path, command: Command) -> None:
     path = run / "model" / "finetune.json"
-    task = {"type": "reranking", "size": 3, "clean": [], "reads_context": False, "negatives": 2, "candidates": 5}
+    task = {"type": "recommendation", "items": [], "texts": [], "columns": {}, "counts": [], "recommend": {}}
+    task |= {"rank": None, "by_moment": True}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"task": task}))
     outcome = command("evaluate", "--model", run, "--data", rows)
     assert outcome.code == 2
     assert (
-        "--model: must be a model that is scored by itself, got reranking. Score its run: finetune evaluate RUN"
+        "--model: must be a model that is scored by itself, got recommendation, which is judged with the events before "
+        "a cut in time. Score its run: finetune evaluate RUN"
     ) in outcome.err
 
 
@@ -198,11 +200,16 @@ def test_labels_for_a_model_without_a_head(tiny_base: Path, rows: Path, command:
 
 
 def test_a_regression_is_no_classifier(plain: Path, rows: Path, command: Command) -> None:
-    config = json.loads((plain / "config.json").read_text())
-    (plain / "config.json").write_text(json.dumps(config | {"id2label": {"0": "stars"}, "label2id": {"stars": 0}}))
+    BertForSequenceClassification(BertConfig.from_pretrained(plain, num_labels=1)).save_pretrained(plain)
     outcome = command("evaluate", "--model", plain, "--data", rows)
-    assert outcome.code == 5
-    assert f"{plain}: must have at least 2 classes, got one number a text." in outcome.err
+    assert outcome.code == 3
+    assert f"{rows}: column 'entry' must exist, got columns text, label. {plain} is scored as reranking" in outcome.err
+    outcome = command("evaluate", "--model", plain, "--data", rows, "--task", "text_classification")
+    assert outcome.code == 2
+    assert (
+        f"--task: must be reranking for {plain}, a BertForSequenceClassification with one output, got "
+        "'text_classification'. Leave it out; to have a model for another task, train it: set model.base to it."
+    ) in outcome.err
 
 
 @pytest.mark.parametrize(

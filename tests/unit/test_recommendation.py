@@ -34,8 +34,7 @@ from finetune.runner import lay_out, search
 from finetune.tasks import judge_lists, recommendation
 from finetune.tasks.items import WEEK, Counts
 from finetune.tasks.judge_lists import place_candidates
-from finetune.tasks.people import load_people
-from finetune.tasks.preparation import load_held_out
+from finetune.tasks.people import load_others, load_people
 from finetune.tasks.ranker import Table
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores, encode_questions
 from finetune.tasks.task import HeldOut
@@ -67,9 +66,13 @@ def draw_events(seed=0, people=40, items=ITEMS):
     return events
 
 
-def write_shop(folder, events, items=ITEMS):
-    with (folder / "events.csv").open("w", newline="", encoding="utf-8") as file:
+def write_events(path, events):
+    with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("user", "item", "time"), *events])
+
+
+def write_shop(folder, events, items=ITEMS):
+    write_events(folder / "events.csv", events)
     with (folder / "items.csv").open("w", newline="", encoding="utf-8") as file:
         rows = [(f"b{item:02}", f"word{item % 5}", "ab"[item % 2], item) for item in range(items)]
         csv.writer(file).writerows([("item", "title", "kind", "price"), *rows])
@@ -506,14 +509,69 @@ def test_sections_have_defaults():
     assert "repeats" not in RankSection().features, "they say nothing where lists leave out what was had"
 
 
-def test_other_events_are_no_held_out_set():
-    task = Recommendation(Catalogue(("a",), ("",), {}), (1,), RecommendSection(), None)
+# Other events in the place of test
+
+
+def list_requests(record):
+    """(person, history, targets) of test, in ids."""
+    log, _ = record.find("test")
+    asked, ids = record.ask("test", exclude_seen=True), np.array(log.catalogue.ids)
+    histories = [ids[asked.histories.get(row)].tolist() for row in range(len(asked))]
+    people = [log.users[person] for person in asked.person]
+    return list(zip(people, histories, [ids[targets].tolist() for targets in asked.targets], strict=True))
+
+
+@pytest.mark.parametrize("by", ["time_cut", "leave_one_out"])
+def test_other_events_are_asked_about_as_those_of_test_were(tmp_path, by):
+    events = draw_events()
+    _, task, _ = load_shop(tmp_path, events, split={"by": by})
+    own = list_requests(task.record)
+    kept = sorted({user for user, _, _ in own})[::2]
+    others = [(f"x{user}", item, time) for user, item, time in reversed(events) if user in kept]
+    others += [("stranger", "a new book", START), ("stranger", "b01", START + 1)]
+    others = [event for event in others for event in (event, (event[0], "another", event[2] - 1))]
+    write_events(tmp_path / "others.csv", others)
+    columns = {"user": "user", "item": "item", "time": "time"}
+    loaded, asked, rows = load_others(str(tmp_path / "others.csv"), columns, task, seed=0)
+    found = list_requests(asked.record)
+    assert found == [(f"x{user}", *rest) for user, *rest in own if user in kept]
+    assert [row.values["user"] for row in rows] == sorted({user for user, _, _ in found})
+    unknown = [finding for finding in loaded.findings if finding.kind == "unknown_item"]
+    message = f"{len(others) // 2 + 1} of {len(others)} events are with items that the run does not know: left out."
+    assert [finding.message for finding in unknown] == [message]
+    known, still = (one.record.list_known("test") for one in (task, asked))
+    assert (known.user.tolist(), known.item.tolist()) == (still.user.tolist(), still.item.tolist())
+    assert list_requests(task.record) == own
+
+
+@pytest.mark.parametrize(
+    ("by", "others", "words"),
+    [
+        (
+            "time_cut",
+            [("a", "b01", START), ("a", "b02", START + 1)],
+            "must have events behind the run's cut, 2024-01-",
+        ),
+        (
+            "leave_one_out",
+            [("a", "b01", START), ("a", "b02", START + 1)],
+            "others.csv: must have people with 3 events, with something to ask for, got none. Give more events of "
+            "people, with what they had before.",
+        ),
+        (
+            "time_cut",
+            [("a", "x1", START)],
+            "others.csv: events must name items that the run knows, such as 'b00', got others, such as 'x1'. Take the "
+            "ids of the run's own data.",
+        ),
+    ],
+)
+def test_other_events_that_ask_for_nothing(tmp_path, by, others, words):
+    _, task, _ = load_shop(tmp_path, draw_events(), split={"by": by})
+    write_events(tmp_path / "others.csv", others)
     with pytest.raises(DataError) as caught:
-        load_held_out(task, "other.csv", {})
-    assert str(caught.value) == (
-        "other.csv: must be left out for recommendation, whose test split is what came after a cut in time. Score that "
-        "again without --data, or run the recipe on the new events."
-    )
+        load_others(str(tmp_path / "others.csv"), {}, task, seed=0)
+    assert words in str(caught.value)
 
 
 # The losses of training

@@ -14,17 +14,14 @@ import pyarrow
 
 from finetune.data.event_files import to_ids
 from finetune.data.files import open_checked, quote_reason
-from finetune.data.interactions import Catalogue, load_interactions
+from finetune.data.interactions import NO_CATALOGUE, Catalogue, load_interactions
 from finetune.errors import DataError, UsageError
 from finetune.evaluation.counting import Histories, Numbers
 from finetune.recipe.messages import show, suggest
-from finetune.recipe.schema import ItemsSection
 
 History: TypeAlias = Sequence[Any]
 """Ids of items, oldest first: text or numbers."""
 SHOWN_UNKNOWN = 5
-NO_CATALOGUE = ItemsSection(file=None, text=[], categorical=[], numeric=[])
-"""Of events only people, items and times are read: the run has its catalogue."""
 
 
 @dataclass(frozen=True)
