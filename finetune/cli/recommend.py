@@ -10,6 +10,7 @@ import typer
 from finetune.cli.output import AsJson, RunArgument, make_printable, print_json, print_note, print_table, print_text
 
 if TYPE_CHECKING:
+    from finetune.applications.recommender.recommender import Recommender
     from finetune.applications.recommender.records import RankedList
 
 
@@ -42,6 +43,9 @@ def recommend_command(
     items: Annotated[
         Path | None, typer.Option("--items", help="A catalogue with new items, which are scored from their texts.")
     ] = None,
+    index: Annotated[
+        str, typer.Option("--index", help="exact, or faiss for large catalogues and runs without `rank`.")
+    ] = "exact",
     as_json: AsJson = False,
 ) -> None:
     """Recommend items to a person, or to many, each with the reason why."""
@@ -62,16 +66,23 @@ def recommend_command(
     from finetune.applications.recommender.recommender import Wish
 
     wish = Wish(top, exclude_seen, tuple(filters or ()), diversity)
+
+    def load() -> Recommender:
+        recommender = load_recommender(run, items=items, index=index)
+        if recommender.nearest is not None and not as_json:
+            print_note(recommender.nearest.describe())
+        return recommender
+
     if source is not None and output is not None:
         from finetune.applications.recommender.rank_file import rank_file
 
-        count = rank_file(run, source, output, wish, items=items, quiet=as_json)
+        count = rank_file(load, source, output, wish, quiet=as_json)
         if as_json:
             print_json({"output": str(output), "people": count})
         else:
             print_text(f"{output}: the lists of {count:,} people written.")
         return
-    recommender = load_recommender(run, items=items)
+    recommender = load()
     had = load_people(run, events).find(user) if user is not None else (history or "").split(",") if history else []
     (found,) = recommender.answer([had], wish)
     if as_json:

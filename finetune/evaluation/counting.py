@@ -74,7 +74,7 @@ class Histories:
         """Events of each history, (R,)."""
         return self.end - self.start
 
-    def take(self, rows: slice) -> Histories:
+    def take(self, rows: slice | Numbers) -> Histories:
         """Some of them."""
         return Histories(self.item, self.start[rows], self.end[rows])
 

@@ -325,23 +325,32 @@ def compute_sequence_scores(
     """
     inner: Any = model
     size = int(inner.config.num_items)
-    rows = np.flatnonzero(histories.lengths)
-    if not len(rows):
+    if not histories.lengths.any():
         return np.full((len(histories), size), np.nan, np.float32)
     vectors = _compute_vectors(inner) if item_vectors is None else item_vectors
-    examples = Examples.build([histories.get(row)[-max_length:].astype(np.int32) for row in rows.tolist()])
-
-    def encode(batch: Batch, _rows: Indices) -> torch.Tensor:
-        states: torch.Tensor = inner.encode(**list_inputs(batch), item_vectors=vectors)
-        return states
-
-    states = scatter_rows(compute_by_row(model, examples, None, encode), len(rows), vectors.shape[1])
+    rows, states = compute_states(model, histories, max_length, vectors)
     found = inner.score(torch.from_numpy(states).to(vectors), item_vectors=vectors).float().log_softmax(-1).cpu()
     if len(rows) == len(histories):  # all of one kind: no copy
         return np.asarray(found.numpy())
     scores = np.full((len(histories), size), np.nan, np.float32)
     scores[rows] = found.numpy()
     return scores
+
+
+def compute_states(
+    model: nn.Module, histories: Histories, max_length: int, item_vectors: torch.Tensor
+) -> tuple[Indices, npt.NDArray[np.float32]]:
+    """What items are scored by after each history that is not empty: their rows (N,) and states (N, D)."""
+    inner: Any = model
+    rows = np.flatnonzero(histories.lengths)
+    examples = Examples.build([histories.get(row)[-max_length:].astype(np.int32) for row in rows.tolist()])
+
+    def encode(batch: Batch, _rows: Indices) -> torch.Tensor:
+        states: torch.Tensor = inner.encode(**list_inputs(batch), item_vectors=item_vectors)
+        return states
+
+    found = compute_by_row(model, examples, None, encode)
+    return rows, scatter_rows(found, len(rows), item_vectors.shape[1])
 
 
 def _compute_vectors(model: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ import pytest
 
 from finetune import runner
 from finetune.applications.recommender import Recommender, load_recommender
+from finetune.applications.recommender import load as load_module
 from finetune.applications.recommender import rank_file as file_module
 from finetune.errors import Interrupted
 
@@ -118,7 +119,7 @@ def test_files_hold_what_each_person_is_told(command, shop_run, recommender, peo
     ],
 )
 def test_a_line_that_is_no_person(command, shop_run, tmp_path, monkeypatch, line, words):
-    monkeypatch.setattr(file_module, "load_recommender", None)  # whoever loads the model first fails with a bug's 70
+    monkeypatch.setattr(load_module, "load_recommender", None)  # whoever loads the model first fails with a bug's 70
     path, output = tmp_path / "people.jsonl", tmp_path / "ranked.jsonl"
     path.write_text('{"history": []}\n' + line + "\n")
     done = command("recommend", shop_run, "--input", path, "--output", output)

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.numpy import load_file
 
 from finetune.applications.recommender.histories import People
+from finetune.applications.recommender.nearest import NearestItems
 from finetune.applications.recommender.recommender import Recommender
 from finetune.artifact.load import choose_device
 from finetune.artifact.run_folder import RunFolder, find_run
@@ -18,33 +20,47 @@ from finetune.artifact.saved import open_saved
 from finetune.data.catalog import card_names, load_card
 from finetune.data.interactions import ROLES, Catalogue, load_catalogue, settle_items
 from finetune.errors import DataError, ResourceError, UsageError
+from finetune.evaluation.counting import Histories
 from finetune.models.base import load_tokenizer, resolve_base
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import TaskSection
 from finetune.tasks.items import Counts
 from finetune.tasks.judge_lists import COUNTS_FILE, RANKER_FILE
 from finetune.tasks.ranker import import_lightgbm
-from finetune.tasks.recommendation import Recommendation, embed_items
+from finetune.tasks.recommendation import Recommendation, compute_states, embed_items
+
+INDEXES = ("exact", "faiss")
+SAMPLES, SAMPLE_EVENTS = 512, 5
+"""Histories that an index is tuned and measured on, and the events of each, drawn by popularity."""
 
 
-def load_recommender(run: str | Path, *, items: Path | None = None) -> Recommender:
+def load_recommender(run: str | Path, *, items: Path | None = None, index: str = "exact") -> Recommender:
     """The recommender of a finished run.
 
     Args:
         run: the run's folder, runs/<name> for its latest finished run, a `model/` folder, or one from the Hub.
         items: a catalogue with new items, with the columns of the run's own; they are embedded now, and scored from
             their texts. Items that the run has stay as they are.
+        index: `exact` scores every item; `faiss` looks into a part of them, for large catalogues and runs without a
+            second stage.
 
     Raises:
         UsageError: no such run, or one that trained no recommender; new items for a run without texts, or for a folder
-            without its recipe.
+            without its recipe; an index that is none, or that a second stage does not go with.
         DataError: a catalogue that cannot be read.
-        ResourceError: a file is missing or damaged, or LightGBM is not installed.
+        ResourceError: a file is missing or damaged, or LightGBM or faiss is not installed.
     """
+    if index not in INDEXES:
+        raise UsageError(f"--index: must be one of {', '.join(INDEXES)}, got {index!r}.")
     saved = open_saved(run)
     task = saved.task
     if not isinstance(task, Recommendation):
         raise UsageError(f"{run}: must be a run of type recommendation, got {task.type}.")
+    if index != "exact" and task.rank is not None:
+        raise UsageError(
+            f"--index {index}: must be for a run without a second stage, whose features need the score of every item, "
+            f"got {run} with `rank`. Leave --index out, or train one with --set tasks.<name>.rank=null."
+        )
     path = saved.folder / COUNTS_FILE
     if not path.is_file():
         raise ResourceError(f"{path}: must be there, got no file: the run was not judged. Try: finetune resume {run}")
@@ -52,7 +68,9 @@ def load_recommender(run: str | Path, *, items: Path | None = None) -> Recommend
     model: Any = task.load_model(saved.folder).eval().requires_grad_(False).to(choose_device())
     if items is not None:
         task, counts = _extend(task, model, counts, items, _find_own_run(run))
-    return Recommender(task, model, saved.settings["max_length"], counts, _load_trees(saved.folder, task))
+    max_length = saved.settings["max_length"]
+    nearest = _build_index(model, counts, max_length) if index == "faiss" else None
+    return Recommender(task, model, max_length, counts, _load_trees(saved.folder, task), nearest)
 
 
 def load_people(run: str | Path, events: str | None = None) -> People:
@@ -76,6 +94,19 @@ def load_people(run: str | Path, events: str | None = None) -> People:
         return People.load(section.data, section.columns, folder.recipe_folder)
     except DataError as error:
         raise UsageError(f"--user: must have the run's events at hand, got: {error} Or add --events FILE.") from error
+
+
+def _build_index(model: Any, counts: Counts, max_length: int) -> NearestItems:
+    """An index over all items, tuned on histories of what is popular."""
+    generator = np.random.default_rng(0)
+    weights = counts.vectors["popularity"].astype(float) + 1e-9
+    drawn = generator.choice(len(weights), SAMPLES * SAMPLE_EVENTS, p=weights / weights.sum())
+    starts = np.arange(0, len(drawn), SAMPLE_EVENTS)
+    with torch.inference_mode():
+        vectors, bias = model.compute_item_vectors(), model.compute_item_bias()
+        states = compute_states(model, Histories(drawn, starts, starts + SAMPLE_EVENTS), max_length, vectors)[1]
+    biases = None if bias is None else bias.float().cpu().numpy()
+    return NearestItems.build(vectors.float().cpu().numpy(), biases, states)
 
 
 def _load_trees(folder: Path, task: Recommendation) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -14,8 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from finetune.applications.recommender.histories import read_people
-from finetune.applications.recommender.load import load_recommender
-from finetune.applications.recommender.recommender import Wish
+from finetune.applications.recommender.recommender import Recommender, Wish
 from finetune.applications.recommender.records import RankedList
 from finetune.artifact.score_file import check_writable, show_progress
 from finetune.errors import ResourceError, UsageError
@@ -38,14 +37,12 @@ COLUMNS = pyarrow.schema(
 """Of a Parquet file: a row for each person."""
 
 
-def rank_file(
-    run: str | Path, source: Path, output: Path, wish: Wish, *, items: Path | None = None, quiet: bool = False
-) -> int:
+def rank_file(load: Callable[[], Recommender], source: Path, output: Path, wish: Wish, *, quiet: bool = False) -> int:
     """Write a list for each line of `source`, in order.
 
     Args:
-        run, items: as `load_recommender` takes them.
-        source: JSONL, as `read_people` reads it; every line is checked before the model is loaded.
+        load: gives the recommender, once every line was checked.
+        source: JSONL, as `read_people` reads it; read twice.
         output: JSONL with all that `--json` has, or Parquet with `COLUMNS`; appears whole or not at all.
         wish: what every list is asked for.
         quiet: no progress bar.
@@ -65,7 +62,7 @@ def rank_file(
     for _ in read_people(source, lambda _bytes: None):
         pass
     check_writable(output)
-    recommender = load_recommender(run, items=items)
+    recommender = load()
     count = 0
     with show_progress("recommend", source.stat().st_size, quiet) as advance, _open(output) as write:
         people = read_people(source, advance)

@@ -16,6 +16,7 @@ import torch
 
 from finetune.applications.recommender.conditions import Mask, find_matching
 from finetune.applications.recommender.histories import History, read_histories
+from finetune.applications.recommender.nearest import NearestItems
 from finetune.applications.recommender.reasons import SEQUENCE_ALONE, Reasons
 from finetune.applications.recommender.records import BOTH, POPULAR, SEQUENCE, Because, RankedList, Recommended
 from finetune.errors import UsageError
@@ -24,7 +25,7 @@ from finetune.evaluation.recommending import find_first
 from finetune.tasks.items import WEEK, Counts, normalize
 from finetune.tasks.judge_lists import place_candidates
 from finetune.tasks.ranker import Ranker, Table
-from finetune.tasks.recommendation import Recommendation, compute_sequence_scores
+from finetune.tasks.recommendation import Recommendation, compute_sequence_scores, compute_states
 
 CELLS = 3_200_000
 """Scores of a chunk, R x I at most."""
@@ -51,6 +52,11 @@ class Wish:
     diversity: float = 0.0
     explain: bool = True
 
+    @property
+    def pool(self) -> int:
+        """Best items that a list is chosen from."""
+        return max(POOL, 2 * self.top) if self.diversity else self.top
+
     def __post_init__(self) -> None:
         if self.top < 1:
             raise UsageError(f"top: must be at least 1, got {self.top}. Ask for 10 items, or any number from 1.")
@@ -71,6 +77,7 @@ class Recommender:
         max_length: items of a history that it reads.
         counts: what was counted before the test's cut.
         trees: the second stage; None where there is none.
+        nearest: finds the first items without scoring all, of a run without a second stage; None to score all.
     """
 
     task: Recommendation
@@ -78,6 +85,7 @@ class Recommender:
     max_length: int
     counts: Counts
     trees: Any = None
+    nearest: NearestItems | None = None
 
     def recommend(self, history: History, top: int = 10, **wish: Any) -> RankedList:
         """Items for one person.
@@ -107,34 +115,50 @@ class Recommender:
     def _answer_chunk(self, given: Sequence[History], wish: Wish, allowed: Mask | None) -> Iterator[RankedList]:
         read = read_histories(given, self.task.catalogue)
         histories = read.histories
-        exclude_seen = self.task.section.exclude_seen if wish.exclude_seen is None else wish.exclude_seen
-        scored = self._score(histories, exclude_seen=exclude_seen)
+        left_out = _LeftOut(allowed, self.task.section.exclude_seen if wish.exclude_seen is None else wish.exclude_seen)
+        if self.nearest is None:
+            scored = self._score(histories, left_out)
+        else:
+            scored = self._find_nearest(self.nearest, histories, wish, left_out)
         for row, placed in enumerate(scored.placed):
-            history = histories.get(row)
-            if exclude_seen:
-                placed[history] = -np.inf
-            if allowed is not None:
-                placed[~allowed] = -np.inf
-            items = self._choose(placed, wish)
+            history, items = histories.get(row), self._choose(placed, wish)
             listed = self._describe(scored, row, history, items, explain=wish.explain)
             yield RankedList(listed, len(history), int(read.given[row]) - len(history), read.unknown[row])
 
     # Scores
 
-    def _score(self, histories: Histories, *, exclude_seen: bool) -> _Scored:
-        """As `tasks.judge_lists` does it."""
+    def _score(self, histories: Histories, left_out: _LeftOut) -> _Scored:
+        """As `tasks.judge_lists` does it, without what lists leave out."""
         sequence = compute_sequence_scores(self.model, histories, self.max_length, self._vectors)
         nobody = histories.lengths == 0
         first = sequence
         if nobody.any():
             first = sequence.copy()
             first[nobody] = self._popular
-        ranker = self._get_ranker(exclude_seen=exclude_seen)
+        ranker = self._get_ranker(exclude_seen=left_out.seen)
         if ranker is None:
+            left_out.mark(first, histories)
             return _Scored(first, first)
         table = ranker.build_table(histories, sequence)
         ranks = ranker.score(table)
-        return _Scored(place_candidates(first, table, ranks, histories), first, table, ranks)
+        placed = place_candidates(first, table, ranks, histories)
+        left_out.mark(placed, histories)
+        return _Scored(placed, first, table, ranks)
+
+    def _find_nearest(self, nearest: NearestItems, histories: Histories, wish: Wish, left_out: _LeftOut) -> _Scored:
+        """Scores of what an index finds, which are not normalized; all are scored where it finds too few."""
+        placed = np.full((len(histories), len(self.task.catalogue.ids)), -np.inf, np.float32)
+        rows, states = compute_states(self.model, histories, self.max_length, self._vectors)
+        count = wish.pool + int(histories.lengths.max(initial=0))
+        for row, state, found in zip(rows, states, nearest.search(states, count), strict=True):
+            items = torch.from_numpy(found[found >= 0])
+            vectors = self._vectors[items]
+            placed[row, items] = self.model.score(torch.from_numpy(state), items, vectors).float().numpy()
+        left_out.mark(placed, histories)
+        short = np.flatnonzero(np.isfinite(placed).sum(axis=1) < wish.pool)
+        if len(short):
+            placed[short] = self._score(histories.take(short), left_out).placed
+        return _Scored(placed, placed)
 
     def _get_ranker(self, *, exclude_seen: bool) -> Ranker | None:
         """The second stage; what a person had is among its candidates only where it may come again."""
@@ -169,7 +193,7 @@ class Recommender:
         if not wish.diversity:
             items = find_first(placed, wish.top)
             return items[np.isfinite(placed[items])]
-        pool = find_first(placed, max(POOL, 2 * wish.top))
+        pool = find_first(placed, wish.pool)
         pool = pool[np.isfinite(placed[pool])]
         return pool[diversify(normalize(self._meaning[pool]), wish.top, wish.diversity)]
 
@@ -220,6 +244,21 @@ class Recommender:
         for place, part in zip(chosen.tolist(), parts, strict=True):
             found[place] = dict(sorted(part.items(), key=lambda pair: -pair[1]))
         return found
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """What lists leave out: what does not meet the conditions, (I,) true for what does; and what people had."""
+
+    allowed: Mask | None
+    seen: bool
+
+    def mark(self, placed: Scores, histories: Histories) -> None:
+        """Put it at minus infinity, in place, (R, I)."""
+        if self.seen:
+            histories.mark(placed, -np.inf)
+        if self.allowed is not None:
+            placed[:, ~self.allowed] = -np.inf
 
 
 @dataclass(frozen=True)
