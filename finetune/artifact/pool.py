@@ -14,7 +14,7 @@ from torch import nn
 
 from finetune.adapters.routing import UnroutableError, can_route, load_several, route_rows
 from finetune.artifact.load import build_predictor, choose_device
-from finetune.artifact.predictor import Prediction, Predictor
+from finetune.artifact.predictor import Prediction, Predictor, check_texts
 from finetune.artifact.saved import open_saved, resolve_shared_base
 from finetune.data.batches import Batch, Examples, Indices, list_inputs
 from finetune.errors import UsageError
@@ -66,29 +66,30 @@ class AdapterPool:
         """Score texts, in order.
 
         Args:
-            texts: any number, as they come; each gets the cleaning of its adapter's recipe.
+            texts: any number, as they come, none empty; each gets the cleaning of its adapter's recipe.
             adapters: a name for all texts, or one name for each.
 
         Raises:
-            UsageError: an unknown name, or another number of names than of texts.
+            UsageError: an unknown name, another number of names than of texts, or an empty text.
         """
+        names = self._name_rows(texts, adapters)
+        check_texts(texts)
         answers: dict[int, Prediction] = {}
-        for member, rows, logits in self._answer(texts, adapters):
+        for member, rows, logits in self._answer(texts, names):
             answers.update(zip(rows, member.build_predictions(logits), strict=True))
         return [answers[i] for i in range(len(texts))]
 
     def compute_scores(self, texts: Sequence[str], adapters: str | Sequence[str]) -> list[npt.NDArray[np.float64]]:
         """Calibrated probabilities of each text, (K,) with the K of its adapter; arguments as in `predict`."""
         scores: dict[int, npt.NDArray[np.float64]] = {}
-        for member, rows, logits in self._answer(texts, adapters):
+        for member, rows, logits in self._answer(texts, self._name_rows(texts, adapters)):
             scores.update(zip(rows, member.calibrate(logits), strict=True))
         return [scores[i] for i in range(len(texts))]
 
     def _answer(
-        self, texts: Sequence[str], adapters: str | Sequence[str]
+        self, texts: Sequence[str], names: Sequence[str]
     ) -> Iterator[tuple[Predictor, list[int], npt.NDArray[np.float32]]]:
         """Each adapter with the numbers of its texts and their logits, (N, K)."""
-        names = self._name_rows(texts, adapters)
         places = {name: [i for i, given in enumerate(names) if given == name] for name in dict.fromkeys(names)}
         examples = {name: self._members[name].encode([texts[i] for i in rows]) for name, rows in places.items()}
         with self._lock:

@@ -11,6 +11,7 @@ import ast
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,20 @@ def test_readme_has_a_command_line_for_every_verb() -> None:
     needs_nothing = {verb for verb in verbs if verb[-1] in ("list", "doctor", "schema")}
     lines = {parse_command(words) for words in list_commands(ENGLISH) if tuple(words) not in verbs - needs_nothing}
     assert lines == verbs
+
+
+def test_every_option_is_in_a_document() -> None:
+    text = "\n".join(map(read, DOCUMENTS))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text))
+    command = get_command(app)
+    given = {
+        f"{' '.join(verb)} {option}"
+        for verb in list_verbs(command)
+        for parameter in reduce(lambda group, name: group.commands[name], verb, command).params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+        if option.startswith("--") and option not in named
+    }
+    assert not given
 
 
 @each_document

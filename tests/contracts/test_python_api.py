@@ -64,7 +64,7 @@ def test_shots_shrink_train_and_validation_alone(write_recipe, tmp_path):
 
 
 def test_a_prediction_is_the_most_likely_class_with_its_probability(predictor):
-    for prediction in predictor.predict(TEXTS):
+    for prediction in predictor.predict([text for text in TEXTS if text]):
         assert sum(prediction.scores.values()) == pytest.approx(1.0)
         assert list(prediction.scores) == ["negative", "neutral", "positive"]
         assert prediction.confidence == max(prediction.scores.values()) == prediction.scores[prediction.label]
@@ -101,6 +101,12 @@ def test_nothing_in_nothing_out(predictor):
 def test_one_text_is_not_a_list_of_texts(predictor):
     with pytest.raises(UsageError, match=r"texts must be a list of texts, got one text\. Write predict\(\[text\]\)"):
         predictor.predict("shares fall")
+
+
+def test_an_empty_text_has_no_class(predictor):
+    """Its scores can be had, for whoever wants them; a label would be made up."""
+    with pytest.raises(UsageError, match=r"^predict: no text may be empty, got 2 texts \(2, 3\)\. Leave out what is"):
+        predictor.predict(["shares fall", "", " \n", "ok"])
 
 
 @pytest.mark.parametrize("part", ["", "model", ".."])
