@@ -39,7 +39,7 @@ from finetune.artifact.run_folder import (
     load_json,
     save_json,
 )
-from finetune.artifact.save import save_model
+from finetune.artifact.save import forget_token_types, save_model
 from finetune.artifact.starting import check_adapters, compute_fingerprints, settle_adapters, start_from_adapters
 from finetune.artifact.teacher import ask_teacher
 from finetune.data.batches import Batch, Examples
@@ -340,6 +340,8 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
                 "max_length": recipe.model.max_length,
                 "generate": recipe.evaluate.generate.model_dump(mode="json"),
             }
+            if train_rows.token_type_ids is None:
+                forget_token_types(tokenizer)
             save_model(model, tokenizer, folder.model, settings)
             prune_checkpoints(folder.checkpoints, 1, state.best_step)
             folder.update_status(

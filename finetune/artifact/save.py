@@ -49,6 +49,17 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, settings: dict[st
     seal_folder(temporary, folder, settings)
 
 
+def forget_token_types(tokenizer: Any) -> None:
+    """Let a tokenizer, when saved and loaded, no longer say which of two texts a token belongs to.
+
+    Whoever asks a model with `model(**tokenizer(question, passage))` gives it what the tokenizer says. Types that
+    training never showed it would change its scores.
+    """
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = names
+    tokenizer.init_kwargs["model_input_names"] = names  # only what is among these is saved
+
+
 def seal_folder(temporary: Path, folder: Path, settings: dict[str, Any]) -> None:
     """Put the settings and every file's checksum into a finished folder, and move it to its place."""
     # A flipped bit in weights loads without a word, and so does a folder without its tokenizer: `load` compares.

@@ -7,8 +7,11 @@ import json
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import finetune
+from finetune.artifact.export.export_run import export_run
 from finetune.artifact.predictions import load_predictions
 from finetune.errors import DataError, UsageError
 from finetune.evaluation.corpus_metrics import compute_rank_statistics
@@ -128,7 +131,14 @@ def test_one_task_alone(kind, head, use, write_questions, tiny_base, tmp_path):
     if kind == "retrieval":
         assert predictor.embed(["gains profit"]).shape[0] == 1
     else:
-        assert len(predictor.score_pairs("gains", ["gains profit", "loss"])) == 2
+        passages = ["gains profit", "loss"]
+        export_run(run.folder.path, "transformers")
+        whole = run.folder.export("transformers")
+        tokenizer = AutoTokenizer.from_pretrained(whole)
+        model = AutoModelForSequenceClassification.from_pretrained(whole).eval()
+        with torch.no_grad():  # as people do who know transformers alone
+            logits = model(**tokenizer(["gains"] * 2, passages, padding=True, return_tensors="pt")).logits[:, 0]
+        assert predictor.score_pairs("gains", passages) == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
 
 
 def test_a_task_without_knowledge_says_where_to_put_it(write_questions, tiny_base, tmp_path):
