@@ -32,6 +32,15 @@ def pack_linear_layers(model: nn.Module) -> nn.Module:
     return model
 
 
+def unpack_linear_layers(model: nn.Module) -> nn.Module:
+    """Take the layers back to plain ones, in place: what transformers alone would have."""
+    for module in model.modules():
+        if type(module) is PackedLinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+            module.__dict__.pop("_packed", None)
+    return model
+
+
 @cache
 def is_packed_faster() -> bool:
     """Whether oneDNN multiplies float32 clearly faster on this CPU: best of several, alternating."""

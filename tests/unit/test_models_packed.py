@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from finetune.artifact.export import speed
+from finetune.artifact.export.speed import Contender
 from finetune.models import packed
-from finetune.models.packed import PackedLinear, pack_linear_layers
+from finetune.models.packed import PackedLinear, pack_linear_layers, unpack_linear_layers
+from finetune.tasks import MaskedLM
 
 needs_onednn = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -88,3 +91,36 @@ def test_what_trains_is_large_or_is_not_faster_stays_as_it_is(monkeypatch: pytes
         assert type(pack_linear_layers(frozen)[0]) is nn.Linear
     monkeypatch.setattr(packed, "is_packed_faster", lambda: False)
     assert type(pack_linear_layers(frozen)[0]) is nn.Linear
+
+
+@needs_onednn
+def test_layers_are_plain_again_when_they_are_taken_back():
+    plain, fast = build()
+    x = torch.randn(3, 6)
+    with torch.inference_mode():
+        fast(x)
+        assert torch.equal(unpack_linear_layers(fast)(x), plain(x))
+    assert type(fast[0]) is nn.Linear
+    assert fast[0].__dict__.keys() == plain[0].__dict__.keys()
+
+
+@needs_onednn
+def test_what_an_export_is_measured_against_has_plain_layers():
+    """The pipeline that people have without this toolkit; the run itself keeps its fast layers."""
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+            seen.append((type(self.layer), tuple(input_ids.shape), tuple(attention_mask.shape)))
+
+    def read(text: str, **_options: object) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(("input_ids", "attention_mask"), torch.ones(1, len(text.split())))
+
+    model = pack_linear_layers(Model().requires_grad_(False))
+    speed._build_pipeline(MaskedLM(), Contender(model, read), 8)(["a b", "c"])
+    assert seen == [(nn.Linear, (1, 2), (1, 2)), (nn.Linear, (1, 1), (1, 1))]
+    assert type(model.layer) is PackedLinear

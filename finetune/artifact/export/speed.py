@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 
 from finetune.data.batches import Examples, collate, list_inputs, plan_prediction
 from finetune.models.classifier import get_padding
+from finetune.models.packed import unpack_linear_layers
 from finetune.models.prediction import get_budget
 from finetune.models.quiet import quiet_transformers
 from finetune.tasks import MultiTask, Task, TextClassification
@@ -144,7 +146,8 @@ def _compute_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def _build_pipeline(task: Task | MultiTask, contender: Contender, max_length: int) -> Callable[[Sequence[str]], Any]:
-    model, tokenizer = contender.model, contender.tokenizer
+    # People who know transformers alone have its own products, not those that a loaded run has.
+    model, tokenizer = unpack_linear_layers(deepcopy(contender.model)), contender.tokenizer
     if isinstance(task, TextClassification):
         from transformers import pipeline
 
