@@ -21,6 +21,7 @@ from finetune.applications.recommender.histories import People, normalize_ids, r
 from finetune.applications.recommender.load import load_people
 from finetune.applications.recommender.reasons import Reasons
 from finetune.applications.recommender.recommender import choose_chunk, diversify
+from finetune.applications.recommender.records import shorten
 from finetune.artifact.run_folder import RunFolder
 from finetune.data.interactions import Catalogue
 from finetune.errors import FinetuneError, ResourceError, UsageError
@@ -54,6 +55,20 @@ def judged(shop_run: Path) -> tuple[Recommendation, list[list[str]], list[dict[s
 
 def list_ids(found: Any) -> list[str]:
     return [item.id for item in found.items]
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("The Bell Under the Ice. A mystery.", "The Bell Under the Ice"),
+        ("Twelve Monkeys (a.k.a. 12 Monkeys) (1995). Mystery, Sci-Fi", "Twelve Monkeys (a.k.a. 12 Monkeys) (1995)"),
+        ("Mr. Smith Goes Home (1939). Drama", "Mr. Smith Goes Home (1939)"),
+        ("No end", "No end"),
+        ("x" * 70, "x" * 57 + "..."),
+    ],
+)
+def test_people_see_an_item_by_its_title(text, title):
+    assert shorten(text) == title
 
 
 # Lists

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 SHOWN_CHARACTERS = 60
 """Of an item's text, in words for people."""
+SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])(?<!\b(?:Mr|Ms|Dr|St|Jr|Sr|vs))(?<!\bMrs)\. ")
+"""Not that of "Mr. Smith" or "a.k.a. 12 Monkeys"."""
 SHOWN_FEATURES = 3
 BOTH, SEQUENCE, POPULAR = "both", "sequence", "popular_week"
 """What put an item into its place: the trees over both stages, the sequence model, or what was popular of late."""
@@ -114,5 +117,5 @@ class RankedList:
 
 def shorten(text: str) -> str:
     """The first sentence of an item's text, at most 60 characters: its title, as texts begin with it."""
-    title = text.partition(". ")[0]
+    title = SENTENCE_END.split(text, maxsplit=1)[0]
     return title if len(title) <= SHOWN_CHARACTERS else f"{title[: SHOWN_CHARACTERS - 3]}..."
