@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.numpy import load_file
 
 from finetune.applications.recommender.histories import People
-from finetune.applications.recommender.nearest import NearestItems
+from finetune.applications.recommender.nearest import import_faiss
 from finetune.applications.recommender.recommender import Recommender
 from finetune.artifact.load import choose_device
 from finetune.artifact.run_folder import RunFolder, find_run
@@ -20,18 +19,15 @@ from finetune.artifact.saved import open_saved
 from finetune.data.catalog import card_names, load_card
 from finetune.data.interactions import ROLES, Catalogue, load_catalogue, settle_items
 from finetune.errors import DataError, ResourceError, UsageError
-from finetune.evaluation.counting import Histories
 from finetune.models.base import load_tokenizer, resolve_base
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import TaskSection
 from finetune.tasks.items import Counts
 from finetune.tasks.judge_lists import COUNTS_FILE, RANKER_FILE
 from finetune.tasks.ranker import import_lightgbm
-from finetune.tasks.recommendation import Recommendation, compute_states, embed_items
+from finetune.tasks.recommendation import Recommendation, embed_items
 
 INDEXES = ("exact", "faiss")
-SAMPLES, SAMPLE_EVENTS = 512, 5
-"""Histories that an index is tuned and measured on, and the events of each, drawn by popularity."""
 
 
 def load_recommender(run: str | Path, *, items: Path | None = None, index: str = "exact") -> Recommender:
@@ -56,11 +52,13 @@ def load_recommender(run: str | Path, *, items: Path | None = None, index: str =
     task = saved.task
     if not isinstance(task, Recommendation):
         raise UsageError(f"{run}: must be a run of type recommendation, got {task.type}.")
-    if index != "exact" and task.rank is not None:
-        raise UsageError(
-            f"--index {index}: must be for a run without a second stage, whose features need the score of every item, "
-            f"got {run} with `rank`. Leave --index out, or train one with --set tasks.<name>.rank=null."
-        )
+    if index == "faiss":
+        if task.rank is not None:
+            raise UsageError(
+                f"--index {index}: must be for a run without a second stage, whose features need the score of every "
+                f"item, got {run} with `rank`. Leave --index out, or train one with --set tasks.<name>.rank=null."
+            )
+        import_faiss()
     path = saved.folder / COUNTS_FILE
     if not path.is_file():
         raise ResourceError(f"{path}: must be there, got no file: the run was not judged. Try: finetune resume {run}")
@@ -68,9 +66,8 @@ def load_recommender(run: str | Path, *, items: Path | None = None, index: str =
     model: Any = task.load_model(saved.folder).eval().requires_grad_(False).to(choose_device())
     if items is not None:
         task, counts = _extend(task, model, counts, items, _find_own_run(run))
-    max_length = saved.settings["max_length"]
-    nearest = _build_index(model, counts, max_length) if index == "faiss" else None
-    return Recommender(task, model, max_length, counts, _load_trees(saved.folder, task), nearest)
+    trees = _load_trees(saved.folder, task)
+    return Recommender(task, model, saved.settings["max_length"], counts, trees, is_exact=index == "exact")
 
 
 def load_people(run: str | Path, events: str | None = None) -> People:
@@ -94,19 +91,6 @@ def load_people(run: str | Path, events: str | None = None) -> People:
         return People.load(section.data, section.columns, folder.recipe_folder)
     except DataError as error:
         raise UsageError(f"--user: must have the run's events at hand, got: {error} Or add --events FILE.") from error
-
-
-def _build_index(model: Any, counts: Counts, max_length: int) -> NearestItems:
-    """An index over all items, tuned on histories of what is popular."""
-    generator = np.random.default_rng(0)
-    weights = counts.vectors["popularity"].astype(float) + 1e-9
-    drawn = generator.choice(len(weights), SAMPLES * SAMPLE_EVENTS, p=weights / weights.sum())
-    starts = np.arange(0, len(drawn), SAMPLE_EVENTS)
-    with torch.inference_mode():
-        vectors, bias = model.compute_item_vectors(), model.compute_item_bias()
-        states = compute_states(model, Histories(drawn, starts, starts + SAMPLE_EVENTS), max_length, vectors)[1]
-    biases = None if bias is None else bias.float().cpu().numpy()
-    return NearestItems.build(vectors.float().cpu().numpy(), biases, states)
 
 
 def _load_trees(folder: Path, task: Recommendation) -> Any:

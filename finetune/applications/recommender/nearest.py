@@ -7,7 +7,7 @@ the largest product becomes what is near by one more coordinate, sqrt(M - |v|^2)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,21 +33,22 @@ class NearestItems:
 
     Args:
         index: faiss's.
+        vectors: what states are multiplied with, (I, D).
+        bias: added to the products, (I,); None for none.
         recall: share of the first `COMPARED` items of a list that it finds, on states that it was not tuned on.
-        looks_into: share of the cells that are looked into for one state.
     """
 
     index: Any
-    recall: float
-    looks_into: float
+    vectors: Vectors
+    bias: Vectors | None
+    recall: float = float("nan")
 
     @classmethod
     def build(cls, vectors: Vectors, bias: Vectors | None, states: Vectors, seed: int = 0) -> NearestItems:
         """Deal the items into cells, and look into as many as recall asks for.
 
         Args:
-            vectors: what states are multiplied with, (I, D).
-            bias: added to the products, (I,); None for none.
+            vectors, bias: of the items.
             states: such as will be asked for, (N, D), N at least 2: half of them tune, the others measure.
             seed: of k-means.
 
@@ -63,14 +64,19 @@ class NearestItems:
         index.cp.seed, index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = seed, 1, ITEMS_PER_CELL
         index.train(items)
         index.add(items)
-        right = cls(index, 1.0, 1.0)
+        nearest = cls(index, vectors, bias)
         tuned, measured = states[::2], states[1::2]
-        best = _find_exactly(vectors, bias, tuned)
+        best = nearest._find_exactly(tuned)
         index.nprobe = 1
-        while index.nprobe < cells and _compute_recall(right.search(tuned, COMPARED), best) < RECALL:
+        while index.nprobe < cells and _compute_recall(nearest.search(tuned, COMPARED), best) < RECALL:
             index.nprobe = min(2 * index.nprobe, cells)
-        recall = _compute_recall(right.search(measured, COMPARED), _find_exactly(vectors, bias, measured))
-        return cls(index, recall, index.nprobe / cells)
+        recall = _compute_recall(nearest.search(measured, COMPARED), nearest._find_exactly(measured))
+        return replace(nearest, recall=recall)
+
+    @property
+    def looks_into(self) -> float:
+        """Share of the cells that are looked into for one state."""
+        return float(self.index.nprobe / self.index.nlist)
 
     def describe(self) -> str:
         """For people."""
@@ -89,6 +95,15 @@ class NearestItems:
         found: Numbers = self.index.search(asked, min(count, self.index.ntotal))[1]
         return found
 
+    def score(self, states: Vectors, items: Numbers) -> Vectors:
+        """Each state (N, D) with items of its own, (N, K): (N, K)."""
+        scores: Vectors = np.matmul(self.vectors[items], states[:, :, None])[:, :, 0]
+        return scores if self.bias is None else scores + self.bias[items]
+
+    def _find_exactly(self, states: Vectors) -> Numbers:
+        scores = states @ self.vectors.T + (0 if self.bias is None else self.bias)
+        return np.argsort(-scores, axis=1, kind="stable")[:, :COMPARED]
+
 
 def import_faiss() -> Any:
     """faiss.
@@ -104,11 +119,6 @@ def import_faiss() -> Any:
             "or leave --index out to score every item."
         ) from error
     return faiss
-
-
-def _find_exactly(vectors: Vectors, bias: Vectors | None, states: Vectors) -> Numbers:
-    scores = states @ vectors.T + (0 if bias is None else bias)
-    return np.argsort(-scores, axis=1, kind="stable")[:, :COMPARED]
 
 
 def _compute_recall(found: Numbers, best: Numbers) -> float:

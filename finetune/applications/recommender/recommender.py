@@ -30,6 +30,8 @@ from finetune.tasks.recommendation import Recommendation, compute_sequence_score
 CELLS = 3_200_000
 """Scores of a chunk, R x I at most."""
 MAX_CHUNK = 128
+SAMPLES, SAMPLE_EVENTS = 512, 5
+"""Histories that an index is tuned and measured on, and the events of each, drawn by popularity."""
 POOL = 100
 """Of the best items at least so many are looked at for a diverse list."""
 
@@ -77,7 +79,7 @@ class Recommender:
         max_length: items of a history that it reads.
         counts: what was counted before the test's cut.
         trees: the second stage; None where there is none.
-        nearest: finds the first items without scoring all, of a run without a second stage; None to score all.
+        is_exact: whether every item is scored; else `nearest` finds the first ones, of a run without a second stage.
     """
 
     task: Recommendation
@@ -85,7 +87,7 @@ class Recommender:
     max_length: int
     counts: Counts
     trees: Any = None
-    nearest: NearestItems | None = None
+    is_exact: bool = True
 
     def recommend(self, history: History, top: int = 10, **wish: Any) -> RankedList:
         """Items for one person.
@@ -150,10 +152,9 @@ class Recommender:
         placed = np.full((len(histories), len(self.task.catalogue.ids)), -np.inf, np.float32)
         rows, states = compute_states(self.model, histories, self.max_length, self._vectors)
         count = wish.pool + int(histories.lengths.max(initial=0))
-        for row, state, found in zip(rows, states, nearest.search(states, count), strict=True):
-            items = torch.from_numpy(found[found >= 0])
-            vectors = self._vectors[items]
-            placed[row, items] = self.model.score(torch.from_numpy(state), items, vectors).float().numpy()
+        items = nearest.search(states, count)
+        scores, found = nearest.score(states, items), items >= 0
+        placed[np.repeat(rows, found.sum(axis=1)), items[found]] = scores[found]
         left_out.mark(placed, histories)
         short = np.flatnonzero(np.isfinite(placed).sum(axis=1) < wish.pool)
         if len(short):
@@ -180,6 +181,20 @@ class Recommender:
         with torch.inference_mode():
             vectors: torch.Tensor = self.model.compute_item_vectors()
         return vectors
+
+    @cached_property
+    def nearest(self) -> NearestItems | None:
+        """An index over all items, tuned on histories of what is popular; None where every item is scored."""
+        if self.is_exact:
+            return None
+        weights = self.counts.vectors["popularity"].astype(float) + 1e-9
+        drawn = np.random.default_rng(0).choice(len(weights), SAMPLES * SAMPLE_EVENTS, p=weights / weights.sum())
+        starts = np.arange(0, len(drawn), SAMPLE_EVENTS)
+        samples = Histories(drawn, starts, starts + SAMPLE_EVENTS)
+        states = compute_states(self.model, samples, self.max_length, self._vectors)[1]
+        bias = self.model.compute_item_bias()
+        biases = None if bias is None else bias.detach().float().cpu().numpy()
+        return NearestItems.build(self._vectors.float().cpu().numpy(), biases, states)
 
     @cached_property
     def _popular(self) -> Scores:

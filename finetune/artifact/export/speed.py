@@ -146,8 +146,9 @@ def _compute_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def _build_pipeline(task: Task | MultiTask, contender: Contender, max_length: int) -> Callable[[Sequence[str]], Any]:
-    # People who know transformers alone have its own products, not those that a loaded run has.
-    model, tokenizer = unpack_linear_layers(deepcopy(contender.model)), contender.tokenizer
+    # People who know transformers alone have its own products, not those that a loaded run has. The weights are shared.
+    weights = {id(tensor): tensor for tensor in (*contender.model.parameters(), *contender.model.buffers())}
+    model, tokenizer = unpack_linear_layers(deepcopy(contender.model, weights)), contender.tokenizer
     if isinstance(task, TextClassification):
         from transformers import pipeline
 
