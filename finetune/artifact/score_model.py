@@ -18,6 +18,7 @@ from finetune.data.knowledge import Entry, load_card_knowledge, load_knowledge
 from finetune.data.rows import Row
 from finetune.data.sources import LoadedRows, load_rows
 from finetune.data.splits import split_rows
+from finetune.data.turns import CONTEXT
 from finetune.errors import ColumnError, DataError, UsageError
 from finetune.models.base import WHEELS, BaseModel, resolve_base
 from finetune.recipe.defaults import TYPE_DEFAULTS
@@ -33,7 +34,6 @@ from finetune.tasks import (
     Task,
     TextClassification,
 )
-from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.preparation import check_held_out
 
 ON_BASE = ("frozen_logreg", "frozen", "fused")

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from finetune.cli.output import AsJson, Engine, RunArgument, make_printable, print_note
+from finetune.cli.output import AsJson, Engine, RunArgument, make_printable, print_note, show_outcomes
 
 if TYPE_CHECKING:
     from finetune.applications.support.assistant import Assistant, Reply
@@ -77,21 +77,28 @@ def chat_command(
 
 def _replay(assistant: Assistant, path: Path, log: TurnLog | None, as_json: bool) -> None:
     from finetune.applications.support.dialogue import load_dialogues, replay
+    from finetune.applications.support.evaluate import OUT_OF_SCOPE, judge_turn, summarize
+    from finetune.recipe.schema import EvaluateSection
 
-    console = Console()
-    for dialogue in load_dialogues(path):
+    console, judged = Console(), []
+    for dialogue in load_dialogues(path, [*assistant.reader.intents, OUT_OF_SCOPE]):
         if not as_json:
             console.rule(Text(make_printable(dialogue.id)), align="left")
         for turn, reply in replay(dialogue, assistant.reply):
             if log:
                 log.write(dialogue.id, turn.text, reply)
+            if answered := judge_turn(dialogue, turn, reply):
+                judged.append(answered)
             if as_json:
-                _print_line(
-                    {"session": dialogue.id, "message": turn.text, "expected_intent": turn.intent} | reply.to_json()
-                )
+                expected = {"expected_intent": turn.intent, "judgement": answered.judgement if answered else None}
+                _print_line({"session": dialogue.id, "message": turn.text} | expected | reply.to_json())
             else:
                 console.print(Text.assemble(("you  ", "bold"), make_printable(turn.text)))
                 _show_reply(console, reply)
+    if judged and not as_json:
+        section = EvaluateSection()
+        shares = summarize(judged, confidence=section.confidence, resamples=section.resamples, seed=0)
+        show_outcomes(shares, "labelled turns", "the recorded dialogues, each turn behind those before it")
 
 
 def _serve_lines(assistant: Assistant, log: TurnLog | None) -> None:

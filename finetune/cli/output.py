@@ -81,3 +81,24 @@ def fail(message: str, code: int, as_json: bool) -> NoReturn:
         print_json({"error": message, "exit_code": code})
     sys.stderr.write(f"finetune: {message}\n")
     sys.exit(code)
+
+
+def show_outcomes(figures: Mapping[str, Any], asked: str, title: str) -> None:
+    """What came of what an assistant was asked, in and out of scope.
+
+    Args:
+        figures: as `applications.support.evaluate.summarize` has them.
+        asked: what was judged, such as questions.
+        title: of the table.
+    """
+    from finetune.applications.support.evaluate import OUTCOMES
+    from finetune.evaluation.wording import format_score
+
+    rows = []
+    for name in ("in_scope", "out_of_scope"):
+        if part := figures.get(name):
+            said, count = name.replace("_", " "), f"{part['questions']:,}"
+            rows.append([said, count, *(format_score(part[outcome]) for outcome in OUTCOMES)])
+            if any(part["in_the_end"][each]["value"] != part[each]["value"] for each in OUTCOMES):
+                rows.append([f"{said}, in the end", "", *(format_score(part["in_the_end"][each]) for each in OUTCOMES)])
+    print_table(["", asked, *(outcome.replace("_", " ") for outcome in OUTCOMES)], rows, title=title)

@@ -18,6 +18,7 @@ from finetune.cli.output import (
     print_note,
     print_table,
     print_text,
+    show_outcomes,
 )
 
 if TYPE_CHECKING:
@@ -173,16 +174,7 @@ def _build_applications(run: Run, quiet: bool) -> dict[str, dict[str, Any]]:
 
 
 def _show_assistant(figures: dict[str, Any]) -> None:
-    from finetune.evaluation.wording import format_score
-
-    outcomes = ("right", "wrong", "handed_over", "asked_back")
-    rows = []
-    for name in ("in_scope", "out_of_scope"):
-        if part := figures.get(name):
-            said, count = name.replace("_", " "), f"{part['questions']:,}"
-            rows.append([said, count, *(format_score(part[outcome]) for outcome in outcomes)])
-            rows.append([f"{said}, in the end", "", *(format_score(part["in_the_end"][each]) for each in outcomes)])
-    print_table(["", "questions", *(o.replace("_", " ") for o in outcomes)], rows, title="assistant, test, end to end")
+    show_outcomes(figures, "questions", "assistant, test, end to end")
 
 
 def _show_monitor(figures: dict[str, Any]) -> None:

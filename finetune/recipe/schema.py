@@ -220,6 +220,9 @@ class TaskSection(Section):
     typos: Ratio = 0.0
     """Share of the train rows of which a copy with mistakes of typing is learned from too; for text_classification,
     retrieval and reranking."""
+    subject_changes: Ratio = 0.0
+    """Share of the train rows without context of which a copy behind a conversation about another row is learned from
+    too: what was said before need not matter. For tasks that `typos` is for, where a column is read as `context`."""
     items: ItemsSection | None = None
     """The catalogue of a recommendation's items; its keys go before those of the card."""
     recommend: RecommendSection | None = None

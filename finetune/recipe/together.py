@@ -114,6 +114,8 @@ def _list_foreign_keys(where: str, task: TaskSection) -> list[str]:
         problems.append(f"{where}.prompt: must be left out unless the type is completion, got {kind}.")
     if kind not in TYPED and task.typos:
         problems.append(f"{where}.typos: must be 0 for {kind}, got {task.typos:g}.")
+    if kind not in TYPED and task.subject_changes:
+        problems.append(f"{where}.subject_changes: must be 0 for {kind}, got {task.subject_changes:g}.")
     return problems
 
 

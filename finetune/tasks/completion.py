@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from finetune.data.batches import IGNORED, Examples
 from finetune.data.cleaning import clean_text
 from finetune.data.rows import Row
+from finetune.data.turns import CONTEXT
 from finetune.errors import DataError
 from finetune.evaluation.answer_baselines import find_sentences
 from finetune.evaluation.corpus_scoring import SystemOutput
@@ -19,7 +20,6 @@ from finetune.recipe.messages import suggest
 from finetune.recipe.prompt import list_columns, parse_prompt
 from finetune.recipe.schema import GenerateSection, ModelSection, TaskSection, TextStep
 from finetune.tasks import language
-from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.shapes import OnLanguageModel
 from finetune.tasks.task import HeldOut, Judgement, TaskData
 from finetune.tasks.written import copy_or_find, judge_written

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from finetune.data.rows import Row
+from finetune.data.turns import CONTEXT
 
 Side = Literal["start", "end"]
-CONTEXT = "context"
-"""The role of what was said before a text: earlier turns of a dialogue, the last one at the end."""
 
 
 def join_context(text: str, context: str | None) -> str:

@@ -15,6 +15,7 @@ from finetune.data.cleaning import clean_text
 from finetune.data.knowledge import Entry
 from finetune.data.ranking import LexicalIndex
 from finetune.data.rows import Row
+from finetune.data.turns import CONTEXT
 from finetune.errors import DataError
 from finetune.evaluation.corpus_metrics import compute_rank_statistics
 from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, score_corpus
@@ -23,7 +24,7 @@ from finetune.evaluation.ranking_baselines import Rankings, compute_ranking_base
 from finetune.models.base import load_tokenizer
 from finetune.models.embedding import compute_embeddings
 from finetune.recipe.schema import TextStep
-from finetune.tasks.encoding import CONTEXT, encode_texts, join_context, read_question
+from finetune.tasks.encoding import encode_texts, join_context, read_question
 from finetune.tasks.task import HeldOut, Judgement
 
 ENTRY = "entry"

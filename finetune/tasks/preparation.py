@@ -28,12 +28,12 @@ from finetune.data.knowledge import Entry, compute_knowledge_fingerprint, load_c
 from finetune.data.rows import Row, Splits, build_name_rows
 from finetune.data.sources import LoadedRows, load_rows
 from finetune.data.splits import keep_shots, split_rows
+from finetune.data.turns import CONTEXT, add_subject_changes
 from finetune.data.typos import add_typos
 from finetune.errors import DataError
 from finetune.models.base import BaseModel
 from finetune.recipe.schema import ModelSection, TaskSection
 from finetune.tasks import TASKS, MultiTask, Recommendation, Reranking, Retrieval, TextClassification
-from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.entries import ENTRY
 from finetune.tasks.multi_task import Headed
 from finetune.tasks.people import load_others, load_people
@@ -184,10 +184,7 @@ def _prepare_part(
     if section.split.shots is not None:  # after leaks were dropped, so that the count holds
         splits = keep_shots(splits, section.split.shots, seed=seed)
         findings += check_shots(splits["train"], task.labels or [], section.split.shots)
-    if section.class_names == "rows":
-        splits["train"] = [*splits["train"], *build_name_rows(task.labels or [])]
-    if section.typos:
-        splits["train"] = add_typos(splits["train"], section.typos, seed=seed)
+    splits["train"] = _add_rows(splits["train"], known, task.labels, entries or _find_entries(known, source), seed)
     tokenizer = tokenizer or task.build_tokenizer(base, splits["train"], model)
     task = task.bind(tokenizer)
     examples = {name: task.build_examples(rows, tokenizer, model.max_length) for name, rows in splits.items()}
@@ -202,6 +199,30 @@ def _prepare_part(
         notes.append(Finding("no_entry", "note", "all", left_out, message))
     findings = [*findings, *check_lengths(lengths, model.max_length), *notes]
     return Part(section, task, source, splits, examples, findings, entries), tokenizer
+
+
+def _add_rows(
+    train: Sequence[Row], section: TaskSection, labels: Sequence[str] | None, entries: Sequence[Entry], seed: int
+) -> list[Row]:
+    """The train rows, and those that a recipe has made out of them."""
+    rows = [*train, *(build_name_rows(labels or []) if section.class_names == "rows" else [])]
+    if section.typos:
+        rows = add_typos(rows, section.typos, seed=seed)
+    if section.subject_changes:
+        if CONTEXT not in section.columns:
+            raise DataError(
+                f"{section.data}: subject_changes must be 0 where no column is read as what was said before, got "
+                f"{section.subject_changes:g}. Name one: columns: {{{CONTEXT}: COLUMN}}."
+            )
+        answers = {entry.id: entry.text for entry in entries}
+        rows = add_subject_changes(rows, section.subject_changes, answers, seed=seed)
+    return rows
+
+
+def _find_entries(section: TaskSection, source: LoadedRows) -> list[Entry]:
+    """The entries that agents answer from, where a card has them and the recipe needs them."""
+    card = source.card if section.subject_changes else None
+    return load_card_knowledge(card) if card and card.knowledge else []
 
 
 def _prepare_people(

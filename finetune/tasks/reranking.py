@@ -16,6 +16,7 @@ from torch import nn
 from finetune.data.batches import Batch, Examples, list_inputs
 from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
+from finetune.data.turns import CONTEXT
 from finetune.evaluation.ranking_baselines import Rankings, find_places
 from finetune.models.base import BaseModel
 from finetune.models.classifier import (
@@ -26,7 +27,7 @@ from finetune.models.classifier import (
 )
 from finetune.models.prediction import compute_logits
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
-from finetune.tasks.encoding import CONTEXT, read_question
+from finetune.tasks.encoding import read_question
 from finetune.tasks.entries import ENTRY, Library, compute_mean_metrics
 from finetune.tasks.shapes import OnBase
 from finetune.tasks.task import HeldOut, Judgement, Outputs, TaskData

@@ -17,13 +17,14 @@ from finetune.data.batches import Batch, Examples, Indices, list_inputs
 from finetune.data.knowledge import Entry
 from finetune.data.ranking import COSINE_SCALE
 from finetune.data.rows import Row
+from finetune.data.turns import CONTEXT
 from finetune.evaluation.ranking_baselines import find_places
 from finetune.models.base import BaseModel
 from finetune.models.classifier import get_padding
 from finetune.models.encoder import build_encoder, build_encoder_shape, load_saved_encoder, read_features
 from finetune.models.prediction import compute_by_row, scatter_rows
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
-from finetune.tasks.encoding import CONTEXT, encode_texts
+from finetune.tasks.encoding import encode_texts
 from finetune.tasks.entries import ENTRY, Library, compute_mean_metrics
 from finetune.tasks.shapes import OnBase
 from finetune.tasks.task import HeldOut, Judgement, Outputs, TaskData

@@ -15,6 +15,7 @@ from torch import nn
 from finetune.data.batches import IGNORED, Batch, Examples, list_inputs
 from finetune.data.cleaning import clean_text
 from finetune.data.rows import Row
+from finetune.data.turns import CONTEXT
 from finetune.errors import DataError
 from finetune.evaluation.baselines import BaselineData, BaselineResult, compute_baselines
 from finetune.evaluation.calibration import apply_temperature, fit_temperature
@@ -41,7 +42,7 @@ from finetune.models.embedding import compute_embeddings
 from finetune.models.prediction import compute_logits
 from finetune.recipe.messages import suggest
 from finetune.recipe.schema import ModelSection, TaskSection, TextStep
-from finetune.tasks.encoding import CONTEXT, encode_texts, read_question
+from finetune.tasks.encoding import encode_texts, read_question
 from finetune.tasks.shapes import OnBase
 from finetune.tasks.task import HeldOut, Judgement, Outputs, TaskData
 

@@ -171,8 +171,37 @@ def test_dialogues_are_replayed(chat, tmp_path):
     first, second = read_lines(chat(options=["--json", "--replay", path]))
     assert (first["session"], first["message"], first["expected_intent"]) == ("d1", "cancel it", "cancel_order")
     assert second["text"] == "I have cancelled order 12345."
+    assert (first["judgement"], second["judgement"]) == ("right", None)  # what carries no label is not judged
     shown = chat(options=["--replay", path]).out
     assert shown.index("d1") < shown.index("cancel it") < shown.index("I have cancelled order 12345.")
+
+
+def test_replayed_dialogues_say_how_many_turns_were_answered_right(chat, tmp_path):
+    path = tmp_path / "dialogues.jsonl"
+    turns = [
+        {"speaker": "customer", "text": "cancel order 12345", "intent": "cancel_order"},
+        {"speaker": "customer", "text": "how do returns of shoes work", "intent": "returns", "entry": "delivery-01"},
+        {"speaker": "customer", "text": "stop the mail", "intent": "cancel_order"},
+        {"speaker": "customer", "text": "who won", "intent": "out_of_scope"},
+    ]
+    lines = [json.dumps({"id": f"d{number}", "turns": [turn]}) for number, turn in enumerate(turns)]
+    path.write_text("\n".join(lines) + "\n")
+    judged = [line["judgement"] for line in read_lines(chat(options=["--json", "--replay", path]))]
+    assert judged == ["right", "wrong", "asked_back", "right"]
+    shown = chat(options=["--replay", path]).out.splitlines()
+    row = next(line.split() for line in shown if line.startswith("in scope"))
+    assert row[:4] == ["in", "scope", "3", "0.333"]
+    row = next(line.split() for line in shown if line.startswith("out of scope"))
+    assert row[3:5] == ["1", "1.000"]
+
+
+def test_dialogues_of_another_model_are_refused(chat, tmp_path):
+    path = tmp_path / "dialogues.jsonl"
+    turn = {"speaker": "customer", "text": "hi", "intent": "greeting"}
+    path.write_text(json.dumps({"id": "d1", "turns": [turn]}) + "\n")
+    done = chat(options=["--replay", path])
+    assert done.code == 3
+    assert "dialogue 1, turn 1: intent must be left out, or one that the model knows, got 'greeting'." in done.err
 
 
 def test_the_log_holds_no_personal_data(chat, tmp_path):

@@ -78,7 +78,7 @@ def test_dialogues_of_a_file(tmp_path):
     path = write(
         tmp_path, {"id": "d1", "turns": [{"speaker": "customer", "text": "hi", "intent": "x", "entry": "e1 e2"}]}
     )
-    assert load_dialogues(path) == [Dialogue("d1", (Turn("customer", "hi", "x", "e1 e2"),))]
+    assert load_dialogues(path, ["x"]) == [Dialogue("d1", (Turn("customer", "hi", "x", "e1 e2"),))]
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,12 @@ def test_dialogues_of_a_file(tmp_path):
         (["hi"], "dialogue 1, turn 1: must be an object with speaker and text, got 'hi'"),
         ([{"speaker": "bot", "text": "hi"}], "turn 1: speaker must be customer or agent, got 'bot'"),
         ([{"speaker": "agent"}], "turn 1: text must be text, got nothing"),
+        (
+            [{"speaker": "customer", "text": "hi", "intent": "retruns"}],
+            "turn 1: intent must be left out, or one that the model knows, got 'retruns'. Did you mean 'returns'",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, turns, words):
     with pytest.raises(DataError, match=words):
-        load_dialogues(write(tmp_path, {"id": "d1", "turns": turns}))
+        load_dialogues(write(tmp_path, {"id": "d1", "turns": turns}), ["returns"])

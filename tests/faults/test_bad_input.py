@@ -66,6 +66,17 @@ def test_missing_recipe(refuse, tmp_path):
     refuse(tmp_path / "gone.yaml", 2, f"{tmp_path / 'gone.yaml'}: must be a file or the name of a shipped recipe.")
 
 
+def test_changes_of_the_subject_where_no_context_is_read(refuse, write_recipe, tmp_path):
+    path = write_recipe(tmp_path / "in")
+    refuse(
+        path,
+        3,
+        "subject_changes must be 0 where no column is read as what was said before, got 0.25. ",
+        "Name one: columns: {context: COLUMN}.",
+        overrides=["tasks.tone.subject_changes=0.25"],
+    )
+
+
 def test_unknown_metric_and_unknown_gate(refuse, write_recipe, tmp_path):
     path = write_recipe(tmp_path / "in", evaluate={"metrics": ["macro_f"], "gates": {"acuracy": ">= 0.8"}})
     refuse(path, 2, "'macro_f'", "macro_f1", "'acuracy'")

@@ -198,6 +198,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"tasks": {"tone": {"typos": 0.5}}},
         "tasks.tone.typos: must be 0 for seq2seq, got 0.5.",
     ),
+    "changes of the subject in a translation": (
+        "seq2seq",
+        {"tasks": {"tone": {"subject_changes": 0.5}}},
+        "tasks.tone.subject_changes: must be 0 for seq2seq, got 0.5.",
+    ),
 }
 
 

@@ -23,10 +23,10 @@ from finetune.applications.support.trained import build_reader
 from finetune.artifact.run_folder import RunFolder, find_run, load_json, save_json
 from finetune.data.catalog import find_card_folder
 from finetune.data.sources import LoadedRows, load_rows
+from finetune.data.turns import CONTEXT
 from finetune.errors import DataError, UsageError
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import AssistantSection, Recipe, TaskSection
-from finetune.tasks.encoding import CONTEXT
 from finetune.tasks.entries import ENTRY
 from finetune.tasks.preparation import load_entries
 

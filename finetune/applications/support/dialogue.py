@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 from finetune.data.files import Record, read_table
+from finetune.data.turns import AGENT, CONTEXT_TURNS, CUSTOMER, write_turn
 from finetune.errors import DataError
-from finetune.recipe.messages import show
+from finetune.recipe.messages import show, suggest
 
 Speaker = Literal["customer", "agent"]
 Answer = TypeVar("Answer")
 
-CONTEXT_TURNS = 4
-"""How many of the last turns the model reads."""
-CONTEXT_CHARACTERS = 300
-"""Of each of these turns."""
 KEPT_TURNS = 40
 """Of a conversation; older ones are forgotten."""
 KEPT_SESSIONS = 10_000
 """Of one assistant; the one that was silent longest is forgotten first."""
 
-_SPEAKERS: dict[str, Speaker] = {"Customer: ": "customer", "Agent: ": "agent"}
+_SPEAKERS: dict[str, Speaker] = {CUSTOMER: "customer", AGENT: "agent"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +80,7 @@ class Session:
     def context(self) -> str:
         """The last turns as lines "Customer: ..." and "Agent: ...", newest last; line ends in a turn become spaces."""
         names = {speaker: marker for marker, speaker in _SPEAKERS.items()}
-        return "\n".join(
-            names[turn.speaker] + " ".join(turn.text.split())[:CONTEXT_CHARACTERS]
-            for turn in self.turns[-CONTEXT_TURNS:]
-        )
+        return "\n".join(write_turn(names[turn.speaker], turn.text) for turn in self.turns[-CONTEXT_TURNS:])
 
     @property
     def customer_texts(self) -> list[str]:
@@ -145,11 +139,16 @@ def replay(dialogue: Dialogue, reply: Callable[[str, Session], Answer]) -> list[
     return answers
 
 
-def load_dialogues(path: Path) -> list[Dialogue]:
+def load_dialogues(path: Path, intents: Collection[str]) -> list[Dialogue]:
     """Read recorded dialogues: {"id", "turns": [{"speaker", "text", "intent"?, "entry"?}]} a line.
 
+    Args:
+        path: the file.
+        intents: what a turn may be labelled as.
+
     Raises:
-        DataError: a file that cannot be trusted; a dialogue without id or turns, or one with a turn that is none.
+        DataError: a file that cannot be trusted; a dialogue without turns, one with a turn that is none, or with an
+            intent of another model.
     """
     dialogues = []
     for number, record in enumerate(read_table(path), start=1):
@@ -157,12 +156,12 @@ def load_dialogues(path: Path) -> list[Dialogue]:
         turns = record.get("turns")
         if not (isinstance(turns, list) and turns):
             raise DataError(f"{where}: must have a list of turns, got {show(turns)}.")
-        parts = tuple(_build_turn(turn, f"{where}, turn {place}") for place, turn in enumerate(turns, start=1))
+        parts = tuple(_build_turn(turn, f"{where}, turn {place}", intents) for place, turn in enumerate(turns, start=1))
         dialogues.append(Dialogue(str(record.get("id") or number), parts))
     return dialogues
 
 
-def _build_turn(record: object, where: str) -> Turn:
+def _build_turn(record: object, where: str, intents: Collection[str]) -> Turn:
     if not isinstance(record, dict):
         raise DataError(f"{where}: must be an object with speaker and text, got {show(record)}.")
     turn = cast("Record", record)
@@ -171,4 +170,8 @@ def _build_turn(record: object, where: str) -> Turn:
         raise DataError(f"{where}: speaker must be customer or agent, got {show(speaker)}.")
     if not isinstance(turn.get("text"), str):
         raise DataError(f"{where}: text must be text, got {show(turn.get('text'))}.")
-    return Turn(speaker, turn["text"], turn.get("intent"), turn.get("entry"))
+    intent = turn.get("intent")
+    if intent is not None and intent not in intents:
+        got = f"got {show(intent)}.{suggest(str(intent), intents)}"
+        raise DataError(f"{where}: intent must be left out, or one that the model knows, {got}")
+    return Turn(speaker, turn["text"], intent, turn.get("entry"))

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from finetune.applications.support.assistant import Assistant, Reply
 from finetune.applications.support.decision import NEVER, Numbers, Outcome, Signals
-from finetune.applications.support.dialogue import Session
+from finetune.applications.support.dialogue import Dialogue, Session, Turn
 from finetune.applications.support.index import Found, KnowledgeIndex
 from finetune.applications.support.reader import Reader, Reading
 from finetune.errors import DataError
@@ -162,6 +162,19 @@ def answer_questions(assistant: Assistant, questions: Sequence[Question]) -> lis
             in_the_end = "handed_over" if question.intent is not None else "right"
         answered.append(Answered(question, reply, judge(question, reply), in_the_end))
     return answered
+
+
+def judge_turn(dialogue: Dialogue, turn: Turn, reply: Reply) -> Answered | None:
+    """A reply to a recorded turn that says what it asks for; None where it does not.
+
+    A question back ends as one: the record says what the customer answered to another.
+    """
+    if turn.intent is None:
+        return None
+    entries = frozenset((turn.entry or "").split())
+    question = Question(turn.text, "", None if turn.intent == OUT_OF_SCOPE else turn.intent, entries, dialogue.id)
+    judgement = judge(question, reply)
+    return Answered(question, reply, judgement, judgement)
 
 
 def judge(question: Question, reply: Reply) -> Judgement:
