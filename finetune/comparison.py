@@ -22,11 +22,12 @@ from finetune.errors import DataError, FinetuneError, GateError, Interrupted, Re
 from finetune.evaluation.comparison_page import write_page
 from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.wording import decimals_of, format_number, name_of
+from finetune.fitting import read_validation
+from finetune.layout import settle_base
 from finetune.recipe import load_recipe
 from finetune.recipe.comparison import LoadedComparison, Trial, load_comparison
 from finetune.recipe.files import build_disk_error
 from finetune.recipe.schema import Recipe
-from finetune.runner import read_validation, settle_base
 from finetune.training.processes import run_command
 
 RESULTS, PAGE = "results.json", "comparison.html"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import runner
+from finetune import fitting, layout, runner
 from finetune.artifact.assess import choose_evaluation
 from finetune.artifact.export.parity import Answers, Judged, compare_answers, count_bytes
 from finetune.artifact.export.speed import Contender, describe_machine, measure
@@ -81,10 +81,10 @@ class _Work:
         folder = self._find(recipe)
         if folder is None:
             ready = resolve_base(str(start)), self.prepared
-            folder = runner.start(recipe, dump_recipe(recipe).encode(), self.run.recipe_folder, ready, self.root.parent)
+            folder = layout.start(recipe, dump_recipe(recipe).encode(), self.run.recipe_folder, ready, self.root.parent)
             save_json(folder.lock, load_json(folder.lock) | {"parent": self._describe_parent() | {"size": size.name}})
         if folder.load_status()["state"] not in ("trained", "finished"):
-            runner.search(folder, quiet=True)
+            fitting.search(folder, quiet=True)
         shutil.rmtree(folder.checkpoints, ignore_errors=True)  # three times the weights, and nothing goes on from them
         return folder
 
@@ -261,7 +261,7 @@ def _open(
 ) -> _Work:
     """Load the run, read its rows again, and encode them for the trimmed tokenizer."""
     tell(f"reading {run.name}")
-    _, prepared = runner.prepare_again(run, recipe)
+    _, prepared = layout.prepare_again(run, recipe)
     ((name, part),) = prepared.parts.items()
     predictor = load(run.model)
     assert isinstance(predictor, Predictor)

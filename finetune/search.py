@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import runner
+from finetune import fitting, layout, runner
 from finetune.artifact.run_folder import RUNS_FOLDER, SPLITS, RunFolder
 from finetune.data.catalog import card_names
 from finetune.errors import DivergedError, GateError, Interrupted, RecipeError, ResourceError, UsageError
@@ -316,7 +316,7 @@ def _train(trial: optuna.Trial, values: Mapping[str, Choice], plan: _Plan) -> di
     recipe = plan.load(values)
     folder = RunFolder(plan.folder / (trial.user_attrs.get("run") or "-"))
     if not folder.status.exists():
-        folder, _ = runner.lay_out(recipe, plan.recipe, plan.folder)
+        folder, _ = layout.lay_out(recipe, plan.recipe, plan.folder)
         trial.set_user_attr("run", folder.path.relative_to(plan.folder).as_posix())
     reported = {int(step): value for step, value in trial.user_attrs.get("reported", {}).items()}
     for step, value in reported.items():
@@ -329,7 +329,7 @@ def _train(trial: optuna.Trial, values: Mapping[str, Choice], plan: _Plan) -> di
             trial.report(reported[step], step)
         return share < 1 and bool(trial.should_prune())  # else a NumPy boolean, which no checkpoint holds
 
-    training = runner.search(folder, gives_up=gives_up, quiet=plan.quiet)
+    training = fitting.search(folder, gives_up=gives_up, quiet=plan.quiet)
     if training["validation"][plan.metric] is None:
         raise DivergedError(f"{plan.metric} must be a number on validation, got none.")
     return training

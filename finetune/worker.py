@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.artifact.run_folder import RunFolder
 from finetune.errors import FinetuneError
-from finetune.runner import train
+from finetune.fitting import train
 from finetune.training.processes import is_main_process
 
 

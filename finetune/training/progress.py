@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
@@ -90,3 +91,9 @@ class JudgingProgress:
         for part in parts:
             yield part
             self._progress.advance(task)
+
+
+def narrate(quiet: bool, text: str) -> None:
+    """Say what comes next, on standard error: long work must not look like no work."""
+    if not quiet:
+        sys.stderr.write(f"{text}\n")

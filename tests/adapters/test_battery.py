@@ -126,7 +126,7 @@ def build_base(base: Path, architecture: str) -> Any:
 
 
 def build(base: Path, architecture: str, values: dict[str, Any], train: TrainSection | None = None) -> Subject:
-    """The way of `runner.train`."""
+    """The way of `fitting.train`."""
     section, tokenizer = AdapterSection(**values), load_tokenizer(BaseModel("acme/tiny", base, "local folder"))
     model = build_base(base, architecture)
     parameters = dict(model.named_parameters())

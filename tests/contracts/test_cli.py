@@ -17,7 +17,7 @@ import torch
 import transformers
 import typer
 
-from finetune import runner
+from finetune import fitting, runner
 from finetune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,11 +213,11 @@ def test_ctrl_c_exits_with_75(command, monkeypatch, verb):
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
-@pytest.mark.parametrize("phase", ["fit", "assess"])
+@pytest.mark.parametrize("phase", [(fitting, "fit"), (runner, "assess")], ids=["fit", "assess"])
 def test_a_stopped_run_says_what_stopped_it_and_how_to_go_on(
     command, monkeypatch, write_recipe, tmp_path, number, name, phase
 ):
-    monkeypatch.setattr(runner, phase, lambda *_arguments, **_options: signal.raise_signal(number))
+    monkeypatch.setattr(*phase, lambda *_arguments, **_options: signal.raise_signal(number))
     done = command("run", write_recipe(tmp_path / "in"), "--runs", tmp_path / "runs")
     (folder,) = (tmp_path / "runs" / "tiny").iterdir()
     assert done.code == 75

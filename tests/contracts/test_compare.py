@@ -18,7 +18,7 @@ from finetune.artifact.run_folder import RunFolder
 from finetune.cli.main import app
 from finetune.comparison import compare_candidates, run_alone
 from finetune.errors import DataError, FinetuneError, GateError, Interrupted, RecipeError, ResourceError, UsageError
-from finetune.runner import read_validation
+from finetune.fitting import read_validation
 from finetune.training.events import load_events
 from finetune.training.session import Session
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from sklearn.metrics import f1_score
 
 import finetune
-from finetune import compression, runner
+from finetune import compression, fitting, layout
 from finetune.artifact.card import build_model_card
 from finetune.artifact.export import speed
 from finetune.artifact.export.export_run import export_run
@@ -37,7 +37,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
 def read_texts(run: Path, split: str) -> tuple[list[str], list[str]]:
     """Texts and labels of a split, in order."""
     folder = RunFolder(run)
-    _, prepared = runner.prepare_again(folder, load_recipe(folder.recipe))
+    _, prepared = layout.prepare_again(folder, load_recipe(folder.recipe))
     rows = prepared.parts["tone"].splits[split]
     return [row.values["text"] for row in rows], [row.values["label"] for row in rows]
 
@@ -144,7 +144,7 @@ def test_the_card_names_the_base_on_the_hub_through_all_generations(results):
 
 
 def test_again_nothing_is_trained_and_another_budget_takes_another_size(results, parent, monkeypatch):
-    monkeypatch.setattr(runner, "train", lambda *_, **__: pytest.fail("it is trained already"))
+    monkeypatch.setattr(fitting, "train", lambda *_, **__: pytest.fail("it is trained already"))
     monkeypatch.setattr(Budget, "choose", lambda *_: ("2x1", "2x1"))
     again = compress(parent, min_speedup=1, **TWO)
     assert again["points"]["1x0.5"]["run"] == results["points"]["1x0.5"]["run"]
@@ -171,11 +171,11 @@ def test_what_was_stopped_goes_on(own_run, monkeypatch):
         raise Interrupted("stopped by SIGTERM after step 1 of 9; saved.")
 
     options = {"max_drop": 0.99, "sizes": ["1x0.5"], "overrides": ["train.epochs=1"], "quiet": True}
-    search = runner.search
-    monkeypatch.setattr(runner, "search", stop)
+    search = fitting.search
+    monkeypatch.setattr(fitting, "search", stop)
     with pytest.raises(Interrupted, match=r"what is done is kept\. Go on with: finetune compress "):
         compress(own_run, **options)
-    monkeypatch.setattr(runner, "search", search)
+    monkeypatch.setattr(fitting, "search", search)
     (begun,) = own_run.parents[1].glob("*-compressed/*/status.json")
     assert compress(own_run, **options)["points"]["1x0.5"]["run"] == str(begun.parent)
 

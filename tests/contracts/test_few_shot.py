@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import finetune
-from finetune import runner
+from finetune import fitting, runner
 from finetune.data.batches import Examples
 from finetune.errors import Interrupted
 from finetune.models.prediction import compute_logits
@@ -114,7 +114,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         with pytest.raises(Interrupted):
             finetune.run(recipe, overrides, runs=tmp_path, quiet=True)
         (folder,) = set((tmp_path / "tiny").iterdir()) - {uninterrupted.folder.path}
-        patch.setattr(runner, "save_model", cut_power)
+        patch.setattr(fitting, "save_model", cut_power)
         with pytest.raises(PowerCutError):
             finetune.resume(folder, quiet=True)
     resumed = finetune.resume(folder, quiet=True)

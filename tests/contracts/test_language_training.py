@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import finetune
-from finetune import runner
+from finetune import fitting, runner
 from finetune.data.batches import Examples
 from finetune.errors import Interrupted
 from finetune.recipe import load_recipe
@@ -196,13 +196,13 @@ def test_a_masked_language_model_is_a_base(
         write_language_recipe(tmp_path / "pretrain", "masked_lm", changes), runs=tmp_path / "runs", quiet=True
     )
     seen: list[Any] = []
-    attach = runner.attach_adapter
+    attach = fitting.attach_adapter
 
     def watch(model: Any, *arguments: Any) -> Any:
         seen.append((model.config.pooling, {name: tensor.clone() for name, tensor in model.model.state_dict().items()}))
         return attach(model, *arguments)
 
-    monkeypatch.setattr(runner, "attach_adapter", watch)
+    monkeypatch.setattr(fitting, "attach_adapter", watch)
     monkeypatch.chdir(tmp_path)
     run = finetune.run(write_recipe(tmp_path / "in", model={"base": "runs/masked_lm"}), quiet=True)
     assert load_recipe(run.folder.recipe).model.base == str(masked.folder.model.resolve())

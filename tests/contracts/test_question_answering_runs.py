@@ -19,9 +19,10 @@ from finetune.artifact.predictor import Predictor
 from finetune.data.batches import Examples
 from finetune.data.sources import load_rows
 from finetune.errors import UsageError
+from finetune.fitting import read_validation
 from finetune.models.classifier import get_padding
 from finetune.recipe import load_recipe
-from finetune.runner import Run, read_validation
+from finetune.runner import Run
 
 METRICS = ["answer_f1", "exact_match", "has_answer_f1", "no_answer_accuracy"]
 COLUMNS = {"text": "question", "passage": "passage", "answer": "answer"}

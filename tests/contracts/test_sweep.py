@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import finetune
-from finetune import runner, search
+from finetune import fitting, layout, runner, search
 from finetune.artifact.run_folder import RunFolder
 from finetune.data.batches import Examples
 from finetune.errors import DivergedError, GateError, RecipeError, ResourceError, UsageError
@@ -129,7 +129,7 @@ def test_a_killed_sweep_goes_on_inside_its_trial_and_comes_to_the_same_end(
     write_recipe(tmp_path / "in", train=TRAIN)
     path = write_sweep(tmp_path / "in")
     monkeypatch.setattr(search, "COMPARED", 1)
-    real, calls = runner.search, []
+    real, calls = fitting.search, []
 
     def kill_the_second(folder: RunFolder, *, gives_up: Callable[..., bool], quiet: bool) -> dict[str, Any]:
         calls.append(folder)
@@ -141,7 +141,7 @@ def test_a_killed_sweep_goes_on_inside_its_trial_and_comes_to_the_same_end(
 
         return real(folder, gives_up=gives_up_or_dies, quiet=quiet)
 
-    monkeypatch.setattr(runner, "search", kill_the_second)
+    monkeypatch.setattr(fitting, "search", kill_the_second)
     with pytest.raises(Killed):
         finetune.sweep(path, runs=tmp_path / "runs", quiet=True)
     result = finetune.sweep(path, runs=tmp_path / "runs", quiet=True)
@@ -175,8 +175,8 @@ def trials(monkeypatch: pytest.MonkeyPatch, write_recipe: Callable[..., Path], t
         validation = {"macro_f1": score, "loss": 1 - score, "ece": None}  # in JSON, NaN is null
         return {"validation": validation, "stopped_early": False, "seconds": 1.0}
 
-    monkeypatch.setattr(runner, "lay_out", lay_out)
-    monkeypatch.setattr(runner, "search", train)
+    monkeypatch.setattr(layout, "lay_out", lay_out)
+    monkeypatch.setattr(fitting, "search", train)
     return rates
 
 
@@ -208,14 +208,14 @@ def test_whole_numbers_are_drawn_for_keys_that_hold_them(trials, tmp_path) -> No
 
 
 def test_values_that_do_not_go_together_are_a_failed_trial(trials, tmp_path, monkeypatch) -> None:
-    real = runner.search
+    real = fitting.search
 
     def refuse(folder: RunFolder, **options: Any) -> dict[str, Any]:
         if folder.load_status()["rate"] < 1e-4:
             raise DivergedError("training, step 3: loss and gradient must be finite.")
         return real(folder, **options)
 
-    monkeypatch.setattr(runner, "search", refuse)
+    monkeypatch.setattr(fitting, "search", refuse)
     result = finetune.sweep(write_sweep(tmp_path / "in"), trials=12, runs=tmp_path, quiet=True)
     failed = [trial for trial in result.trials if trial.state == "failed"]
     assert failed
@@ -311,13 +311,13 @@ def test_a_signal_exits_with_75_and_the_command_to_go_on(trials, command, tmp_pa
         signal.raise_signal(number)
 
     path = write_sweep(tmp_path / "in")
-    real = runner.search
-    monkeypatch.setattr(runner, "search", stop)
+    real = fitting.search
+    monkeypatch.setattr(fitting, "search", stop)
     words = ["sweep", path, "--set", "train.epochs=1", "--trials", 2, "--runs", tmp_path / "runs"]
     done = command(*words)
     assert done.code == 75
     said = f"sweep {path} --set train.epochs=1 --trials 2 --runs {tmp_path / 'runs'}"
     assert done.err.endswith(f"finetune: stopped by {name}. Go on with: finetune {said}\n")
-    monkeypatch.setattr(runner, "search", real)
+    monkeypatch.setattr(fitting, "search", real)
     assert command(*words).code == 0
     assert len(trials) == 2

@@ -20,6 +20,8 @@ from finetune.errors import DataError, Interrupted, RecipeError, ResourceError, 
 from finetune.evaluation.counting import COUNTINGS, DAY, Events, Histories
 from finetune.evaluation.ranking_baselines import find_places
 from finetune.evaluation.recommending import CHUNK
+from finetune.fitting import search
+from finetune.layout import lay_out
 from finetune.models.next_item import build_next_item
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import (
@@ -30,7 +32,6 @@ from finetune.recipe.schema import (
     ScratchSection,
     TaskSection,
 )
-from finetune.runner import lay_out, search
 from finetune.tasks import judge_lists, recommendation
 from finetune.tasks.items import WEEK, Counts
 from finetune.tasks.judge_lists import place_candidates

@@ -1,0 +1,177 @@
+"""From a recipe to the folder of a run: what it starts from is settled, its rows are checked and encoded, and a later
+process finds them as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from finetune.adapters.attach import ParameterCount, check_adapter, plan_parameters
+from finetune.artifact.assess import choose_evaluation
+from finetune.artifact.run_folder import (
+    RunFolder,
+    create_run_folder,
+    describe_host,
+    find_run,
+    is_run,
+    load_json,
+    save_json,
+)
+from finetune.artifact.starting import check_adapters, compute_fingerprints, settle_adapters
+from finetune.artifact.teacher import ask_teacher
+from finetune.data.checks import findings_to_json
+from finetune.errors import DataError
+from finetune.evaluation.scoring import check_early_stop, check_section
+from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
+from finetune.models.quantization import check_quantization
+from finetune.recipe import dump_recipe
+from finetune.recipe.files import write_file_atomically
+from finetune.recipe.schema import Recipe
+from finetune.tasks import TASKS
+from finetune.tasks.contrastive import check_rows_per_class
+from finetune.tasks.preparation import Prepared, prepare
+from finetune.training.precision import choose_precision
+
+# A base at hand, and rows that passed every check.
+Ready = tuple[BaseModel, Prepared]
+
+
+def lay_out(recipe: Recipe, path: Path, runs: str | Path | None) -> tuple[RunFolder, Ready]:
+    """Prepare the data of a recipe and lay out the folder of its run.
+
+    Args:
+        recipe: resolved.
+        path: its file, for relative paths.
+        runs: where runs are kept.
+    """
+    recipe = settle_base(recipe)
+    ready = prepare_rows(recipe, path.parent)
+    plan_weights(recipe, ready)  # what cannot be built leaves no folder
+    if recipe.train.distill:
+        ready = ready[0], ask_teacher(ready[1], recipe.train.distill)
+    return start(recipe, path.read_bytes(), path.parent, ready, runs), ready
+
+
+def settle_base(recipe: Recipe) -> Recipe:
+    """A recipe with the models of the runs that it starts from: a name may mean another run tomorrow."""
+    model = recipe.model.model_copy(update={"adapters": settle_adapters(recipe.model.adapters)})
+    train = recipe.train
+    if train.distill and is_run(Path(train.distill.teacher)):
+        teacher = str(find_run(train.distill.teacher).model.resolve())
+        train = train.model_copy(update={"distill": train.distill.model_copy(update={"teacher": teacher})})
+    recipe = recipe.model_copy(update={"model": model, "train": train})
+    path = Path(recipe.model.base).expanduser()
+    if not is_run(path):
+        return recipe
+    folder = str(find_run(path).model.resolve())
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": folder})})
+
+
+def prepare_rows(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Ready:
+    """The base and the checked, encoded rows of a recipe; loads no weights.
+
+    Args:
+        recipe: resolved.
+        recipe_folder: for its relative paths.
+        tokenizer: the one that a run learned at its start; None for the base's, or for a new one from scratch.
+
+    Raises:
+        RecipeError, DataError, ModelError: what cannot be trained on, or judged.
+    """
+    kinds = {name: TASKS[task.type].scored_by for name, task in recipe.tasks.items()}
+    for name, kind in kinds.items():
+        check_section(choose_evaluation(recipe, name), kind)
+    if recipe.train.early_stop:
+        check_early_stop(recipe.train.early_stop.metric, kinds)
+    check_quantization(recipe.model.quantize)
+    base = resolve_base(recipe.model.base)
+    prepared = prepare(
+        recipe.tasks,
+        recipe.model,
+        base,
+        seed=recipe.train.seed,
+        relative_to=recipe_folder,
+        tokenizer=tokenizer,
+    )
+    if recipe.train.few_shot == "contrastive":
+        check_rows_per_class(prepared.examples["train"], list(prepared.task.labels or []))
+    return base, prepared
+
+
+def plan_weights(recipe: Recipe, ready: Ready) -> ParameterCount:
+    """Weights that would be trained, from shapes alone.
+
+    Raises:
+        RecipeError, ModelError: a model that cannot be built, or has nothing that the adapter could change.
+    """
+    base, prepared = ready
+    task = prepared.task
+    model = task.build_shape(base, recipe.model, prepared.tokenizer)
+    check_adapter(model, recipe.adapter, recipe.model.max_length)
+    head = task.list_modules(model)[1]
+    count = plan_parameters(model, recipe.adapter, head, task.peft_type)
+    if recipe.model.adapters:
+        check_adapters(model, recipe.adapter, head, base, recipe.model.adapters)
+    return count
+
+
+def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: str | Path | None) -> RunFolder:
+    """Lay out the folder of a run whose data passed every check: recipe, rows, what a repetition needs.
+
+    Args:
+        recipe: resolved.
+        text: the recipe as it was given.
+        recipe_folder: for its relative paths.
+        ready: its base and its rows.
+        runs: where runs are kept.
+    """
+    base, prepared = ready
+    folder = create_run_folder(recipe.name, dump_recipe(recipe), runs)
+    write_file_atomically(folder.path / "recipe.yaml", text)
+    write_file_atomically(folder.recipe, dump_recipe(recipe).encode())
+    ids = {
+        name: {split: [row.id for row in rows] for split, rows in part.splits.items()}
+        for name, part in prepared.parts.items()
+    }
+    save_json(folder.data / "ids.json", ids)
+    save_json(folder.data / "findings.json", findings_to_json(prepared.findings))
+    save_json(folder.data / "task.json", prepared.task.to_config())
+    if base.reference == SCRATCH.reference:
+        prepared.tokenizer.save_pretrained(folder.tokenizer)
+    for split, examples in prepared.examples.items():
+        examples.save(folder.examples(split))
+    save_json(
+        folder.lock,
+        describe_host()
+        | {
+            "seed": recipe.train.seed,
+            "precision": choose_precision(recipe.train.precision),
+            "base": {"reference": base.reference, "origin": base.origin, "sha256": base.compute_fingerprint()},
+            "adapters": compute_fingerprints(recipe.model.adapters),
+            "data": {"name": prepared.source_name, "sha256": prepared.fingerprint},
+        },
+    )
+    folder.update_status(state="started", recipe_folder=str(recipe_folder.resolve()))
+    return folder
+
+
+def prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
+    """The rows of a run, read anew and held against what it was started with.
+
+    Raises:
+        DataError: the data changed since.
+    """
+    base, prepared = prepare_rows(recipe, folder.recipe_folder, load_learned_tokenizer(folder))
+    expected, found = load_json(folder.lock)["data"]["sha256"], prepared.fingerprint
+    if expected != found:
+        raise DataError(
+            f"{prepared.origin}: must be the data that {folder.name} was started with (sha256 {expected[:12]}), "
+            f"got other rows (sha256 {found[:12]}). Restore the file, or start a new run."
+        )
+    return base, prepared
+
+
+def load_learned_tokenizer(folder: RunFolder) -> Any:
+    """The tokenizer that a run learned at its start; None where it uses its base's."""
+    path = folder.tokenizer
+    return load_tokenizer(BaseModel(str(path), path, "this run")) if path.is_dir() else None
