@@ -29,6 +29,13 @@ from finetune.evaluation.corpus_metrics import CORPUS_METRICS
 from finetune.evaluation.metrics import METRICS, OUTSIDE_METRICS
 from finetune.recipe import Card, HubSource, Recipe, Section, TaskSection, load_recipe
 from finetune.recipe.comparison import Comparison
+from finetune.recipe.defaults import (
+    CONTRASTIVE_DEFAULTS,
+    METHOD_HEAD_RATE,
+    METHOD_RATES,
+    SCRATCH_DEFAULTS,
+    TYPE_DEFAULTS,
+)
 from finetune.recipe.schema import SplitSection
 from finetune.recipe.sweep import Sweep, Values
 
@@ -205,7 +212,8 @@ def build_tables(section: type[Section], title: str, prefix: str = "") -> Iterat
     """One table for a section, then one for each section in it."""
     properties = section.model_json_schema()["properties"]
     inner: list[tuple[type[Section], str]] = []
-    yield f"### {title}\n\n{(section.__doc__ or '').splitlines()[0]}\n\n"
+    purpose = (section.__doc__ or "").partition("\n\n")[0]
+    yield f"### {title}\n\n{' '.join(purpose.split())}\n\n"
     yield "| key | type | default | meaning |\n|---|---|---|---|\n"
     for name, field in section.model_fields.items():
         child, is_mapping = find_section(field.annotation)
@@ -231,7 +239,36 @@ def build_metrics() -> str:
     return "| name | better | formula |\n|---|---|---|\n" + "".join([*rows, *outside])
 
 
+def list_leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key of nested sections with its value."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from list_leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def build_defaults() -> str:
+    """What stands in place of the schema's defaults, by what a recipe says."""
+    rates = {
+        f"`adapter.method: {name}`": {"train": {"learning_rate": rate, "head_learning_rate": METHOD_HEAD_RATE}}
+        for name, rate in METHOD_RATES.items()
+    }
+    sections = {
+        **{f"`type: {name}`": defaults for name, defaults in TYPE_DEFAULTS.items()},
+        "`model.base: scratch`": SCRATCH_DEFAULTS,
+        "`train.few_shot: contrastive` on a Triad": CONTRASTIVE_DEFAULTS,
+        **rates,
+    }
+    rows = (
+        f"| {where} | {', '.join(f'`{key}: {describe_value(value)}`' for key, value in list_leaves(section))} |\n"
+        for where, section in sections.items()
+    )
+    return "| where a recipe has | default |\n|---|---|\n" + "".join(rows)
+
+
 GENERATED: dict[str, Callable[[], str]] = {
+    "defaults": build_defaults,
     "recipe": lambda: "".join(build_tables(Recipe, "The recipe")).rstrip() + "\n",
     "metrics": build_metrics,
     "comparison": lambda: "".join(build_tables(Comparison, "The comparison")).rstrip() + "\n",
@@ -336,14 +373,18 @@ def test_readme_recipe_is_a_recipe(tmp_path: Path) -> None:
     assert next(iter(load_recipe(path).tasks.values())).columns == {"text": "body", "label": "queue"}
 
 
-def test_readme_names_the_files_of_every_catalog_card() -> None:
+def test_the_files_of_every_catalog_card_are_named() -> None:
     from finetune.data.catalog import load_card
+
+    text = read(ROOT / "docs" / "data.md")
 
     for path in (ROOT / "data" / "catalog").glob("*.yaml"):
         card = load_card(path.stem)
         names = [name for names in card.files.values() for name in ([names] if isinstance(names, str) else names)]
         for name in names:
-            assert f"`{card.local}/{name.partition('#')[0]}`" in read(ENGLISH)
+            assert f"`{card.local}/{name.partition('#')[0]}`" in text
+        assert f"| `{card.name}` | [" in text
+        assert f"]({card.source}) | {'yes' if card.hub else 'no'} | {card.licence} |" in text
 
 
 def test_the_row_that_architecture_follows_is_there() -> None:
