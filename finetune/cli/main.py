@@ -9,6 +9,7 @@ from types import FrameType
 
 import typer
 
+from finetune import __version__
 from finetune.cli import (
     adapters,
     chat,
@@ -28,7 +29,7 @@ from finetune.cli import (
     schema,
     sweep,
 )
-from finetune.cli.output import fail
+from finetune.cli.output import fail, print_text
 from finetune.errors import FinetuneError, Interrupted
 
 BUG = 70
@@ -64,9 +65,16 @@ app.command("schema")(schema.schema_command)
 app.command("doctor")(doctor.doctor_command)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print_text(f"finetune {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_show_version, is_eager=True),
 ) -> None:
     """Take options that every verb shares; `--debug` is read in `main`."""
 

@@ -15,17 +15,22 @@ RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="A name from `fi
 
 @app.command("list")
 def list_command(as_json: AsJson = False) -> None:
-    """List recipes by use, and comparisons of them."""
+    """List recipes by use, comparisons of them, and searches over their values."""
     from finetune.recipe import list_recipes
     from finetune.recipe.comparison import list_comparisons
+    from finetune.recipe.sweep import list_sweeps
 
-    recipes, comparisons = list_recipes(), list_comparisons()
+    kinds = {
+        "recipe": (list_recipes(), "what it does"),
+        "comparison": (list_comparisons(), "what it compares: finetune compare NAME"),
+        "sweep": (list_sweeps(), "what it searches: finetune sweep NAME"),
+    }
     if as_json:
-        listed = [("recipe", one) for one in recipes] + [("comparison", one) for one in comparisons]
+        listed = [(kind, one) for kind, (found, _) in kinds.items() for one in found]
         print_json([{"name": one.name, "kind": kind, "description": one.description} for kind, one in listed])
         return
-    print_table(["recipe", "what it does"], [[recipe.name, recipe.description] for recipe in recipes])
-    print_table(["comparison", "what it compares"], [[one.name, one.description] for one in comparisons])
+    for kind, (found, purpose) in kinds.items():
+        print_table([kind, purpose], [[one.name, one.description] for one in found])
 
 
 @app.command("show")

@@ -11,7 +11,13 @@ from finetune.cli.output import AsJson, Overrides, print_json, print_table, prin
 
 
 def sweep_command(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file that names a recipe and what to search.")],
+    sweep: Annotated[
+        str,
+        typer.Argument(
+            metavar="SWEEP",
+            help="A YAML file of what to search, or a name from `finetune recipes list`.",
+        ),
+    ],
     overrides: Overrides = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials in all; default the sweep's.")] = None,
     runs: Annotated[Path | None, typer.Option("--runs", help="Where runs are kept; default ./runs.")] = None,

@@ -14,7 +14,7 @@ from finetune.recipe.loading import check_document, load_document, load_recipe, 
 from finetune.recipe.messages import Problem, find_types, format_problems, show
 from finetune.recipe.schema import Name, Recipe, Section
 from finetune.recipe.section import raise_all
-from finetune.recipe.shipped import find_recipe
+from finetune.recipe.shipped import ShippedRecipe, find_recipe, list_files
 
 SEARCHED = ("model", "adapter", "train")
 """Sections of a recipe whose keys may be searched."""
@@ -145,3 +145,8 @@ def _check_values(key: str, values: Values, recipe: Path, overrides: Sequence[st
         check_document(document, Recipe)
         problems += document.problems
     return problems
+
+
+def list_sweeps() -> list[ShippedRecipe]:
+    """Every shipped sweep, as `list_recipes` lists recipes."""
+    return list_files(lambda path: load_document(path, Sweep), "sweep")

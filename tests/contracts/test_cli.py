@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -91,6 +92,17 @@ def test_help_lists_the_options_that_exist_and_no_other(command, monkeypatch, wo
     assert (done.code, done.err) == (0, "")
     assert set(re.findall(r"(?<![\w-])--[a-z-]+", done.out)) == declared | {"--help"}
     assert "--json" in declared
+
+
+def test_version(command):
+    done = command("--version")
+    assert (done.code, done.out, done.err) == (0, f"finetune {importlib.metadata.version('finetune-toolkit')}\n", "")
+
+
+def test_shipped_sweeps_are_listed(command):
+    listed = json.loads(command("recipes", "list", "--json").out)
+    assert [one["name"] for one in listed if one["kind"] == "sweep"] == ["sweep_sentiment"]
+    assert "finetune sweep NAME" in command("recipes", "list").out
 
 
 def test_no_text_speaks_of_a_verb_that_does_not_exist():
