@@ -51,9 +51,11 @@ class Run:
         """The problem shape, as in the recipe; `multi_task` where there are several."""
         return str(load_json(self.folder.data / "task.json")["type"])
 
-    def evaluate(self, data: str | None = None, task: str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, data: str | None = None, task: str | None = None, columns: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Score the test splits again (counted), or another held-out set."""
-        return evaluate(self.folder.path, data, task)
+        return evaluate(self.folder.path, data, task, columns)
 
     def load(self) -> Predictor | MultiPredictor:
         """The trained model."""
@@ -143,13 +145,16 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def evaluate(reference: str | Path, data: str | None = None, task: str | None = None) -> dict[str, Any]:
+def evaluate(
+    reference: str | Path, data: str | None = None, task: str | None = None, columns: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Score a finished run again: on its test split (the opening is counted), or on another held-out set.
 
     Args:
         reference: the run.
         data: a card, path or Hub reference with the same columns; None for the run's own test split.
         task: whose rows the data are; needed where the run has several tasks.
+        columns: role -> column of the data, where they are not called as in the recipe.
 
     Returns:
         The scores, as in evaluation/test.json; of the test splits of several tasks, task name -> scores.
@@ -164,7 +169,7 @@ def evaluate(reference: str | Path, data: str | None = None, task: str | None = 
         base, prepared = prepare_again(folder, recipe)
         if data is None:
             return take_only(assess(folder, recipe, prepared, base))
-        return assess_held_out(folder, recipe, prepared, base, _settle_task(folder, task), data)
+        return assess_held_out(folder, recipe, prepared, base, _settle_task(folder, task), data, columns or {})
     finally:
         lock.release()
 

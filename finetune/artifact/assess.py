@@ -75,8 +75,14 @@ def assess(
     return tests
 
 
-def assess_held_out(
-    folder: RunFolder, recipe: Recipe, prepared: Prepared, base: BaseModel, name: str, data: str
+def assess_held_out(  # noqa: PLR0913  (whom, on what)
+    folder: RunFolder,
+    recipe: Recipe,
+    prepared: Prepared,
+    base: BaseModel,
+    name: str,
+    data: str,
+    columns: Mapping[str, str],
 ) -> dict[str, Any]:
     """Score a finished run on another held-out set with the same columns; its own test split stays closed.
 
@@ -84,13 +90,14 @@ def assess_held_out(
         folder, recipe, prepared, base: as for `assess`.
         name: the task whose rows these are.
         data: the set.
+        columns: role -> its column, where it is not that of the recipe.
 
     Returns:
         The content of evaluation/<name of the set>.json (other-<name> if the set is called like a split): as
         test.json, with the rows shared with train in `findings`.
     """
     part = prepared.parts[name]
-    other = load_held_out(part, data, prepared.tokenizer, recipe.model.max_length, recipe.train.seed)
+    other = load_held_out(part, data, columns, prepared.tokenizer, recipe.model.max_length, recipe.train.seed)
     source = other.source
     section = choose_evaluation(recipe, name)
     slices = [column for column in section.slices if _has_column(other.splits["test"], column)]

@@ -34,7 +34,7 @@ from finetune.tasks import (
     Task,
     TextClassification,
 )
-from finetune.tasks.preparation import check_held_out
+from finetune.tasks.preparation import check_held_out, check_roles
 
 ON_BASE = ("frozen_logreg", "frozen", "fused")
 """Baselines that need the base as it was before training."""
@@ -139,9 +139,7 @@ def _load_ours(saved: Saved, task: str | None) -> Predictor:
 
 def _load_rows(reference: str, data: str, columns: dict[str, str], predictor: Predictor) -> LoadedRows:
     shape = predictor.task
-    known = (*shape.roles, *shape.optional_roles)
-    if unknown := [role for role in columns if role not in known]:
-        raise UsageError(f"--column: must be one of {', '.join(known)} for {shape.type}, got {unknown[0]!r}.")
+    check_roles(shape, columns)
     try:
         return load_rows(data, columns, roles=shape.roles, optional=shape.optional_roles)
     except ColumnError as error:

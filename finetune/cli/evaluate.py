@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -50,15 +50,17 @@ def evaluate_command(
     ] = None,
     columns: Annotated[
         list[str] | None,
-        typer.Option(
-            "--column", metavar="ROLE=NAME", help="With --model: the data's column, such as label=intent; repeatable."
-        ),
+        typer.Option("--column", metavar="ROLE=NAME", help="A column of --data, such as label=intent; repeatable."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run again (opening its test split is counted), or any model on a held-out set."""
-    options = {"--labels": labels, "--knowledge": knowledge, "--prompt": prompt, "--column": columns}
-    scored = _score_model(run, model, data, task, options) if model else _score_run(run, data, task, options)
+    named = _read_columns(columns or [], data)
+    options = {"--labels": labels, "--knowledge": knowledge, "--prompt": prompt}
+    if model:
+        scored = _score_model(run, model, data, named, task, options)
+    else:
+        scored = _score_run(run, data, named, task, options)
     if as_json:
         print_json(scored)
         return
@@ -74,7 +76,20 @@ def evaluate_command(
         print_text(f"The test split has been opened {opened} times: do not choose between models by this score.")
 
 
-def _score_run(run: str | None, data: str | None, task: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def _read_columns(columns: Sequence[str], data: str | None) -> dict[str, str]:
+    from finetune.errors import UsageError
+
+    parted = [column.partition("=") for column in columns]
+    if wrong := [role for role, sign, name in parted if not (role and sign and name)]:
+        raise UsageError(f"--column: must have the form ROLE=NAME, such as label=intent, got {wrong[0]!r}.")
+    if parted and data is None:
+        raise UsageError("evaluate: --column must come with --data, whose columns it names, got none. Leave it out.")
+    return {role: name for role, _, name in parted}
+
+
+def _score_run(
+    run: str | None, data: str | None, columns: Mapping[str, str], task: str | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
     from finetune.errors import UsageError
     from finetune.runner import evaluate
 
@@ -82,11 +97,16 @@ def _score_run(run: str | None, data: str | None, task: str | None, options: Map
         raise UsageError("evaluate: must get a RUN or --model, got neither. Write: finetune evaluate runs/NAME")
     for name in filter(options.get, options):
         raise UsageError(f"evaluate: {name} must come with --model, got a run, which knows its own. Leave it out.")
-    return evaluate(run, data, task)
+    return evaluate(run, data, task, columns)
 
 
 def _score_model(
-    run: str | None, model: str, data: str | None, task: str | None, options: Mapping[str, Any]
+    run: str | None,
+    model: str,
+    data: str | None,
+    columns: Mapping[str, str],
+    task: str | None,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     from finetune.artifact.score_model import score_model
     from finetune.errors import UsageError
@@ -95,14 +115,11 @@ def _score_model(
         raise UsageError(f"evaluate: must get a RUN or --model, got both: {run} and {model}. Leave one out.")
     if data is None:
         raise UsageError("evaluate: --model must come with --data, got none. Add --data CARD, or a file.")
-    columns = [column.partition("=") for column in options["--column"] or []]
-    if wrong := [role for role, sign, name in columns if not (role and sign and name)]:
-        raise UsageError(f"--column: must have the form ROLE=NAME, such as label=intent, got {wrong[0]!r}.")
     labels = options["--labels"]
     return score_model(
         model,
         data,
-        columns={role: name for role, _, name in columns},
+        columns=columns,
         task=task,
         labels=labels.split(",") if labels else None,
         knowledge=options["--knowledge"],

@@ -30,7 +30,7 @@ from finetune.data.sources import LoadedRows, load_rows
 from finetune.data.splits import keep_shots, split_rows
 from finetune.data.turns import CONTEXT, add_subject_changes
 from finetune.data.typos import add_typos
-from finetune.errors import DataError
+from finetune.errors import ColumnError, DataError, UsageError
 from finetune.models.base import BaseModel
 from finetune.recipe.schema import ModelSection, TaskSection
 from finetune.tasks import TASKS, MultiTask, Recommendation, Reranking, Retrieval, TextClassification
@@ -309,31 +309,51 @@ def _measure_lengths(task: Task, rows: Sequence[Row], examples: Examples, tokeni
     return lengths
 
 
-def load_held_out(part: Part, reference: str, tokenizer: Any, max_length: int, seed: int) -> Part:
+def load_held_out(
+    part: Part, reference: str, columns: Mapping[str, str], tokenizer: Any, max_length: int, seed: int
+) -> Part:
     """Put another held-out set in the place of a part's test split: its test split where it has one, else all of it.
 
     Args:
         part: what was trained, and on what.
-        reference: as for `load_rows`, with the part's columns.
+        reference: as for `load_rows`.
+        columns: role -> the set's column, where it is not that of the part's recipe.
         tokenizer, max_length, seed: of the run.
 
     Returns:
         The part with the source of the set, and the findings about it.
 
     Raises:
+        UsageError: a role that the task does not have.
         DataError: unreadable data, unknown or missing labels.
     """
-    task, columns = part.task, part.section.columns
+    task = part.task
+    check_roles(task, columns)
+    columns = {**part.section.columns, **columns}
     if isinstance(task, Recommendation):
-        named = columns if reference in card_names() else part.source.columns
+        named = columns if reference in card_names() else {**part.source.columns, **columns}
         loaded, task, rows = load_others(reference, {role: named[role] for role in ROLES if role in named}, task, seed)
         source, findings = _as_rows(loaded, rows), list(loaded.findings)
     else:
-        source = load_rows(reference, columns, roles=type(task).roles, optional=type(task).optional_roles)
+        try:
+            source = load_rows(reference, columns, roles=type(task).roles, optional=type(task).optional_roles)
+        except ColumnError as error:
+            raise DataError(f"{error.problem} Say what the set calls it: --column ROLE=NAME.") from error
         rows, findings = check_held_out(task, source, part.splits["train"])
     examples = part.examples | {"test": task.build_examples(rows, tokenizer, max_length)}
     splits = part.splits | {"test": rows}
     return replace(part, task=task, source=source, splits=splits, examples=examples, findings=findings)
+
+
+def check_roles(task: Task, columns: Mapping[str, str]) -> None:
+    """Refuse columns of a held-out set that the task does not read.
+
+    Raises:
+        UsageError: a role that is none of the task's.
+    """
+    known = (*task.roles, *task.optional_roles)
+    if unknown := [role for role in columns if role not in known]:
+        raise UsageError(f"--column: must be one of {', '.join(known)} for {task.type}, got {unknown[0]!r}.")
 
 
 def check_held_out(

@@ -320,6 +320,45 @@ def test_one_row_is_scored_without_intervals(command, own_run, tmp_path):
     assert {(value["low"], value["high"]) for value in scored["metrics"].values()} == {(None, None)}
 
 
+def test_other_rows_may_call_their_columns_otherwise(command, own_run, tmp_path):
+    rows = "profit beats,positive\nshares fall,negative\nthe board meets,neutral\n"
+    same, other = tmp_path / "same.csv", tmp_path / "other.csv"
+    same.write_text(f"text,label\n{rows}")
+    other.write_text(f"message,team\n{rows}")
+    named = ("--column", "text=message", "--column", "label=team")
+    expected = json.loads(command("evaluate", own_run, "--data", same, "--json").out)["metrics"]
+    assert json.loads(command("evaluate", own_run, "--data", other, *named, "--json").out)["metrics"] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (
+            ["--data", "{rows}"],
+            3,
+            "column 'text' must exist, got columns message, team. Say what the set calls it: --column ROLE=NAME.",
+        ),
+        (
+            ["--data", "{rows}", "--column", "lable=team"],
+            2,
+            "--column: must be one of text, label, context for text_cl",
+        ),
+        (["--column", "text=message"], 2, "--column must come with --data, whose columns it names, got none. Leave it"),
+        (
+            ["--data", "{rows}", "--column", "message"],
+            2,
+            "--column: must have the form ROLE=NAME, such as label=intent",
+        ),
+    ],
+)
+def test_columns_of_other_rows_that_cannot_be_meant(command, own_run, tmp_path, options, code, words):
+    path = tmp_path / "rows.csv"
+    path.write_text("message,team\nprofit beats,positive\nshares fall,negative\n")
+    done = command("evaluate", own_run, *(option.format(rows=path) for option in options))
+    assert done.code == code
+    assert words in done.err
+
+
 def test_run_shows_scores_beside_baselines_and_where_things_lie(command, write_recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
