@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from finetune.applications.support import load as loading
-from finetune.applications.support.assistant import HAND_OVER
+from finetune.applications.support.assistant import HAND_OVER, MAX_CHARACTERS
 from finetune.applications.support.decision import Costs
 from finetune.applications.support.evaluate import build_questions
 from finetune.applications.support.links import Links, save_links
@@ -216,6 +216,17 @@ def test_the_log_holds_no_personal_data(chat, tmp_path):
     assert events[0]["session"] == "[email]"
     assert events[2]["reply"] == "I have cancelled order [order_id]."
     assert "12345" not in path.read_text()
+
+
+def test_of_a_long_line_the_log_holds_what_was_read(chat, tmp_path):
+    """And reads no more of it: a million characters once took the log hours."""
+    path = tmp_path / "turns.jsonl"
+    text = "x" * (MAX_CHARACTERS - 10) + " 4111 1111 1111 1111 " + "a" * 900_000
+    done = chat(json.dumps({"text": text, "session": "b" * 50_000}), options=["--json", "--log", path])
+    assert done.code == 0
+    event = json.loads(path.read_text())
+    assert event["text"] == "x" * (MAX_CHARACTERS - 10) + " [card]"
+    assert event["session"] == "b" * MAX_CHARACTERS
 
 
 def test_the_assistant_itself_needs_no_torch():
