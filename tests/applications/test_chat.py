@@ -49,6 +49,7 @@ def run(tmp_path, reader, entries, intents_file, monkeypatch):
     support = loading.find_support_folder(RunFolder(folder))
     save_assistant(support, reader, entries, intents_file, {"train": questions, "validation": questions}, Costs())
     # Five questions choose a threshold and weights that no conversation should depend on.
+    save_json(support / "test.json", {})
     save_json(support / "decision.json", {"sure": SURE})
     save_relevance(support / "relevance.json", Relevance())
     save_links(support / "index" / "links.json", Links.count(reader.intents, []))
@@ -238,7 +239,7 @@ def test_a_run_without_an_assistant_is_refused(run, reader, tmp_path, monkeypatc
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "status.json").write_text('{"state": "finished"}')
-    with pytest.raises(UsageError, match=r"bare: must hold an assistant in support/, got none. Train it again"):
+    with pytest.raises(UsageError, match=r"bare: must hold an assistant in support/, got none. Build it in Python"):
         load_assistant(bare)
 
 
