@@ -183,6 +183,9 @@ def test_a_number_that_may_be_anything_is_no_order_number(say, before, text):
         ("cancel 12345-678 please, I live in 90210", "12345-678"),
         ("please cancel my order, it is 12345.", "12345"),
         ("cancel order no. 4711, my phone is 07911123456", "4711"),
+        ("cancel order 00004587345", "00004587345"),  # a phone number but for the word before it
+        ("cancel 113542617735902, the purchase of today", "113542617735902"),
+        ("cancel my parcel #85632", "#85632"),
     ],
 )
 def test_an_order_number_among_others_is_found(say, text, number):
@@ -207,7 +210,7 @@ def test_a_phone_number_beside_words_answers_no_question_for_an_order(say):
     assert say("call me at 07911 123456").kind == "handover"
 
 
-@pytest.mark.parametrize("answer", ["12 Rose Street, Leeds", "No. 7, Whatever Lane", "to my neighbour, same house"])
+@pytest.mark.parametrize("answer", ["12 Rose Street, Leeds", "No. 7, Whatever Lane", "to my neighbour, not yet moved"])
 def test_words_that_have_no_form_are_taken_when_asked_for(say, answer):
     assert say("I moved, order 12345").missing == ("new_address",)
     assert say(answer).text == f"We will send 12345 to {answer}."

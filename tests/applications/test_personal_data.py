@@ -72,6 +72,12 @@ def test_an_iban_is_masked(iban):
             "order no. 4711, order id 4711-22, my order: 4711",
             "order no. [order_id], order id [order_id], my order: [order_id]",
         ),
+        (
+            "Add it to order 4711, or we order 4711 this time",
+            "Add it to order [order_id], or we order [order_id] this time",
+        ),
+        ("order 4711/22 (4711), call 1-800-555-0123", "order [order_id] (4711), call 1-[phone]"),
+        ("purchase 113542617735902 or 00123842", "purchase [order_id] or [order_id]"),
         ("12345-678 and 111-1111111-1111111", "[order_id] and [order_id]"),
         ("113-4567890-1234567", "[card]"),  # from the second digit on it could be one
     ],

@@ -18,18 +18,21 @@ _IN_YEAR = (  # mid-2026, Nov2026
     r"(?i:mid|early|late|pre|post|spring|summer|autumn|fall|winter|(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*)"
     r"-?(?:19|20)\d\d\b"
 )
-_ZIP = r"\d{5}-\d{4}"
 _RANGE = r"\d{3,4}-\d{3,4}\b|\d*0-\d*0\b"
+# To order 1000 cups is no number of an order, and to add something to order 1000 is.
+_NOUN = r"\b(?:purchase|(?<!\bto )(?<!\bwe )(?<!\bi )order|order(?!\s\d+\b (?!this\b)[a-z]{3,}s\b))"
 _ORDER_ID = re.compile(
-    r"(?i:(?<!\bto )(?<!\bwe )(?<!\bi )\border(?:[ -](?:number|no|nr|id)\b\.?(?: (?:is|was)\b)?)?[\s:#]{1,3})"
-    rf"(\d{{4,12}}(?:-\d{{1,7}})*){_ENDS}"  # order number: 4711
+    rf"(?i:{_NOUN}(?:[ -](?:number|no|nr|id)\b\.?(?: (?:is|was)\b)?)?[\s:#]{{1,3}})"  # order number: 4711
+    rf"((?:\d{{4,20}}|\d{{3}}-\d{{4,7}})(?:[/-]\d{{1,7}})*)\b(?![.,]\d{{1,2}}\b|\s?{MONEY})"
     r"|#\s?\d{4,12}\b"  # #12345
     rf"|\b(?!{_IN_YEAR}|(?i:eur|usd|gbp)-?\d)"
     r"(?:[A-Za-z]{1,5}|[A-Za-z]{1,12}-)\d{4,12}(?:-\d{1,6})*\b"  # ORD-12345, AB123456
-    rf"|{_ALONE}(?!(?:{_RANGE}|{_ZIP}){_ENDS})(?=(?:-?\d){{8}})\d{{3,7}}(?:-\d{{3,7}})+{_ENDS}"  # 113-4567890-1234567
 )
-NUMBER = re.compile(rf"(?i:(?<=\bnumber ))\d{{4,12}}(?:-\d{{1,7}})*\b|{_ALONE}(?:{_ZIP}|\d{{5,12}}){_ENDS}")
-"""A number of its own that is no date or amount: an order's, a postcode, anything."""
+NUMBER = re.compile(
+    r"(?i:(?<=\bnumber ))\d{4,12}(?:-\d{1,7})*\b"
+    rf"|{_ALONE}(?:\d{{5,20}}|(?!{_RANGE})(?=(?:-?\d){{8}})\d{{3,7}}(?:-\d{{3,7}})+){_ENDS}"  # 113-4567890-1234567
+)
+"""A number of its own that is no date, amount or range: an order's, a postcode, anything."""
 
 _GAP = r"[\s.\u00ad\u2010-\u2015-]{0,2}"  # what people write between the groups of a number
 _DIGITS = re.compile(rf"\d(?:{_GAP}\d){{12,}}")
@@ -37,9 +40,10 @@ _FOURS = re.compile(r"\d{4}(?:[/_]\d{4}){3}")  # between groups of four alone: 2
 _IBAN = re.compile(r"(?=((?:[A-Z]{2}[ -]?|[A-Za-z]{2})\d[ -]?\d(?:[ -]?[A-Za-z\d]){11,30}))")
 _DATE = r"\d{1,4}[./-]\d{1,2}[./-]\d{1,4}\b"
 _PHONE = re.compile(
-    r"(?<![\w.,+])(?<!\d[/-])(?:"
+    r"(?<![\w.,+])(?:"
     r"(?:\+|00)[1-9](?:[\s()./-]{0,2}\d){6,13}"  # international
-    rf"|(?!{_DATE}|0\d/(?:\d\d){{1,2}}\b)\(?0\d(?:[\s()./-]{{0,2}}\d){{7,10}}"  # national, with its leading zero
+    rf"|(?!{_DATE}|(?:0\d/|(?<=\d-)0\d-)(?:\d\d){{1,2}}\b)"  # no date or part of one, but
+    r"\(?0\d(?:[\s()./-]{0,2}\d){7,10}"  # national, with its leading zero
     r"|\(?[2-9]\d\d\)?[\s.-]{1,2}\d{3}[\s.-]\d{4}"  # North America
     r"|1[3-9]\d[\s-]?\d{4}[\s-]?\d{4}"  # Chinese mobile
     rf"|(?<![$€£¥])(?<![$€£¥]\s)(?<!\bsize )(?<!\bsizes )(?:[6-9]\d\d(?: \d{{3}}){{2}}|\d\d(?: \d\d){{3}})"

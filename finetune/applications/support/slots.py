@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from finetune.applications.support.personal_data import EMAIL, MONEY, NUMBER, find_order_ids, find_personal_data
+from finetune.applications.support.personal_data import EMAIL, MONEY, NUMBER, Span, find_order_ids, find_personal_data
 from finetune.data.ranking import split_words
 
 MAX_FREE_CHARACTERS = 200
@@ -52,8 +52,8 @@ _ASKS = re.compile(
     r"|^(?:can|could|would|will|do|does|did|is|are|am|should|must) (?:you|i|we|it|this|that|there|they)\b"
 )
 _REFUSES = re.compile(
-    r"\b(?:do not|don t|dont|cannot|can not|can t|cant) (?:know|remember|recall|say|tell|find|understand)\b"
-    r"|\b(?:no|not) (?:idea|clue|sure|yet)\b|\b(?:dunno|never ?mind|forget it|unsure|not decided|haven t decided)\b"
+    r"\b(?:do not|don t|dont|cannot|can not|can t|cant) (?:know|remember|recall|say|tell|find (?:it|that))\b"
+    r"|\b(?:(?:no|not) (?:idea|clue|sure)|dunno|never ?mind|forget it|unsure|not decided|haven t decided)\b|\bnot yet$"
     r"|^(?:no|none|nothing|yes|ok|okay|later|skip|wait)$"
 )
 
@@ -99,19 +99,21 @@ def _find_order_ids(text: str, asked: bool, is_newest: bool) -> list[str]:
     """
     if asked and (alone := re.fullmatch(r"\W*(\d{4,12})\W*", text)):
         return [alone[1]]
-    spans = set(find_order_ids(text))
+    others = find_personal_data(text)
+    sure = [other for other in others if other[2] != "phone"]  # order 0012384212 looks like one
+    said = [(*span, "order_id") for span in find_order_ids(text) if not _lies_in(span, sure)]
+    bare = []
     for clause in _CLAUSE.finditer(text) if is_newest else ():
         words = set(split_words(NUMBER.sub(" ", clause.group())))
         if words & _OTHERS or not (asked or words & _ORDER or words <= _FILLERS):
             continue
-        numbers = NUMBER.finditer(text, clause.start(), clause.end())
-        spans |= {match.span() for match in numbers if not _PLACE.search(text[: match.start()])}
-    others = find_personal_data(text)
-    return [
-        text[start:stop]
-        for start, stop in sorted(spans)
-        if not any(first <= start and stop <= last for first, last, _ in others)
-    ]
+        numbers = (match.span() for match in NUMBER.finditer(text, clause.start(), clause.end()))
+        bare += [span for span in numbers if not (_PLACE.search(text[: span[0]]) or _lies_in(span, [*others, *said]))]
+    return [text[start:stop] for start, stop in sorted([*bare, *(span[:2] for span in said)])]
+
+
+def _lies_in(span: tuple[int, int], others: Sequence[Span]) -> bool:
+    return any(first <= span[0] and span[1] <= last for first, last, _ in others)
 
 
 def describe_slot(slot: str) -> str:
