@@ -69,6 +69,30 @@ def test_of_two_close_intents_the_customer_chooses(say):
     assert say("anna@example.org").text == "Your address is now anna@example.org."
 
 
+@pytest.mark.parametrize(
+    ("said", "intent"),
+    [
+        *((said, "cancel_order") for said in ("1", "one", "number one", "Option 1, please", "the first one")),
+        *(
+            (said, "change_email")
+            for said in ("option 2", "the second one please", "No. 2", "I mean the second", "2nd")
+        ),
+        ("cancel an order", "cancel_order"),
+        ("2. Change your e-mail address", "change_email"),
+        ("change_email", "change_email"),
+    ],
+)
+def test_a_choice_is_made_in_many_words(say, said, intent):
+    say("cancel my email")
+    assert say(said).intent == intent
+
+
+@pytest.mark.parametrize("said", ["12", "both", "no one", "neither one", "the one please", "option 3", "first, second"])
+def test_what_chooses_neither_is_no_choice(say, said):
+    say("cancel my email")
+    assert say(said).kind == "handover"
+
+
 @pytest.mark.parametrize(("intercept", "kind"), [(0.5, "passage"), (0.2, "handover")])
 def test_a_choice_makes_the_entries_of_its_intent_surer(assistant, entries, intercept, kind):
     """The entry alone has odds of 1 to 1; half of the messages like it ask for it, and after the choice nearly all."""
@@ -130,13 +154,87 @@ def test_of_several_values_the_customer_chooses(say):
 
 
 def test_a_slot_is_filled_from_an_earlier_turn(say):
-    say("where is 12345, who knows")
+    say("where is order 12345, who knows")
     assert say("then cancel it").text == "I have cancelled order 12345."
 
 
-def test_words_that_have_no_form_are_taken_when_asked_for(say):
+@pytest.mark.parametrize(
+    ("before", "text"),
+    [
+        ("my phone is 07911123456, who won the match?", "please cancel my order"),
+        ("my postcode is 90210", "please cancel my order"),
+        ("90210", "please cancel my order"),  # what it is, only what was asked before it knows
+        ("anna12345@example.org", "cancel my order"),
+        ("who won?", "cancel my order, I live in 90210"),
+        ("who won?", "cancel my order and call me, my number is 5551234, or 212-555-0123"),
+        ("who won?", "cancel my order. 10115 Berlin is where I live"),
+    ],
+)
+def test_a_number_that_may_be_anything_is_no_order_number(say, before, text):
+    assert say(before).kind == "handover"
+    reply = say(text)
+    assert (reply.kind, reply.missing) == ("question", ("order_id",))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("cancel order 113-4567890-1234567", "113-4567890-1234567"),
+        ("cancel 12345-678 please, I live in 90210", "12345-678"),
+        ("please cancel my order, it is 12345.", "12345"),
+        ("cancel order no. 4711, my phone is 07911123456", "4711"),
+        ("cancel order 00004587345", "00004587345"),  # a phone number but for the word before it
+        ("cancel 113542617735902, the purchase of today", "113542617735902"),
+        ("cancel my parcel #85632", "#85632"),
+    ],
+)
+def test_an_order_number_among_others_is_found(say, text, number):
+    assert say(text).text == f"I have cancelled order {number}."
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("4711", "4711"),
+        ("13812345678", "13812345678"),  # alone it answers the question, though it looks like a phone number
+        ("I think 12345, from last week", "12345"),
+    ],
+)
+def test_a_number_answers_the_question_for_one(say, answer, number):
+    say("cancel it")
+    assert say(answer).text == f"I have cancelled order {number}."
+
+
+def test_a_phone_number_beside_words_answers_no_question_for_an_order(say):
+    say("cancel it")
+    assert say("call me at 07911 123456").kind == "handover"
+
+
+@pytest.mark.parametrize("answer", ["12 Rose Street, Leeds", "No. 7, Whatever Lane", "to my neighbour, not yet moved"])
+def test_words_that_have_no_form_are_taken_when_asked_for(say, answer):
     assert say("I moved, order 12345").missing == ("new_address",)
-    assert say("12 Rose Street, Leeds").text == "We will send 12345 to 12 Rose Street, Leeds."
+    assert say(answer).text == f"We will send 12345 to {answer}."
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "why do you need that?",
+        "Why do you need that",
+        "can you see it in my account",
+        "I do not know yet",
+        "I don\u2019t know",
+        "no idea, sorry",
+        "Not sure.",
+        "never mind",
+        "no",
+        "12 Rose Street?",
+    ],
+)
+def test_a_question_or_a_refusal_fills_no_slot(say, answer):
+    say("I moved, order 12345")
+    reply = say(answer)
+    assert (reply.kind, reply.text) == ("handover", HAND_OVER)
 
 
 def test_another_wish_is_no_answer_to_the_question(say):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from finetune.applications.support import load as loading
-from finetune.applications.support.assistant import HAND_OVER
+from finetune.applications.support.assistant import HAND_OVER, MAX_CHARACTERS
 from finetune.applications.support.decision import Costs
 from finetune.applications.support.evaluate import build_questions
 from finetune.applications.support.links import Links, save_links
@@ -49,6 +49,7 @@ def run(tmp_path, reader, entries, intents_file, monkeypatch):
     support = loading.find_support_folder(RunFolder(folder))
     save_assistant(support, reader, entries, intents_file, {"train": questions, "validation": questions}, Costs())
     # Five questions choose a threshold and weights that no conversation should depend on.
+    save_json(support / "test.json", {})
     save_json(support / "decision.json", {"sure": SURE})
     save_relevance(support / "relevance.json", Relevance())
     save_links(support / "index" / "links.json", Links.count(reader.intents, []))
@@ -218,6 +219,17 @@ def test_the_log_holds_no_personal_data(chat, tmp_path):
     assert "12345" not in path.read_text()
 
 
+def test_of_a_long_line_the_log_holds_what_was_read(chat, tmp_path):
+    """And reads no more of it: a million characters once took the log hours."""
+    path = tmp_path / "turns.jsonl"
+    text = "x" * (MAX_CHARACTERS - 10) + " 4111 1111 1111 1111 " + "a" * 900_000
+    done = chat(json.dumps({"text": text, "session": "b" * 50_000}), options=["--json", "--log", path])
+    assert done.code == 0
+    event = json.loads(path.read_text())
+    assert event["text"] == "x" * (MAX_CHARACTERS - 10) + " [card]"
+    assert event["session"] == "b" * MAX_CHARACTERS
+
+
 def test_the_assistant_itself_needs_no_torch():
     code = "import sys, finetune.applications.support.load; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -227,7 +239,7 @@ def test_a_run_without_an_assistant_is_refused(run, reader, tmp_path, monkeypatc
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "status.json").write_text('{"state": "finished"}')
-    with pytest.raises(UsageError, match=r"bare: must hold an assistant in support/, got none. Train it again"):
+    with pytest.raises(UsageError, match=r"bare: must hold an assistant in support/, got none. Build it in Python"):
         load_assistant(bare)
 
 

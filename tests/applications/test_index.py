@@ -88,7 +88,7 @@ def test_an_index_of_another_model_is_refused(reader, entries, tmp_path):
     KnowledgeIndex.build(entries, reader).save(tmp_path)
     reader.fingerprint = "b" * 64
     with pytest.raises(
-        UsageError, match=r"must be built by this model, bbbbbbbbbbbb, got one of aaaaaaaaaaaa. Build it"
+        UsageError, match=r"must be built by this model, bbbbbbbbbbbb, got one of aaaaaaaaaaaa. Build it in"
     ):
         KnowledgeIndex.load(tmp_path, reader)
 
@@ -98,7 +98,7 @@ def test_an_index_of_other_entries_is_refused(reader, entries, tmp_path):
     path = tmp_path / "knowledge.jsonl"
     kept = path.read_text()
     path.write_text(kept.replace("thirty", "ninety"))
-    with pytest.raises(UsageError, match=r"must be what the index was built from, got other text. Build it again"):
+    with pytest.raises(UsageError, match=r"must be what the index was built from, got other text. Build it in"):
         KnowledgeIndex.load(tmp_path, reader)
     path.write_text("".join(kept.splitlines(keepends=True)[:2]))
     with pytest.raises(UsageError, match="as many features as entries, got 3 features, 2 entries, and 3 when it was"):

@@ -18,7 +18,7 @@ import finetune
 from finetune.applications.monitor import build
 from finetune.applications.monitor.backtest import ALL, build_tables, run_backtest
 from finetune.applications.monitor.build import DRAWN_ITEMS, ReadRow, build_monitor, draw_windows
-from finetune.applications.monitor.load import load_monitor
+from finetune.applications.monitor.load import is_built, load_monitor
 from finetune.applications.monitor.records import ALL_TOPICS, Reading
 from finetune.applications.monitor.thresholds import choose_thresholds
 from finetune.cli.main import main
@@ -226,6 +226,21 @@ def test_a_monitor_of_another_model_is_refused(run):
             load_monitor(run[0])
     finally:
         path.write_text(content)
+
+
+def test_a_build_that_was_killed_is_none(run, tmp_path, monkeypatch):
+    def judge(*values):
+        raise KeyboardInterrupt
+
+    path = shutil.copytree(run[0], tmp_path / "run")
+    shutil.rmtree(path / "monitor")
+    with monkeypatch.context() as patch:
+        patch.setattr(build.ShareJudge, "judge", judge)
+        with pytest.raises(KeyboardInterrupt):
+            build_monitor(path)
+    assert not is_built(path)
+    build_monitor(path)
+    assert is_built(path)
 
 
 def test_one_task_is_a_monitor_without_topics(write_recipe, tmp_path):

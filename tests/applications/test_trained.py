@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import finetune
-from finetune.applications.support import Session, load_assistant
+from finetune.applications.support import Session, build, load_assistant
 from finetune.applications.support.build import build_assistant
 from finetune.applications.support.trained import build_reader
 from finetune.errors import DataError, RecipeError, UsageError
@@ -71,8 +71,31 @@ def test_an_index_of_another_model_is_refused(run, figures):
     try:
         with pytest.raises(UsageError, match=r"the index must be built by this model, .* got one of bbbbbbbbbbbb"):
             load_assistant(run.folder.path)
+        build_assistant(run.folder.path)  # as the message says
+        assert json.loads(path.read_text()) == json.loads(content)
     finally:
         path.write_text(content)
+    load_assistant(run.folder.path)
+
+
+def test_a_build_that_was_killed_is_none(run, figures, command, monkeypatch):
+    judged = []
+
+    def judge(*values):
+        judged.append(values)
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_judge", judge)
+        with pytest.raises(KeyboardInterrupt):
+            build_assistant(run.folder.path)
+    assert not build.is_built(run.folder.path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "building the assistant" in command("chat", run.folder.path, "--json").err
+    assert json.loads((run.folder.path / "support" / "test.json").read_text()) == figures
+    assert build.is_built(run.folder.path)
 
 
 def test_chat_speaks_json(run, figures, command, monkeypatch):

@@ -72,6 +72,23 @@ def test_what_it_does_not_say_is_not(answer, problem):
     assert [claim.problem for claim in check_claims(answer, PASSAGE)] == [problem]
 
 
+@pytest.mark.parametrize("written", ["9:30 am", "9.30 am", "9,30 a.m.", "09:30 AM"])
+def test_a_time_is_the_same_however_its_minutes_are_parted(written):
+    said, other = "Shops open at 9:30 am.", "Shops open at 9 am."
+    assert [claim.problem for claim in check_claims(said, f"Shops open at {written}.")] == [""]
+    assert [claim.problem for claim in check_claims(other, f"Shops open at {written}.")] == ["'9:00' is not in it"]
+
+
+NUMBERS = st.text("0123456789.,: ", max_size=12)
+UNITS = st.sampled_from(["", "$", " am", " p.m.", " euros", "%", "st"])
+
+
+@given(st.lists(st.builds("{}{}".format, NUMBERS, UNITS), max_size=4))
+def test_no_way_to_write_a_number_stops_the_check(parts):
+    text = f"The shop opens {' and '.join(parts)}."
+    assert {claim.problem for claim in check_claims(text, text)} <= {""}
+
+
 def test_what_claims_nothing_is_left_out():
     assert check_claims("Yes, they do. Is there anything else that I can help you with?", PASSAGE) == []
 

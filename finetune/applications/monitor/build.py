@@ -119,11 +119,14 @@ def build_monitor(run: str | Path) -> dict[str, Any]:
     rows = read_splits(folder, recipe, section, reader)
     known = rows["validation"]
     quantifier = fit_quantifier([row.reading.negative for row in known], [row.is_negative for row in known])
-    save_monitor(folder, reader, quantifier, choose_thresholds(quantifier, section, seed))
+    thresholds = choose_thresholds(quantifier, section, seed)
     judge = ShareJudge(quantifier, section, recipe.evaluate.confidence)
     figures = {split: judge.judge(part, seed) for split, part in rows.items()}
+    place = find_monitor_folder(folder)
+    place.mkdir(exist_ok=True)
     for split, content in figures.items():
-        save_json(find_monitor_folder(folder) / f"{split}.json", content)
+        save_json(place / f"{split}.json", content)
+    save_monitor(folder, reader, quantifier, thresholds)  # last: what it writes says that all is there
     return figures["test"]
 
 

@@ -72,7 +72,6 @@ def is_built(run: str | Path) -> bool:
 def save_monitor(folder: RunFolder, reader: TrainedReader, quantifier: Quantifier, thresholds: Thresholds) -> None:
     """Write what `load_monitor` reads."""
     place = find_monitor_folder(folder)
-    place.mkdir(exist_ok=True)
     save_quantifier(place / _QUANTIFIER, quantifier)
     save_thresholds(place / _THRESHOLDS, thresholds)
     # Last: without it there is no monitor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from finetune.applications.support.index import Found, KnowledgeIndex
 from finetune.applications.support.quotes import quote_answer
 from finetune.applications.support.reader import Reader, Reading
 from finetune.applications.support.relevance import Relevance
-from finetune.applications.support.slots import MAX_FREE_CHARACTERS, describe_slot, find_pattern, find_values
+from finetune.applications.support.slots import MAX_FREE_CHARACTERS, describe_slot, find_kind, find_values, is_answer
 from finetune.applications.support.templates import Intent, Intents, fill_slots, fill_template
 from finetune.applications.support.writer import Writer, compose_answer
 from finetune.data.knowledge import Entry
@@ -29,7 +30,13 @@ SHOWN = 3
 
 NO_WORDS = "I could not find any words in your message. What can I help you with?"
 HAND_OVER = "I would rather let a colleague answer this. They will see our conversation and reply to you."
-_FIRST, _SECOND = ({"1", "first", "the first", "the first one"}, {"2", "second", "the second", "the second one"})
+_CHOICES = [
+    re.compile(
+        rf"(?:please |i mean )?(?:(?:option |number |no (?=\d))?(?:{said})|(?:the )?(?:{th})(?: one)?)(?: please)?"
+    )
+    for said, th in (("1|one", "first|1st"), ("2|two", "second|2nd"))
+]
+"""How a customer says which of two is meant, in the words of `split_words`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +164,12 @@ class Assistant:
         if not split_words(text):
             session.pending = pending
             return Reply("question", NO_WORDS, 1.0, "The message has no words.")
-        if pending and pending.slot is None and (chosen := _read_choice(text, pending.intents)):
-            return self._answer_chosen(self.intents[chosen], pending, session)
+        if (
+            pending
+            and pending.slot is None
+            and (chosen := _read_choice(text, [self.intents[name] for name in pending.intents]))
+        ):
+            return self._answer_chosen(chosen, pending, session)
         if pending and pending.slot and (value := self._read_slot(text, pending, session.context)):
             pending.values[pending.slot] = value
             return self._answer_template(self.intents[pending.intents[0]], pending.confidence, text, session, pending)
@@ -245,9 +256,11 @@ class Assistant:
     def _read_slot(self, text: str, pending: Pending, context: str) -> str | None:
         """What a message says of the slot that was asked for; None where it speaks of something else."""
         slot = pending.slot or ""
-        if find_pattern(slot):
-            values = find_values(slot, [text])
+        if find_kind(slot):
+            values = find_values(slot, [text], asked=True)
             return values[0] if len(values) == 1 else None
+        if not is_answer(text):
+            return None
         reading = self._consult_entries(self.reader.read(text, context))
         likeliest = self.rank_intents(reading)[0]
         other = self._name(likeliest).name not in pending.intents
@@ -287,10 +300,16 @@ def _ask_for(slot: str, choices: Sequence[str]) -> str:
     return f"For that I need the {asked}. What is it?"
 
 
-def _read_choice(text: str, intents: Sequence[str]) -> str | None:
-    """The intent that a message chooses by its number."""
+def _read_choice(text: str, intents: Sequence[Intent]) -> Intent | None:
+    """The intent that a message chooses: by its number, its description, both, or its name."""
     said = " ".join(split_words(text))
-    for words, intent in zip((_FIRST, _SECOND), intents, strict=True):
-        if said in words:
+    for number, (form, intent) in enumerate(zip(_CHOICES, intents, strict=True), start=1):
+        described = " ".join(split_words(intent.description))
+        if form.fullmatch(said) or said in (
+            described,
+            f"{number} {described}",
+            intent.name,
+            intent.name.replace("_", " "),
+        ):
             return intent
     return None

@@ -30,6 +30,8 @@ from finetune.recipe.schema import AssistantSection, Recipe, TaskSection
 from finetune.tasks.entries import ENTRY
 from finetune.tasks.preparation import load_entries
 
+_BUILT = "test.json"  # written last: without it the assistant is not whole
+
 
 def build_assistant(run: str | Path) -> dict[str, Any]:
     """Build the assistant of a finished run, choose its threshold on validation, and answer the test questions.
@@ -51,6 +53,7 @@ def build_assistant(run: str | Path) -> dict[str, Any]:
     reader, place = RememberingReader(build_reader(folder)), find_support_folder(folder)
     source = _load_rows(folder, recipe)
     questions = _build_questions(folder, recipe, source, reader.intents)
+    (place / _BUILT).unlink(missing_ok=True)
     assistant = save_assistant(
         place,
         reader,
@@ -59,9 +62,9 @@ def build_assistant(run: str | Path) -> dict[str, Any]:
         questions,
         Costs(recipe.assistant.wrong_cost, recipe.assistant.handover_cost, recipe.assistant.question_cost),
     )
-    for split in ("validation", "test"):
-        save_json(place / f"{split}.json", _judge(assistant, questions[split], recipe))
-    return dict(load_json(place / "test.json"))
+    save_json(place / "validation.json", _judge(assistant, questions["validation"], recipe))
+    save_json(place / _BUILT, _judge(assistant, questions["test"], recipe))
+    return dict(load_json(place / _BUILT))
 
 
 def is_built(run: str | Path) -> bool:
@@ -71,7 +74,7 @@ def is_built(run: str | Path) -> bool:
         UsageError: no such run.
     """
     folder = find_run(run)
-    return find_support_folder(folder).is_dir() or load_recipe(folder.recipe).assistant is None
+    return (find_support_folder(folder) / _BUILT).exists() or load_recipe(folder.recipe).assistant is None
 
 
 def _judge(assistant: Assistant, questions: Sequence[Question], recipe: Recipe) -> dict[str, Any]:

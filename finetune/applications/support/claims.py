@@ -162,10 +162,10 @@ def _write_number(match: re.Match[str]) -> str:
     """`$1,200.00`, `1200 dollars` and `$ 1200` are one, `5 pm` is `17:00`, and `30` is not `30 %`."""
     number = re.sub(r",(?=\d{3}(?!\d))", "", match["number"])
     units = {unit.casefold().replace(".", "") for unit in (match["before"], match["after"]) if unit}
-    hour, _, minutes = number.partition(":")
     if half := units & {"am", "pm"}:
-        hour = str(int(hour.split(".")[0]) % 12 + (12 if "pm" in half else 0))
-        return f"{hour}:{minutes or '00'}"
+        hour, _, minutes = re.sub(r"[.,]", ":", number).partition(":")  # 9.30 am and 9,30 am are 9:30 am
+        return f"{int(hour) % 12 + (12 if 'pm' in half else 0)}:{minutes or '00'}"
+    hour, _, minutes = number.partition(":")
     if minutes:
         return f"{int(hour)}:{minutes}" if hour.isdigit() else number
     if re.fullmatch(r"\d+[.,]\d{1,2}", number):

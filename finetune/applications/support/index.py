@@ -31,6 +31,9 @@ FUSED = 100
 _KNOWLEDGE, _FEATURES, _LINKS, _INDEX = "knowledge.jsonl", "features.safetensors", "links.json", "index.json"
 
 
+BUILD_AGAIN = "Build it in Python: finetune.applications.support.build.build_assistant(RUN)"
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """An entry, and the probability that it answers the question."""
@@ -165,23 +168,23 @@ class KnowledgeIndex:
         """
         missing = [name for name in (_INDEX, _KNOWLEDGE, _FEATURES, _LINKS) if not (folder / name).is_file()]
         if missing:
-            raise ResourceError(f"{folder}: must hold an index, got no {', '.join(missing)}. {_BUILD_AGAIN}")
+            raise ResourceError(f"{folder}: must hold an index, got no {', '.join(missing)}. {BUILD_AGAIN}")
         about = load_json(folder / _INDEX)
         if about.get("model") != reader.fingerprint:
             raise UsageError(
                 f"{folder}: the index must be built by this model, {reader.fingerprint[:12]}, got one of "
-                f"{str(about.get('model'))[:12]}. {_BUILD_AGAIN}"
+                f"{str(about.get('model'))[:12]}. {BUILD_AGAIN}"
             )
         entries = load_knowledge(str(folder / _KNOWLEDGE))
         features = _load_features(folder / _FEATURES)
         if not len(entries) == len(features) == about.get("entries"):
             raise UsageError(
                 f"{folder}: the index must have as many features as entries, got {len(features):,} features, "
-                f"{len(entries):,} entries, and {about.get('entries')} when it was built. {_BUILD_AGAIN}"
+                f"{len(entries):,} entries, and {about.get('entries')} when it was built. {BUILD_AGAIN}"
             )
         if about.get("knowledge_sha256") != compute_sha256(folder / _KNOWLEDGE):
             raise UsageError(
-                f"{folder / _KNOWLEDGE}: must be what the index was built from, got other text. {_BUILD_AGAIN}"
+                f"{folder / _KNOWLEDGE}: must be what the index was built from, got other text. {BUILD_AGAIN}"
             )
         return cls(entries, features, reader.fingerprint, load_links(folder / _LINKS, reader.intents))
 
@@ -189,9 +192,6 @@ class KnowledgeIndex:
         """BM25; entries that share no word follow by meaning, for their order in the file says nothing."""
         scores = self._lexical.compute_scores(question)
         return np.where(scores > 0, scores, dense - 2)
-
-
-_BUILD_AGAIN = "Build it again: --knowledge with the file of entries."
 
 
 def find_last_customer_turn(context: str) -> list[str]:
@@ -211,7 +211,7 @@ def _load_features(path: Path) -> Floats:
     try:
         features: Floats = load_tensors(path.read_bytes())["features"]
     except (SafetensorError, KeyError, OSError) as error:
-        raise ResourceError(f"{path}: must hold features, got a damaged file ({error}). {_BUILD_AGAIN}") from None
+        raise ResourceError(f"{path}: must hold features, got a damaged file ({error}). {BUILD_AGAIN}") from None
     if features.ndim != 2 or features.dtype != np.float32 or not np.isfinite(features).all():
-        raise ResourceError(f"{path}: must hold finite float32 features, got others. {_BUILD_AGAIN}")
+        raise ResourceError(f"{path}: must hold finite float32 features, got others. {BUILD_AGAIN}")
     return features

@@ -14,7 +14,7 @@ from finetune.applications.support.evaluate import (
     collect_intent_evidence_of,
     collect_outcomes,
 )
-from finetune.applications.support.index import KnowledgeIndex
+from finetune.applications.support.index import BUILD_AGAIN, KnowledgeIndex
 from finetune.applications.support.links import Links, fit_exponents
 from finetune.applications.support.reader import Reader
 from finetune.applications.support.relevance import fit_relevance, load_relevance, save_relevance
@@ -58,7 +58,7 @@ def load_assistant(
     reader = build_reader(folder, engine)
     support = find_support_folder(folder)
     if not support.is_dir():
-        raise UsageError(f"{folder.path}: must hold an assistant in {support.name}/, got none. Train it again.")
+        raise UsageError(f"{folder.path}: must hold an assistant in {support.name}/, got none. {BUILD_AGAIN}")
     if knowledge is None:
         index = KnowledgeIndex.load(support / _INDEX, reader)
     else:

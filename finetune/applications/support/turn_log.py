@@ -26,8 +26,8 @@ class TurnLog:
         """
         self._events.write(
             "turn",
-            session=mask_personal_data(session),
-            text=mask_personal_data(text)[:MAX_CHARACTERS],  # cut afterwards: half a number would not be known as one
+            session=mask_personal_data(session, MAX_CHARACTERS),
+            text=mask_personal_data(text, MAX_CHARACTERS),
             kind=reply.kind,
             reply=mask_personal_data(reply.text),
             confidence=reply.confidence,
