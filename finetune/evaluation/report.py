@@ -15,7 +15,7 @@ from finetune.evaluation.charts import Scale, Series, is_number
 from finetune.evaluation.metrics import OUTSIDE_METRICS, is_larger_better
 from finetune.evaluation.report_lists import build_lists
 from finetune.evaluation.report_samples import build_sample, describe_samples, shorten
-from finetune.evaluation.verdict import build_verdict, compute_gap, gate_decimals, is_scaled
+from finetune.evaluation.verdict import build_verdict, compute_chance_gap, compute_gap, gate_decimals, is_scaled
 from finetune.evaluation.wording import Score, decimals_of, format_count, format_number, name_of, part_of
 
 SEVERITIES = {"error": "bad", "warning": "care", "note": "note"}
@@ -292,7 +292,9 @@ def _build_calibration(test: Mapping[str, Any]) -> list[dict[str, Any]]:
         if gap is not None:
             words = f"{title}: confidence is off by {100 * gap:.1f} points on average."
             chart = charts.reliability_chart(bins, words)
-            figures.append({"title": title, "gap": gap, "chart": chart, "bins": bins})
+            figures.append(
+                {"title": title, "gap": gap, "chance": compute_chance_gap(bins), "chart": chart, "bins": bins}
+            )
     return figures
 
 

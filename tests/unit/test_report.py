@@ -13,6 +13,7 @@ import pytest
 
 from finetune.evaluation import wording
 from finetune.evaluation.report import ReportData, render_report, write_report
+from finetune.evaluation.verdict import compute_chance_gap
 
 
 def score(value: float, half: float = 0.02) -> dict[str, float]:
@@ -247,7 +248,10 @@ def test_page_opens_with_the_verdict_and_marks_its_evidence(read_page: Any) -> N
 
 def test_a_temperature_of_1_is_no_calibration(read_page: Any) -> None:
     assert "As trained" in read_page(render_report(make_data(temperature=1.0))).text
-    assert "After temperature 1.31" in read_page(render_report(make_data())).text
+    text = read_page(render_report(make_data())).text
+    assert "After temperature 1.31" in text
+    bins = make_data().test["reliability"]["after"]
+    assert f"honest confidence would be off by {100 * compute_chance_gap(bins):.1f} by chance" in text
 
 
 def test_far_baseline_is_an_arrow_and_does_not_stretch_the_axis(read_page: Any) -> None:
