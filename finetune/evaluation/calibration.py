@@ -15,8 +15,8 @@ SPREAD = 0.5
 
 
 def fit_temperature(logits: npt.ArrayLike, references: Ints) -> float:
-    """The temperature in [0.05, 20] that minimises the negative log-likelihood of softmax(logits / T), summed over rows,
-    and of T itself, whose logarithm has the prior N(0, 0.5^2).
+    """The temperature in [0.05, 20] that minimises the negative log-likelihood of softmax(logits / T), summed over the
+    rows, and of T itself, whose logarithm has the prior N(0, 0.5^2).
 
     The prior is not in the paper, where thousands of rows outweigh it. Few rows without a mistake would sharpen the
     scores without end: at the bound, one mistake on new rows costs more than all the sharpness gains.

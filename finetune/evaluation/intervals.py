@@ -37,8 +37,8 @@ class Estimate:
 
     value: float
     samples: Floats
-    """(resamples,). All nan for one row, for the calibration error, and for a metric of `evaluate`, which would take too
-    long a thousand times."""
+    """(resamples,). All nan for one row, for the calibration error, and for a metric of `evaluate`, which would take
+    too long a thousand times."""
 
 
 def compute_intervals(
