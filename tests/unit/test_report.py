@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from finetune.evaluation import wording
-from finetune.evaluation.report import ReportData, render_report, write_report
+from finetune.evaluation.report import ReportData, _build_confusion, render_report, write_report
 from finetune.evaluation.verdict import compute_chance_gap
 
 
@@ -158,6 +159,18 @@ def test_many_classes_get_their_most_confused_pairs(read_page: Any) -> None:
     assert "The 2 most frequent confusions of 18 mistakes" in page.text
     assert page.text.index("class 5 class 9 11 22%") < page.text.index("class 6 class 2 7 15%")
     assert sum(rect.get("class") == "wrong" for rect in page.named("rect")) == 2
+
+
+def test_a_matrix_of_many_classes_takes_little_memory() -> None:
+    """What is not shown is not built: a dict for each cell took 25 MB."""
+    confusion = np.diag([40] * 300).tolist()
+    test = {"confusion": confusion, "labels": [f"class {i}" for i in range(300)]}
+    tracemalloc.start()
+    try:
+        assert not _build_confusion(test)["rows"]
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_classes_are_sorted_worst_first_and_unknown_last(read_page: Any) -> None:
