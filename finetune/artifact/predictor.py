@@ -126,6 +126,17 @@ class Predictor:
         found = [None] * len(scores) if outside is None else outside.tolist()
         return [build_prediction(self.labels, row, out) for row, out in zip(scores, found, strict=True)]
 
+    def build_columns(self, logits: npt.NDArray[np.floating[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """The same as columns of a file, (N,) each: a row of many classes takes the room of its scores."""
+        scores = self.calibrate(logits)
+        outside = self.outside.compute_probabilities(logits) if self.outside else None
+        return {
+            "predicted_label": np.array(self.labels)[scores.argmax(axis=1)],
+            "confidence": scores.max(axis=1),
+            **({} if outside is None else {"outside": outside}),
+            **{f"score_{label}": column for label, column in zip(self.labels, scores.T, strict=True)},
+        }
+
     def compute_scores(
         self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
     ) -> npt.NDArray[np.float64]:
