@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.cleaning import CJK
+from finetune.data.cleaning import SPACED_WORD
 from finetune.errors import DataError
 from finetune.evaluation.intervals import Interval, compute_intervals
 from finetune.evaluation.metrics import Floats, Ints
@@ -35,7 +35,6 @@ OTHER = "other"
 MISSING = "(missing)"
 MAX_VALUES = 12  # of a column; a number with more values is cut into quartiles
 MIN_ROWS = 10  # an interval over fewer rows says nothing
-WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +122,7 @@ def group_rows(column: str, texts: Sequence[str], values: Sequence[Mapping[str, 
     """(value, positions of its rows): quartiles upwards and behind them the rows without a number, other values from
     the most frequent down, `other` last."""
     if column == LENGTH:
-        labels, order = _label_quartiles([float(len(WORD.findall(text))) for text in texts], " words")
+        labels, order = _label_quartiles([float(len(SPACED_WORD.findall(text))) for text in texts], " words")
     elif column in PATTERNS:
         order = [f"with {column}", f"without {column}"]
         labels = [order[0] if PATTERNS[column].search(text) else order[1] for text in texts]
