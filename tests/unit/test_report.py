@@ -259,6 +259,12 @@ def test_page_opens_with_the_verdict_and_marks_its_evidence(read_page: Any) -> N
     assert "Can I trust this model? Yes, on rows like those it was tested on." in good.text
 
 
+def test_the_foot_says_what_intervals_take_for_granted(read_page: Any) -> None:
+    words = "They take rows for independent of each other: where some belong together"
+    assert words in read_page(render_report(make_data())).text
+    assert words not in read_page(render_report(make_data(resamples=None))).text
+
+
 def test_a_temperature_of_1_is_no_calibration(read_page: Any) -> None:
     assert "As trained" in read_page(render_report(make_data(temperature=1.0))).text
     text = read_page(render_report(make_data())).text
