@@ -83,7 +83,7 @@ def build_results(section: Comparison, recipe_name: str, candidates: Sequence[Ca
         "seeds": section.seeds,
         "reference": section.reference,
         "metric": metrics[0] if metrics else settings.metrics[0],
-        "rows": len(everyone[0].keys) if everyone else None,
+        "rows": everyone[0].count if everyone else None,
         "confidence": settings.confidence,
         "resamples": settings.resamples,
         "candidates": described,
@@ -109,7 +109,7 @@ def _load_scored(candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict
 def _load_comparable(one: Candidate, first: tuple[str, Sequence[Predictions]] | None) -> list[Predictions]:
     loaded = [load_predictions(run) for run in one.runs]
     for ours, theirs in zip(loaded, first[1] if first else [], strict=False):
-        if ours.keys != theirs.keys:
+        if (ours.keys, ours.labels) != (theirs.keys, theirs.labels):
             raise FinetuneError(
                 f"{ours.run.path}: must be tested on the same rows as {theirs.run.path}, got other rows. Remove the "
                 "run that was trained before the data changed, and compare again."

@@ -30,7 +30,7 @@ def compare_runs(references: Sequence[str | Path], *, resamples: int = RESAMPLES
         "p_value", and "p_adjusted" by Holm's method, over the runs, which the answers go by. "answer" says it in words.
 
     Raises:
-        UsageError: fewer than two runs, one run twice, or other test rows than the first run's.
+        UsageError: fewer than two runs, one run twice, or other test rows or classes than the first run's.
     """
     names = _name_runs(references)
     loaded = {name: load_predictions(*_find_task(name)) for name in names}
@@ -47,7 +47,7 @@ def compare_runs(references: Sequence[str | Path], *, resamples: int = RESAMPLES
     differences = _compute_differences(names, metrics, estimates, confidence)
     compared: dict[str, Any] = round_numbers(
         {
-            "rows": len(first.keys),
+            "rows": first.count,
             "metric": metrics[0],
             "confidence": confidence,
             **drawing,
@@ -124,7 +124,13 @@ def _find_task(reference: str) -> tuple[RunFolder, str | None]:
 def _check_rows(first_name: str, first: Predictions, name: str, other: Predictions) -> None:
     """Differences are paired by row, so both runs must have been tested on the same rows with the same truth."""
     if first.keys == other.keys:
-        return
+        if first.labels == other.labels:
+            return
+        differing = ", ".join(sorted(set(first.labels) ^ set(other.labels)))
+        raise UsageError(
+            f"{name}: must be judged by the same classes as {first_name}, got {len(other.labels):,} and "
+            f"{len(first.labels):,}, which differ in {differing}. Train both with the same `labels` and `out_of_scope`."
+        )
     ours, theirs = set(first.keys), set(other.keys)
     raise UsageError(
         f"{name}: must be tested on the same rows as {first_name}, got {len(ours & theirs):,} rows in common of "

@@ -59,7 +59,9 @@ def merge_adapters(runs: Mapping[str | Path, float], output: str | Path, *, rank
     shutil.copytree(first.folder, temporary)
     save_updates(updates, temporary)
     longest = max(one.settings["max_length"] for one in saved.values())
-    seal_folder(temporary, folder, first.settings | {"temperature": 1.0, "max_length": longest})
+    temperatures = dict.fromkeys(first.settings.get("temperatures", {}), 1.0)
+    fresh = {"temperature": 1.0, "temperatures": temperatures, "fitted": {}, "max_length": longest}
+    seal_folder(temporary, folder, first.settings | fresh)
     return Merged(folder, updates.rank, error)
 
 

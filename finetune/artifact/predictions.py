@@ -24,9 +24,12 @@ from finetune.evaluation.corpus_scoring import compute_corpus_estimates
 from finetune.evaluation.intervals import Estimate, compute_estimates
 from finetune.evaluation.metrics import METRICS, OUTSIDE_METRICS
 from finetune.evaluation.outside import OutsideScores, compute_outside_estimates
+from finetune.evaluation.recommending import average_by_person
 
 SCORE = "score_"
 """What stands before a class in the name of the column with its scores."""
+PERSON = "user"
+"""The column of whose request a row is, where scores are means over people."""
 COLUMNS = {"texts": "prediction", "ranks": "places", "likelihood": "nats"}
 """What a metric without classes needs -> a column that tells whether it is there."""
 
@@ -45,7 +48,19 @@ class Predictions:
         """What makes a row the same in two runs: its id and its truth; text and tokens where the model is scored by
         token, whose rows have no id."""
         names = ("id", "reference") if "id" in self.columns else ("text", "tokens")
-        return list(zip(*(self.columns[name] for name in names), strict=True))
+        rows = zip(*(self.columns[name] for name in names), strict=True)
+        return [tuple(tuple(value) if isinstance(value, list) else value for value in row) for row in rows]
+
+    @property
+    def count(self) -> int:
+        """What a resample draws from: rows, or the people whose requests they are."""
+        return len(set(self.columns[PERSON])) if PERSON in self.columns else len(self.keys)
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes that it is judged by, sorted; none of a task without classes. A row of another label counts in no
+        score of the classes."""
+        return sorted(self.test.get("labels", ()))
 
     @property
     def metrics(self) -> list[str]:
@@ -66,7 +81,11 @@ class Predictions:
             if len(own) < len(names):
                 estimates |= compute_outside_estimates(~known, self._read_outside_scores(), **drawing)
             return {name: estimates[name] for name in names}
-        tables = {name: self._build_table(name) for name in names}
+        if PERSON in self.columns:
+            _, person = np.unique(self.columns[PERSON], return_inverse=True)
+            tables = average_by_person(self.columns["places"], person, names)
+        else:
+            tables = {name: self._build_table(name) for name in names}
         return compute_corpus_estimates(tables, resamples=resamples, seed=seed)
 
     @property

@@ -126,6 +126,17 @@ class Predictor:
         found = [None] * len(scores) if outside is None else outside.tolist()
         return [build_prediction(self.labels, row, out) for row, out in zip(scores, found, strict=True)]
 
+    def build_columns(self, logits: npt.NDArray[np.floating[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """The same as columns of a file, (N,) each: a row of many classes takes the room of its scores."""
+        scores = self.calibrate(logits)
+        outside = self.outside.compute_probabilities(logits) if self.outside else None
+        return {
+            "predicted_label": np.array(self.labels)[scores.argmax(axis=1)],
+            "confidence": scores.max(axis=1),
+            **({} if outside is None else {"outside": outside}),
+            **{f"score_{label}": column for label, column in zip(self.labels, scores.T, strict=True)},
+        }
+
     def compute_scores(
         self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
     ) -> npt.NDArray[np.float64]:
@@ -158,26 +169,30 @@ class Predictor:
         texts: Sequence[str],
         contexts: Sequence[str] | None = None,
         *,
+        entries: bool = False,
         advance: Callable[[int], None] = lambda _rows: None,
     ) -> npt.NDArray[np.float32]:
         """Vectors of length 1, (N, D), of a `retrieval` model: the nearer a question's to an entry's, the better.
 
         Args:
-            texts: questions or entries, any number.
+            texts: questions, any number, as they come; the cleaning of the recipe is applied, and of a long one the end
+                stays.
             contexts: what was said before each.
+            entries: whether the texts are entries, which are not cleaned, and of which the start stays.
             advance: called with the number of texts after each batch.
         """
         task = self._get(Retrieval, "embed", "vectors of texts")
-        joined = list(map(join_context, texts, contexts or [""] * len(texts)))
-        keep: Side = "start" if contexts is None else "end"
-        examples = Examples.build(encode_texts(joined, self.tokenizer, self.max_length, keep=keep))
+        read = texts if entries else self.read_questions(texts, contexts or [""] * len(texts))
+        keep: Side = "start" if entries else "end"
+        examples = Examples.build(encode_texts(read, self.tokenizer, self.max_length, keep=keep))
         pad_token_id = get_padding(self.model, self.tokenizer)
         return task.compute_outputs(self.model, examples, pad_token_id, advance=advance).astype(np.float32)
 
     def score_pairs(self, question: str, passages: Sequence[str], context: str = "") -> npt.NDArray[np.float64]:
-        """How likely each passage answers the question, of a `reranking` model: (N,), in [0, 1]."""
+        """How likely each passage answers the question, of a `reranking` model: (N,), in [0, 1]. The question gets the
+        cleaning of the recipe."""
         task = self._get(Reranking, "score_pairs", "scores of pairs")
-        questions = [join_context(question, context)] * len(passages)
+        questions = self.read_questions([question], [context]) * len(passages)
         pairs = task.encode_pairs(questions, passages, self.tokenizer, self.max_length)
         logits = task.compute_outputs(self.model, pairs, get_padding(self.model, self.tokenizer))
         return np.asarray(1 / (1 + np.exp(-logits[:, 0].astype(np.float64))))
@@ -288,6 +303,12 @@ class Predictor:
         """The rows that a task makes of texts."""
         return self.task.prepare_rows(self._build_rows(texts))
 
+    def read_questions(self, texts: Sequence[str], contexts: Sequence[str]) -> list[str]:
+        """Cleaned texts, each behind its context."""
+        return [
+            join_context(row.values["text"], context) for row, context in zip(self.clean(texts), contexts, strict=True)
+        ]
+
     def _build_rows(self, texts: Sequence[str]) -> list[Row]:
         return [
             Row(id=f"row {i}", split=None, number=i, values={"text": text}) for i, text in enumerate(texts, start=1)
@@ -341,13 +362,19 @@ class MultiPredictor:
         return {name: self[name].build_predictions(part) for name, part in logits.items()}
 
     def read(self, text: str, context: str = "") -> dict[str, npt.NDArray[np.floating[Any]]]:
-        """What every head makes of one text behind its context: task name -> (1, K), from one pass through the base."""
-        predictor = next(iter(self.predictors.values()))
-        tokens = encode_texts([join_context(text, context)], predictor.tokenizer, predictor.max_length, keep="end")
-        pad_token_id = get_padding(self.model, predictor.tokenizer)
-        return dict(
-            self.task.split_outputs(self.task.compute_outputs(self.model, Examples.build(tokens), pad_token_id))
-        )
+        """What every head makes of one text behind its context: task name -> (1, K), from one pass through the base, or
+        one for each way to clean the text where the tasks differ."""
+        read: dict[str, dict[str, npt.NDArray[np.floating[Any]]]] = {}
+        found = {}
+        for name, predictor in self.predictors.items():
+            (question,) = predictor.read_questions([text], [context])
+            if question not in read:
+                tokens = encode_texts([question], predictor.tokenizer, predictor.max_length, keep="end")
+                pad_token_id = get_padding(self.model, predictor.tokenizer)
+                outputs = self.task.compute_outputs(self.model, Examples.build(tokens), pad_token_id)
+                read[question] = dict(self.task.split_outputs(outputs))
+            found[name] = read[question][name]
+        return found
 
     def compute_scores(
         self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None

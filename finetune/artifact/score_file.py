@@ -6,11 +6,14 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -18,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from finetune.artifact.load import list_predictors, load
-from finetune.artifact.predictor import MultiPredictor, Prediction, Predictor, describe_empty
+from finetune.artifact.predictor import MultiPredictor, Predictor, describe_empty
 from finetune.artifact.run_folder import find_run
 from finetune.data.sources import load_texts
 from finetune.errors import DataError, FinetuneError, ResourceError, UsageError
@@ -66,27 +69,20 @@ def score_file(
             "with --column."
         )
     predictor = load(run, engine=engine)
-    several = isinstance(predictor, MultiPredictor)
-    added = {
-        name: [f"{name}_{column}" if several else column for column in _list_columns(part)]
-        for name, part in list_predictors(predictor, [""]).items()
-    }
-    _check_free(source, records[0], [column for columns in added.values() for column in columns])
+    parts = list_predictors(predictor, [""])
+    _check_free(
+        source,
+        records[0],
+        list(_build_columns(parts, {name: np.zeros((0, len(part.labels))) for name, part in parts.items()})),
+    )
     check_writable(output)
     with show_progress("predict", len(texts), quiet) as advance:
-        answers = predictor.predict(texts, advance=advance)
-    predictions = answers if isinstance(answers, dict) else {"": answers}
-    scored = [
-        record
-        | {
-            column: value
-            for name, columns in added.items()
-            for column, value in zip(columns, _list_values(predictions[name][i]), strict=True)
-        }
-        for i, record in enumerate(records)
-    ]
-    write_records(scored, output)
-    return len(scored)
+        if isinstance(predictor, MultiPredictor):
+            logits = predictor.compute_logits(texts, advance=advance)
+        else:
+            logits = {"": predictor.compute_text_logits(texts, advance)}
+    write_records(records, output, _build_columns(parts, logits))
+    return len(records)
 
 
 def generate_file(
@@ -110,7 +106,7 @@ def generate_file(
     with show_progress("generate", len(texts), quiet) as advance:
         given = [{name: _write_value(value) for name, value in record.items()} for record in records]
         written = generate(texts, columns=given, advance=advance)
-    write_records([record | {"generated": text} for record, text in zip(records, written, strict=True)], output)
+    write_records(records, output, {"generated": written})
     return len(records)
 
 
@@ -128,14 +124,15 @@ def _write_value(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _list_columns(predictor: Predictor) -> list[str]:
-    outside = ["outside"] if predictor.outside and predictor.outside.slope is not None else []
-    return ["predicted_label", "confidence", *outside, *(f"score_{label}" for label in predictor.labels)]
-
-
-def _list_values(prediction: Prediction) -> list[Any]:
-    outside = [] if prediction.outside is None else [prediction.outside]
-    return [prediction.label, prediction.confidence, *outside, *prediction.scores.values()]
+def _build_columns(
+    parts: Mapping[str, Predictor], logits: Mapping[str, npt.NDArray[np.floating[Any]]]
+) -> dict[str, npt.NDArray[Any]]:
+    """What is added for each task, whose name stands in front where the run has several."""
+    return {
+        f"{name}_{column}" if name else column: values
+        for name, part in parts.items()
+        for column, values in part.build_columns(logits[name]).items()
+    }
 
 
 def _read(source: Path, output: Path, columns: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -179,8 +176,12 @@ def show_progress(verb: str, total: int, quiet: bool) -> Iterator[Callable[[int]
         yield lambda count: progress.advance(task, count)
 
 
-def write_records(records: list[dict[str, Any]], output: Path) -> None:
-    """Write rows as CSV, JSONL or Parquet; the file appears whole or not at all.
+def write_records(
+    records: list[dict[str, Any]],
+    output: Path,
+    added: Mapping[str, Sequence[Any] | npt.NDArray[Any]] = MappingProxyType({}),
+) -> None:
+    """Write rows as CSV, JSONL or Parquet, with further columns behind theirs; the file appears whole or not at all.
 
     Raises:
         DataError: values that the format cannot hold.
@@ -192,11 +193,14 @@ def write_records(records: list[dict[str, Any]], output: Path) -> None:
         if output.suffix == ".jsonl":
             # Not through a table: the values of a JSONL file may differ in type from row to row.
             with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(_to_json(record) + "\n" for record in records)
-        elif output.suffix == ".csv":
-            pyarrow.csv.write_csv(pa.Table.from_pylist(records), temporary)
+                for i, record in enumerate(records):
+                    file.write(_to_json(record | {name: values[i] for name, values in added.items()}) + "\n")
         else:
-            pyarrow.parquet.write_table(pa.Table.from_pylist(records), temporary)
+            table = pa.Table.from_pylist(records)
+            for name, values in added.items():
+                table = table.append_column(name, pa.array(values))
+            write = pyarrow.csv.write_csv if output.suffix == ".csv" else pyarrow.parquet.write_table
+            write(table, temporary)
         temporary.replace(output)
     except pa.ArrowException as error:
         raise DataError(f"{output}: every column must fit {output.suffix}, got '{error}'. Write .jsonl.") from error

@@ -13,6 +13,9 @@ CJK = "\u3040-\u30ff\u3400-\u9fff"
 WORD = rf"(?u)[{CJK}]|[^\W{CJK}]+"
 """A word; Chinese and Japanese are written without spaces, so each character is one and 2-grams make words."""
 
+SPACED_WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
+"""What stands between two spaces, with its signs; of Chinese and Japanese each character too."""
+
 _URL = re.compile(r"\b(?:https?://|www\.)\S+", re.IGNORECASE)
 _NESTED_AMPERSAND = re.compile(r"&(?:amp;)+")
 _NEGATIVE_NUMBER = re.compile(r"(?<!\w)[-\u2212](?=\.?\d)")

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from finetune.data.cleaning import SPACED_WORD
+
 Floats = npt.NDArray[np.float64]
 
 ANSWER_WIDTH = 5
@@ -20,8 +22,10 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def split_answer(text: str) -> list[str]:
-    """The words that count: in lower case, without ASCII punctuation and English articles."""
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    """The words that count: in lower case, without ASCII punctuation and English articles. A Chinese or Japanese text
+    has no spaces and would be one word, right or wrong as a whole: here each of its characters is one.
+    """
+    return SPACED_WORD.findall(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)))
 
 
 def compute_answer_f1(answer: str, reference: str) -> float:

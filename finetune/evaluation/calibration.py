@@ -8,13 +8,18 @@ from scipy.special import log_softmax, softmax
 
 from finetune.evaluation.metrics import ECE_BINS, Floats, Ints, compute_bins, compute_predictions
 
-LOWEST, HIGHEST = 0.05, 20.0  # a model that is never wrong would otherwise be sharpened without end
+LOWEST, HIGHEST = 0.05, 20.0
+SPREAD = 0.5
+"""Standard deviation of log T before any row is seen: a temperature lies between 0.4 and 2.7, says the prior, in 19 of
+20 models."""
 
 
 def fit_temperature(logits: npt.ArrayLike, references: Ints) -> float:
-    """The temperature in [0.05, 20] that minimises the negative log-likelihood of softmax(logits / T).
+    """The temperature in [0.05, 20] that minimises the negative log-likelihood of softmax(logits / T), summed over the
+    rows, and of T itself, whose logarithm has the prior N(0, 0.5^2).
 
-    The loss is convex in 1 / T, so it has one minimum in log T, where the search runs.
+    The prior is not in the paper, where thousands of rows outweigh it. Few rows without a mistake would sharpen the
+    scores without end: at the bound, one mistake on new rows costs more than all the sharpness gains.
 
     Args:
         logits: Raw outputs on rows that were not trained on, (N, K).
@@ -27,7 +32,9 @@ def fit_temperature(logits: npt.ArrayLike, references: Ints) -> float:
         return 1.0
 
     def loss(log_temperature: float) -> float:
-        return -float(log_softmax(raw / np.exp(log_temperature), axis=1)[rows, references].mean())
+        return -float(
+            log_softmax(raw / np.exp(log_temperature), axis=1)[rows, references].sum()
+        ) + log_temperature**2 / (2 * SPREAD**2)
 
     found = minimize_scalar(loss, bounds=(np.log(LOWEST), np.log(HIGHEST)), method="bounded", options={"xatol": 1e-5})
     return float(np.exp(found.x))

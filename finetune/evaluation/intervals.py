@@ -2,7 +2,10 @@
 
 Percentile intervals over resampled rows (Efron & Tibshirani 1993, chapter 13). A resample is the number of times each
 row was drawn. Every metric but AUROC depends on few sums over rows (right rows, predictions and references of each
-class; calibration gap of each bin), so that one product of a sparse table with the draws gives all resamples at once.
+class), so that one product of a sparse table with the draws gives all resamples at once.
+
+The calibration error has no interval: it adds up sizes of gaps, to which drawing again only adds, so that where
+confidence is honest no resample comes down to the truth.
 """
 
 from __future__ import annotations
@@ -14,13 +17,10 @@ import numpy as np
 from scipy import sparse
 
 from finetune.evaluation.metrics import (
-    ECE_BINS,
-    METRICS,
     Floats,
     Ints,
     auroc_labels,
     compute_brier_rows,
-    compute_ece_rows,
     compute_log_loss_rows,
     compute_metric,
     compute_predictions,
@@ -37,7 +37,8 @@ class Estimate:
 
     value: float
     samples: Floats
-    """(resamples,). All nan for one row, and for a metric of `evaluate`, which would take too long a thousand times."""
+    """(resamples,). All nan for one row, for the calibration error, and for a metric of `evaluate`, which would take
+    too long a thousand times."""
 
 
 def compute_intervals(
@@ -124,7 +125,7 @@ def compute_estimates(
     """Value and resampled values of each metric; equal seeds and row counts give equal resamples for every system."""
     references, scores = np.asarray(references, dtype=np.int64), np.asarray(scores, dtype=np.float64)
     values = {name: compute_metric(name, references, scores) for name in names}
-    fast = [name for name in values if name in METRICS]
+    fast = [name for name in values if name in _FORMULAS or name == "auroc"]
     samples = {name: np.full(resamples, np.nan) for name in values}
     if fast and len(references) and np.isfinite(scores).all():
         resample = build_resampler(references, scores, fast)
@@ -188,11 +189,6 @@ def _class_sums(references: Ints, scores: Floats) -> sparse.csr_array:
     return sparse.vstack([right, _table(predictions, ones, n_labels), _table(references, ones, n_labels)], format="csr")
 
 
-def _ece_sums(references: Ints, scores: Floats) -> sparse.csr_array:
-    bins, gaps = compute_ece_rows(references, scores)
-    return _table(bins, gaps / len(references), ECE_BINS)
-
-
 def _mean_of(rows: Callable[[Ints, Floats], Floats]) -> Callable[[Ints, Floats], sparse.csr_array]:
     return lambda references, scores: _table(np.zeros_like(references), rows(references, scores) / len(references), 1)
 
@@ -231,11 +227,6 @@ def _mcc(sums: Floats) -> Floats:
     return values
 
 
-def _ece(sums: Floats) -> Floats:
-    values: Floats = np.abs(sums).sum(axis=0)
-    return values
-
-
 def _mean(sums: Floats) -> Floats:
     values: Floats = sums[0]
     return values
@@ -243,7 +234,6 @@ def _mean(sums: Floats) -> Floats:
 
 _SUMS: dict[str, Callable[[Ints, Floats], sparse.csr_array]] = {
     "classes": _class_sums,
-    "ece": _ece_sums,
     "brier": _mean_of(compute_brier_rows),
     "log_loss": _mean_of(compute_log_loss_rows),
 }
@@ -253,7 +243,6 @@ _FORMULAS: dict[str, tuple[str, Callable[[Floats], Floats]]] = {
     "macro_f1": ("classes", _macro_f1),
     "weighted_f1": ("classes", _weighted_f1),
     "mcc": ("classes", _mcc),
-    "ece": ("ece", _ece),
     "brier": ("brier", _mean),
     "log_loss": ("log_loss", _mean),
 }

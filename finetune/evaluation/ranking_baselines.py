@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.data.ranking import LexicalIndex, Scores, fuse_rankings
+from finetune.errors import DivergedError
 from finetune.evaluation.metrics import Ints
 
 Rankings = npt.NDArray[np.float32]
@@ -51,7 +52,15 @@ def find_places(scores: Scores, right: Sequence[int] | Ints) -> Ints:
     Args:
         scores: (E,). Of equal scores a wrong entry comes first, so that what cannot be told apart is no success.
         right: Numbers of entries.
+
+    Raises:
+        DivergedError: a score is nan, which no comparison finds better than another.
     """
+    if broken := int(np.isnan(scores).sum()):
+        raise DivergedError(
+            f"ranking: scores must be numbers, got nan for {broken} of {len(scores)} entries. Lower "
+            "train.learning_rate, or set train.precision: float32."
+        )
     chosen = np.sort(scores[np.asarray(right)])[::-1]
     before = np.array([np.count_nonzero(scores >= score) for score in chosen])  # (R,)
     before -= (chosen[None] >= chosen[:, None]).sum(axis=1)  # those that are right

@@ -15,7 +15,7 @@ from finetune.evaluation.charts import Scale, Series, is_number
 from finetune.evaluation.metrics import OUTSIDE_METRICS, is_larger_better
 from finetune.evaluation.report_lists import build_lists
 from finetune.evaluation.report_samples import build_sample, describe_samples, shorten
-from finetune.evaluation.verdict import build_verdict, compute_gap, gate_decimals, is_scaled
+from finetune.evaluation.verdict import build_verdict, compute_chance_gap, compute_gap, gate_decimals, is_scaled
 from finetune.evaluation.wording import Score, decimals_of, format_count, format_number, name_of, part_of
 
 SEVERITIES = {"error": "bad", "warning": "care", "note": "note"}
@@ -242,28 +242,26 @@ def _build_confusion(test: Mapping[str, Any]) -> dict[str, Any]:
     matrix, labels = part_of(test, "confusion"), list(part_of(test, "labels"))
     if not matrix or len(matrix) != len(labels):
         return {}
-    rows = [
-        {"label": label, "cells": [{"count": count, "share": count / max(1, sum(counts))} for count in counts]}
-        for label, counts in zip(labels, matrix, strict=True)
-    ]
+    sums = [sum(counts) for counts in matrix]
+    total = sum(sums)
+    wrong = total - sum(counts[i] for i, counts in enumerate(matrix))
+    label = f"Confusion matrix of {len(labels)} classes: {wrong:,} of {total:,} rows off the diagonal."
+    shown: dict[str, Any] = {"labels": labels, "rows": [], "map": "", "pairs": [], "wrong": wrong, "total": total}
+    if len(labels) <= CONFUSION_NUMBERS_UP_TO:
+        return shown | {
+            "rows": [
+                {"label": label, "cells": [{"count": count, "share": count / max(1, of_row)} for count in counts]}
+                for label, counts, of_row in zip(labels, matrix, sums, strict=True)
+            ]
+        }
     pairs = [
-        {"reference": labels[i], "prediction": labels[j], "count": count, "share": count / sum(counts)}
+        {"reference": labels[i], "prediction": labels[j], "count": count, "share": count / sums[i]}
         for i, counts in enumerate(matrix)
         for j, count in enumerate(counts)
         if count and i != j
     ]
     pairs.sort(key=lambda pair: (-pair["count"], -pair["share"]))
-    wrong, total = sum(pair["count"] for pair in pairs), sum(map(sum, matrix))
-    label = f"Confusion matrix of {len(labels)} classes: {wrong:,} of {total:,} rows off the diagonal."
-    numbers = len(labels) <= CONFUSION_NUMBERS_UP_TO
-    return {
-        "labels": labels,
-        "rows": rows if numbers else [],
-        "map": "" if numbers else charts.heat_map(matrix, labels, label),
-        "pairs": [] if numbers else pairs[:MOST_CONFUSED],
-        "wrong": wrong,
-        "total": total,
-    }
+    return shown | {"map": charts.heat_map(matrix, labels, label), "pairs": pairs[:MOST_CONFUSED]}
 
 
 def _build_classes(per_class: Mapping[str, Score]) -> dict[str, Any]:
@@ -292,7 +290,9 @@ def _build_calibration(test: Mapping[str, Any]) -> list[dict[str, Any]]:
         if gap is not None:
             words = f"{title}: confidence is off by {100 * gap:.1f} points on average."
             chart = charts.reliability_chart(bins, words)
-            figures.append({"title": title, "gap": gap, "chart": chart, "bins": bins})
+            figures.append(
+                {"title": title, "gap": gap, "chance": compute_chance_gap(bins), "chart": chart, "bins": bins}
+            )
     return figures
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.cleaning import CJK
+from finetune.data.cleaning import SPACED_WORD
 from finetune.errors import DataError
 from finetune.evaluation.intervals import Interval, compute_intervals
 from finetune.evaluation.metrics import Floats, Ints
@@ -35,7 +35,6 @@ OTHER = "other"
 MISSING = "(missing)"
 MAX_VALUES = 12  # of a column; a number with more values is cut into quartiles
 MIN_ROWS = 10  # an interval over fewer rows says nothing
-WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +119,24 @@ def score_slices(
 
 
 def group_rows(column: str, texts: Sequence[str], values: Sequence[Mapping[str, Any]]) -> list[tuple[str, Ints]]:
-    """(value, positions of its rows): quartiles upwards, other values from the most frequent down, `other` last."""
+    """(value, positions of its rows): quartiles upwards and behind them the rows without a number, other values from
+    the most frequent down, `other` last."""
     if column == LENGTH:
-        labels, order = _label_quartiles([float(len(WORD.findall(text))) for text in texts], " words")
+        labels, order = _label_quartiles([float(len(SPACED_WORD.findall(text))) for text in texts], " words")
     elif column in PATTERNS:
         order = [f"with {column}", f"without {column}"]
         labels = [order[0] if PATTERNS[column].search(text) else order[1] for text in texts]
     else:
         found = [row.get(column) for row in values]
-        numbers = [_to_number(value) for value in found]
+        there = [value for value in found if not _is_missing(value)]
+        numbers = [_to_number(value) for value in there]
         if None not in numbers and len(set(numbers)) > MAX_VALUES:
-            labels, order = _label_quartiles([n for n in numbers if n is not None], "")
+            named, order = _label_quartiles([n for n in numbers if n is not None], "")
+            names = iter(named)
+            labels = [MISSING if _is_missing(value) else next(names) for value in found]
+            order.append(MISSING)
         else:
-            labels = [MISSING if value is None or value == "" else str(value) for value in found]
+            labels = [MISSING if _is_missing(value) else str(value) for value in found]
             order = [value for value, _ in Counter(labels).most_common()]
     counts = Counter(labels)
     kept = [value for value in order if counts[value] >= MIN_ROWS and value != OTHER][:MAX_VALUES]
@@ -140,6 +144,10 @@ def group_rows(column: str, texts: Sequence[str], values: Sequence[Mapping[str, 
     for position, label in enumerate(labels):
         positions[label if label in kept else OTHER].append(position)
     return [(value, np.array(chosen, dtype=np.int64)) for value, chosen in positions.items() if chosen]
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def _to_number(value: Any) -> float | None:

@@ -230,4 +230,4 @@ def _judge_opened(opened: Any) -> Evidence:
             "hopeful: confirm it on fresh rows before you rely on it."
         )
         return Evidence("Test split", "care", text, f"the test split was opened {opened} times")
-    return Evidence("Test split", "good", "Opened once, after all choices were made.")
+    return Evidence("Test split", "good", "Opened once.")

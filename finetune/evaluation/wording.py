@@ -64,7 +64,8 @@ MEANINGS = {
     "accuracy": "the share of rows that are right",
     "mcc": "agreement beyond chance, from \N{MINUS SIGN}1 to 1",
     "auroc": "how often a row of a class ranks above a row of another",
-    "ece": "how far confidence lies from accuracy, on average; lower is better",
+    "ece": "how far confidence lies from accuracy, on average; lower is better. It has no interval: drawing rows again "
+    "only adds to it",
     "brier": "the squared distance of the scores from the truth; lower is better",
     "log_loss": "the surprise at the truth; lower is better",
     "outside_auroc": "how often a text of no class looks more outside than a text with one",

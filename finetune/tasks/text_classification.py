@@ -343,7 +343,7 @@ class TextClassification(OnBase):
 
         data = {
             name: BaselineData(
-                texts=[row.values["text"] for row in rows[name]],
+                texts=[read_question(row, self.reads_context) for row in rows[name]],
                 labels=None if name == "test" else examples[name].labels,
                 features=embed(name),
             )

@@ -101,11 +101,17 @@ def test_halves_of_one_adapter_are_the_adapter(sources, tmp_path):
     assert finetune.load(merged).compute_scores(TEXTS) == pytest.approx(expected, abs=1e-6)
 
 
-def test_temperature_is_not_inherited_and_the_longest_text_fits(save_adapter, tmp_path):
-    one = save_adapter(tmp_path / "a", seed=1, settings={"temperature": 0.5, "max_length": 16})
+def test_what_was_fitted_is_not_inherited_and_the_longest_text_fits(save_adapter, tmp_path):
+    rule = {"score": "energy", "threshold": -3.0, "slope": 2.0, "intercept": 1.0}
+    fitted = {"temperatures": {"tone": 0.5}, "fitted": {"tone": {"temperature": 0.5, "outside": rule}}}
+    one = save_adapter(tmp_path / "a", seed=1, settings={"temperature": 0.5, "max_length": 16} | fitted)
     other = save_adapter(tmp_path / "b", seed=2, settings={"temperature": 2.0, "max_length": 24})
-    loaded = finetune.load(merge_adapters({one: 1, other: 1}, tmp_path / "merged").folder)
+    merged = merge_adapters({one: 1, other: 1}, tmp_path / "merged").folder
+    loaded = finetune.load(merged)
     assert (loaded.temperature, loaded.max_length) == (1.0, 24)
+    assert finetune.load(one).outside is not None
+    assert loaded.outside is None
+    assert open_saved(merged).settings["temperatures"] == {"tone": 1.0}
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])

@@ -195,7 +195,61 @@ def test_language_models_are_compared_by_the_nats_of_their_tokens(tmp_path: Path
         compare_runs([runs[0], other])
 
 
+def write_recommender(folder: Path, places: Sequence[Sequence[int]], **changes: Any) -> Path:
+    """A run that was asked four times, three times for the same person."""
+    columns = {
+        "id": ["test:ann:0", "test:bob:1", "test:ann:2", "test:ann:3"],
+        "user": ["ann", "bob", "ann", "ann"],
+        "reference": [["a"], ["b"], ["a", "c"], ["b"]],
+        "prediction": [["a", "b"]] * 4,
+        "places": places,
+    }
+    return write_run(folder, columns | changes, ["mrr", "loss"])
+
+
+def test_recommenders_are_compared_by_the_means_of_their_people(tmp_path: Path) -> None:
+    runs = [
+        write_recommender(tmp_path / name, places)
+        for name, places in (("a", [[1], [4], [2, 3], [2]]), ("b", [[1], [2], [1, 3], [1]]))
+    ]
+    compared = compare_runs(runs)
+    ann, bob = (1 + 1 / 2 + 1 / 2) / 3, 1 / 4
+    found = compared["runs"][str(runs[0])]["metrics"]["mrr"]
+    assert found["value"] == pytest.approx((ann + bob) / 2, abs=1e-6)
+    # Two people: a resample holds both, or one of them twice.
+    assert (found["low"], found["high"]) == pytest.approx((bob, ann), abs=1e-6)
+    difference = compared["runs"][str(runs[1])]["difference"]["mrr"]
+    assert difference["value"] == pytest.approx((1 + 1 / 2) / 2 - (ann + bob) / 2, abs=1e-6)
+    assert compared["rows"] == 2
+
+
 # What is refused
+
+
+def test_recommenders_that_were_asked_other_things_are_refused(tmp_path: Path) -> None:
+    places = [[1], [4], [2, 3], [2]]
+    first = write_recommender(tmp_path / "a", places)
+    second = write_recommender(tmp_path / "b", places, reference=[["a"], ["b"], ["a", "d"], ["b"]])
+    with pytest.raises(UsageError, match="got 3 rows in common of 4 and 4"):
+        compare_runs([first, second])
+
+
+def test_runs_that_are_judged_by_other_classes_are_refused(tmp_path: Path) -> None:
+    """Rows of a label that one run calls out of scope count in its scores of the classes in the other one alone."""
+    references = np.array(["no", "yes", "odd", "no"])
+    columns = {"id": list("abcd"), "reference": references, "score_no": [0.9] * 4, "score_yes": [0.1] * 4}
+    first = write_run(tmp_path / "a", columns, ["accuracy"], LABELS)
+    second = write_run(tmp_path / "b", columns | {"score_odd": [0.0] * 4}, ["accuracy"], [*LABELS, "odd"])
+    with pytest.raises(UsageError) as caught:
+        compare_runs([first, second])
+    assert str(caught.value) == (
+        f"{second}: must be judged by the same classes as {first}, got 3 and 2, which differ in odd. Train both with "
+        "the same `labels` and `out_of_scope`."
+    )
+    columns |= {"score_no": [0.1] * 4, "score_yes": [0.9] * 4}
+    turned = write_run(tmp_path / "c", columns, ["accuracy"], LABELS[::-1])
+    difference = compare_runs([first, turned])["runs"][str(turned)]["difference"]["accuracy"]
+    assert difference["value"] == pytest.approx(-1 / 3, abs=1e-6), "the order of the classes does not matter"
 
 
 def test_other_rows_are_refused_in_words(tmp_path: Path) -> None:

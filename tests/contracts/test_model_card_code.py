@@ -193,7 +193,7 @@ def test_the_toolkits_own_lines_answer(
     again = {
         "text_classification": lambda: loaded.predict(["some text"]),
         "question_answering": lambda: loaded.answer_all([("some question", "some passage")])[0],
-        "retrieval": lambda: loaded.embed(["an entry"]) @ loaded.embed(["a question"]).T,
+        "retrieval": lambda: loaded.embed(["an entry"], entries=True) @ loaded.embed(["a question"]).T,
         "reranking": lambda: loaded.score_pairs("a question", ["an entry", "another"]),
     }.get(kind, lambda: loaded.generate(["some text"]))()
     assert answer == pytest.approx(again, abs=1e-6) if kind in ("retrieval", "reranking") else answer == again

@@ -43,6 +43,12 @@ def test_scores_of_a_row_are_those_of_squad(answer: str, reference: str, exact: 
     assert compute_answer_statistics([answer], [reference])[0].tolist() == pytest.approx([1, exact, f1, has, has * f1])
 
 
+def test_characters_of_chinese_are_words() -> None:
+    """Four of the five characters of each are the other's."""
+    assert compute_answer_statistics(["三十天以内"], ["三十天之内"])[0].tolist() == pytest.approx([1, 0, 0.8, 1, 0.8])
+    assert compute_answer_statistics(["30 天"], ["30天"])[0].tolist() == [1, 1, 1, 1, 1]
+
+
 def test_metrics_by_hand() -> None:
     answers = ["30 days", "the red box", "", "a fee", ""]
     references = ["30 days.", "box", "at noon", "", ""]

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
+from finetune.data.rows import Row
 from finetune.errors import DataError, RecipeError
 from finetune.evaluation.baselines import C_GRID, BaselineData, BaselineResult, compute_baselines
+from finetune.models.base import BaseModel, load_tokenizer
+from finetune.recipe.schema import EvaluateSection, TaskSection
+from finetune.tasks import TextClassification
+from finetune.tasks.task import HeldOut, TaskData
 
 WORDS = ["refund money please", "card arrived late", "rate of exchange"]
 
@@ -143,3 +149,25 @@ def test_texts_without_words() -> None:
 def test_train_without_labels_is_a_mistake_in_the_program() -> None:
     with pytest.raises(ValueError, match="must come with labels"):
         fit("majority", hide_labels(TRAIN))
+
+
+def test_words_of_the_context_count_where_the_model_reads_it(tiny_base: Path) -> None:
+    """The text is the same in every row: what was said before tells the class."""
+    rows = [
+        Row(f"r:{n}", None, n, {"text": "yes please", "label": label, "context": f"Agent: {said}"})
+        for n, (label, said) in enumerate([("refund", "shall I return it"), ("order", "will you buy another")] * 6)
+    ]
+    base = BaseModel(str(tiny_base), tiny_base, "local folder")
+    tokenizer = load_tokenizer(base)
+    scores = {}
+    for columns in ({}, {"context": "context"}):
+        section = TaskSection(type="text_classification", data="rows.csv", columns=columns)
+        task = TextClassification.build(section, TaskData(rows))
+        splits = dict.fromkeys(("train", "validation", "test"), rows)
+        examples = {name: task.build_examples(part, tokenizer, 32) for name, part in splits.items()}
+        held_out = HeldOut(
+            None, tokenizer, splits, examples, base, EvaluateSection(baselines=["tfidf_logreg"]), 32, 0, 1
+        )
+        found = task._compute_baselines(held_out)["tfidf_logreg"].scores["test"].argmax(axis=1)
+        scores[bool(columns)] = float((found == examples["test"].labels).mean())
+    assert scores == {False: 0.5, True: 1.0}

@@ -4,16 +4,17 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.calibration import calibration_curve
 
 from finetune.evaluation.calibration import apply_temperature, compute_reliability, fit_temperature
 from finetune.evaluation.metrics import compute_metric
 
 
-def draw_calibrated(n_rows: int, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_calibrated(n_rows: int, n_labels: int, scale: float = 2) -> tuple[np.ndarray, np.ndarray]:
     """Logits, and references that are drawn from their own softmax."""
     generator = np.random.default_rng(0)
-    logits = generator.normal(scale=2, size=(n_rows, n_labels))
+    logits = generator.normal(scale=scale, size=(n_rows, n_labels))
     scores = apply_temperature(logits, 1.0)
     return logits, (scores.cumsum(axis=1) < generator.random(n_rows)[:, None]).sum(axis=1).clip(0, n_labels - 1)
 
@@ -30,7 +31,8 @@ def test_no_temperature_nearby_has_a_lower_loss() -> None:
     best = fit_temperature(logits, references)
 
     def loss(temperature: float) -> float:
-        return compute_metric("log_loss", references, apply_temperature(logits, temperature))
+        likelihood = compute_metric("log_loss", references, apply_temperature(logits, temperature))
+        return 300 * likelihood - stats.norm.logpdf(math.log(temperature), scale=0.5)
 
     assert loss(best) <= min(loss(best * 1.01), loss(best / 1.01), loss(1.0))
 
@@ -42,9 +44,26 @@ def test_calibration_lowers_ece() -> None:
     assert after < 0.03 < before
 
 
+@pytest.mark.parametrize(("right", "n_rows", "excess"), [(1.0, 10, 0.02), (1.0, 300, 0.005), (3.0, 300, 0.02)])
+def test_few_rows_do_not_make_confidence_worse(right: float, n_rows: int, excess: float) -> None:
+    """Log loss on new rows lies hardly above that of the right temperature, on average over 100 validation splits."""
+    logits, references = draw_calibrated(40_000, 3, scale=8)
+    new, truth = logits[:10_000], references[:10_000]
+    best = compute_metric("log_loss", truth, apply_temperature(new, 1.0))
+    assert compute_metric("accuracy", truth, new) > 0.9, "ten rows are often without a mistake"
+    generator, losses = np.random.default_rng(1), []
+    for _ in range(100):
+        rows = generator.integers(0, len(logits), n_rows)
+        temperature = fit_temperature(logits[rows] * right, references[rows])
+        losses.append(compute_metric("log_loss", truth, apply_temperature(new * right, temperature)))
+    assert np.mean(losses) < best + excess
+
+
 def test_temperature_stays_in_range() -> None:
-    assert fit_temperature(np.eye(3), np.arange(3)) == pytest.approx(0.05, rel=1e-3)  # never wrong
-    assert fit_temperature(np.eye(2) * 10, np.array([1, 0])) == pytest.approx(20, rel=1e-3)  # always wrong
+    never_wrong, always_wrong = np.tile(np.eye(2), (10_000, 1)), np.tile(np.eye(2) * 1000, (10_000, 1))
+    classes = np.tile([0, 1], 10_000)
+    assert 0.05 <= fit_temperature(never_wrong * 1e-3, classes) < 0.051
+    assert 19.9 < fit_temperature(always_wrong, 1 - classes) <= 20
     assert fit_temperature(np.zeros((0, 3)), np.zeros(0, dtype=np.int64)) == 1.0
 
 

@@ -19,6 +19,8 @@ from finetune.evaluation.intervals import (
 )
 from finetune.evaluation.metrics import METRICS, compute_metric
 
+DRAWN = [name for name in METRICS if name != "ece"]
+
 
 def draw(n_rows: int, n_labels: int, seed: int = 0, skill: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Skewed classes, and scores rounded so that there are ties."""
@@ -38,7 +40,7 @@ def make_wrong(references: np.ndarray, wrong: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("n_labels", [2, 3, 6])
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", DRAWN)
 def test_a_resample_equals_the_metric_on_its_rows(name: str, n_labels: int) -> None:
     references, scores = draw(30, n_labels)  # small, so that resamples lose whole classes
     (weights,) = draw_weights(30, 40, seed=3)
@@ -103,12 +105,12 @@ def test_intervals_hold_the_truth_as_often_as_they_promise() -> None:
 def test_the_seed_alone_fixes_the_resamples() -> None:
     references, scores = draw(60, 3)
     options = {"confidence": 0.95, "resamples": 100}
-    first = compute_intervals(references, scores, ["macro_f1", "ece"], seed=1, **options)
-    again = compute_intervals(references, scores, ["ece"], seed=1, **options)
-    other = compute_intervals(references, scores, ["ece"], seed=2, **options)
-    assert again["ece"] == first["ece"]
-    assert other["ece"]["value"] == first["ece"]["value"]
-    assert other["ece"]["low"] != first["ece"]["low"]
+    first = compute_intervals(references, scores, ["macro_f1", "brier"], seed=1, **options)
+    again = compute_intervals(references, scores, ["brier"], seed=1, **options)
+    other = compute_intervals(references, scores, ["brier"], seed=2, **options)
+    assert again["brier"] == first["brier"]
+    assert other["brier"]["value"] == first["brier"]["value"]
+    assert other["brier"]["low"] != first["brier"]["low"]
 
 
 def test_paired_p_value_agrees_with_mcnemar() -> None:
@@ -155,7 +157,7 @@ def test_undefined_values_are_nan_without_warnings() -> None:
         empty = Estimate(float("nan"), np.full(3, np.nan))
         assert all(math.isnan(value) for value in compute_difference(empty, empty, 0.95).values())
     assert all(math.isnan(v) for found in nothing.values() for v in found.values())
-    assert [n for n, found in one_class.items() if math.isnan(found["low"])] == ["auroc"]
+    assert [n for n, found in one_class.items() if math.isnan(found["low"])] == ["auroc", "ece"]
     assert rare == {"value": 1.0, "low": 1.0, "high": 1.0}  # resamples without the one positive row are left out
 
 
@@ -174,6 +176,21 @@ def test_one_row_has_values_and_no_interval() -> None:
     assert difference["value"] == 0
     assert math.isnan(difference["p_value"])
     assert list(draw_weights(1, 100, seed=0)) == []
+
+
+def test_the_calibration_error_has_a_value_and_no_interval() -> None:
+    """Its confidence is honest, so that the true error is 0: every resample lies above it, and most above the value."""
+    generator = np.random.default_rng(0)
+    confidence = generator.uniform(0.5, 1, 1000)
+    references = (generator.random(1000) > confidence).astype(np.int64)
+    scores = np.stack([confidence, 1 - confidence], axis=1)
+    options = {"confidence": 0.95, "resamples": 100, "seed": 0}
+    found = compute_intervals(references, scores, ["ece", "accuracy"], **options)
+    assert 0 < found["ece"]["value"] < 0.05
+    assert all(math.isnan(found["ece"][end]) for end in ("low", "high"))
+    assert found["accuracy"]["low"] < found["accuracy"]["value"] < found["accuracy"]["high"]
+    one = compute_estimates(references, scores, ["ece"], resamples=100, seed=0)["ece"]
+    assert math.isnan(compute_difference(one, one, 0.95)["p_value"])
 
 
 def test_a_metric_of_evaluate_has_a_value_and_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:

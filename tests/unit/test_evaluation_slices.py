@@ -87,6 +87,20 @@ def test_missing_values_are_a_slice() -> None:
     assert sizes("topic", make_rows("topic", ["a"] * 20 + [None] * 6 + [""] * 6)) == {"a": 20, "(missing)": 12}
 
 
+def test_rows_without_a_number_are_a_slice_beside_the_quartiles() -> None:
+    numbers = [0.5 + i for i in range(40)]
+    missing = [None, "", float("nan"), None, "", float("nan"), None, "", None, ""]
+    assert sizes("price", make_rows("price", [*missing, *numbers])) == {
+        "0.5 to 9.5": 10,
+        "10.5 to 19.5": 10,
+        "20.5 to 29.5": 10,
+        "30.5 to 39.5": 10,
+        "(missing)": 10,
+    }
+    assert sizes("price", make_rows("price", [*numbers[:20], "", *numbers[20:]]))["other"] == 1
+    assert sizes("price", make_rows("price", missing * 2)) == {"(missing)": 20}
+
+
 def test_every_row_is_in_one_slice() -> None:
     values = [i % 17 for i in range(200)]
     groups = group_rows("n", ["a text"] * 200, [{"n": value} for value in values])

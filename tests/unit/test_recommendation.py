@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from finetune.artifact.predictions import Predictions
+from finetune.artifact.run_folder import RunFolder
 from finetune.data.batches import IGNORED, Examples, collate
 from finetune.data.histories import split_by_time, split_leave_one_out
 from finetune.data.interactions import Catalogue, Interactions
@@ -254,6 +257,11 @@ def test_both_stages_are_judged_beside_each_alone(judged):
         assert not had & set(shown), "what a person had is on no list"
         if places[0] <= 10:
             assert set(shown) & set(rows["reference"][row])
+    saved = Predictions(RunFolder(Path("run")), scored, rows)
+    again = saved.compute_estimates(["ndcg_at_10", "mrr"], resamples=10, seed=0)
+    for name, estimate in again.items():
+        assert estimate.value == pytest.approx(scored["metrics"][name]["value"], abs=1e-6)
+    assert saved.count == scored["lists"]["people"] < len(asked)
 
 
 def test_what_validation_says_does_not_depend_on_test(judged, model, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from finetune.evaluation import wording
-from finetune.evaluation.report import ReportData, render_report, write_report
+from finetune.evaluation.report import ReportData, _build_confusion, render_report, write_report
+from finetune.evaluation.verdict import compute_chance_gap
 
 
 def score(value: float, half: float = 0.02) -> dict[str, float]:
@@ -159,6 +161,18 @@ def test_many_classes_get_their_most_confused_pairs(read_page: Any) -> None:
     assert sum(rect.get("class") == "wrong" for rect in page.named("rect")) == 2
 
 
+def test_a_matrix_of_many_classes_takes_little_memory() -> None:
+    """What is not shown is not built: a dict for each cell took 25 MB."""
+    confusion = np.diag([40] * 300).tolist()
+    test = {"confusion": confusion, "labels": [f"class {i}" for i in range(300)]}
+    tracemalloc.start()
+    try:
+        assert not _build_confusion(test)["rows"]
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_classes_are_sorted_worst_first_and_unknown_last(read_page: Any) -> None:
     per_class = {
         name: {"precision": f1, "recall": f1, "f1": f1, "support": 4}
@@ -245,9 +259,18 @@ def test_page_opens_with_the_verdict_and_marks_its_evidence(read_page: Any) -> N
     assert "Can I trust this model? Yes, on rows like those it was tested on." in good.text
 
 
+def test_the_foot_says_what_intervals_take_for_granted(read_page: Any) -> None:
+    words = "They take rows for independent of each other: where some belong together"
+    assert words in read_page(render_report(make_data())).text
+    assert words not in read_page(render_report(make_data(resamples=None))).text
+
+
 def test_a_temperature_of_1_is_no_calibration(read_page: Any) -> None:
     assert "As trained" in read_page(render_report(make_data(temperature=1.0))).text
-    assert "After temperature 1.31" in read_page(render_report(make_data())).text
+    text = read_page(render_report(make_data())).text
+    assert "After temperature 1.31" in text
+    bins = make_data().test["reliability"]["after"]
+    assert f"honest confidence would be off by {100 * compute_chance_gap(bins):.1f} by chance" in text
 
 
 def test_far_baseline_is_an_arrow_and_does_not_stretch_the_axis(read_page: Any) -> None:

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from finetune.artifact.predictor import MultiPredictor, Predictor
 from finetune.data.batches import Examples, collate, plan_batches_with_companions, split_batch
 from finetune.data.knowledge import Entry
 from finetune.data.rows import Row
-from finetune.errors import DataError
+from finetune.errors import DataError, DivergedError
 from finetune.evaluation.corpus_metrics import compute_rank_statistics
 from finetune.evaluation.ranking_baselines import compute_ranking_baselines, find_places
 from finetune.models.base import BaseModel, load_tokenizer
@@ -213,6 +214,67 @@ def test_gain_is_that_of_scikit_learn():
 
 def test_what_scores_alike_stands_behind():
     assert find_places(np.array([1.0, 1.0, 1.0, 0.0], dtype=np.float32), [1]).tolist() == [3]
+
+
+def test_scores_that_are_no_numbers_are_no_ranking():
+    for right in ([0], [2]):
+        with pytest.raises(DivergedError) as caught:
+            find_places(np.array([np.nan, 1.0, 2.0], dtype=np.float32), right)
+        assert str(caught.value) == (
+            "ranking: scores must be numbers, got nan for 1 of 3 entries. Lower train.learning_rate, or set "
+            "train.precision: float32."
+        )
+    assert find_places(np.array([-np.inf, 1.0, -np.inf]), [0]).tolist() == [3], "what is not to be shown is last"
+
+
+LONG = "https://shop.example/42 " + "red shoes blue hats " * 9 + "how long can I return them"
+
+
+def load_trained(task, base, tokenizer):
+    """A model of the task as it answers once it is loaded, without its entries."""
+    model = task.build_model(base, ModelSection(), tokenizer, 0).eval()
+    return Predictor(model, tokenizer, type(task).from_config(task.to_config()), 1.0, 16)
+
+
+def test_questions_and_entries_are_embedded_as_when_the_model_was_judged(base, tokenizer):
+    task = build(Retrieval, clean=["urls"], columns={"context": "context"})
+    predictor = load_trained(task, base, tokenizer)
+    rows = [Row("r:1", None, 1, {"text": LONG, "entry": "returns", "context": "Customer: red ones"})]
+    questions = task.library.encode_questions(task.prepare_rows(rows), tokenizer, 16)
+    entry = encode_texts([LONG], tokenizer, 16)
+    judged = [task.compute_outputs(predictor.model, Examples.build(part), 0) for part in (questions, entry)]
+    assert not np.allclose(*judged, atol=1e-3)
+    np.testing.assert_allclose(predictor.embed([LONG], ["Customer: red ones"]), judged[0], atol=1e-6)
+    np.testing.assert_allclose(predictor.embed([LONG]), judged[0], atol=1e-6)  # the context is cut away
+    np.testing.assert_allclose(predictor.embed([LONG], entries=True), judged[1], atol=1e-6)
+
+
+def test_a_pair_is_scored_as_when_the_model_was_judged(base, tokenizer):
+    task = build(Reranking, clean=["urls"])
+    predictor = load_trained(task, base, tokenizer)
+    pairs = task.encode_pairs(["how long can I"], ["Thirty days."], tokenizer, 16)
+    logits = task.compute_outputs(predictor.model, pairs, 0)[:, 0]
+    found = predictor.score_pairs("how long can I https://shop.example/42", ["Thirty days."])
+    assert found == pytest.approx(1 / (1 + np.exp(-logits)), abs=1e-6)
+
+
+def test_several_heads_read_a_text_as_each_was_judged(base, tokenizer):
+    """A stand-in for the heads says what it was given."""
+    tasks = {name: build(Retrieval, clean=clean) for name, clean in (("answer", ["urls"]), ("other", []), ("as", []))}
+    passes = []
+
+    def compute_outputs(_model, examples, _pad_token_id):
+        passes.append(tokenizer.decode(examples.input_ids, skip_special_tokens=True))
+        return np.array([[len(passes)]])
+
+    several = SimpleNamespace(
+        compute_outputs=compute_outputs, split_outputs=lambda outputs: ((name, outputs) for name in tasks)
+    )
+    parts = {name: load_trained(task, base, tokenizer) for name, task in tasks.items()}
+    found = MultiPredictor(parts["answer"].model, several, parts).read("how long https://x.example", "Customer: hats")
+    assert {name: int(value[0, 0]) for name, value in found.items()} == {"answer": 1, "other": 2, "as": 2}
+    assert passes[0].endswith("hats how long")
+    assert passes[1].endswith("example")
 
 
 def test_fused_ranks_are_those_of_both():

@@ -52,6 +52,8 @@ def test_what_has_no_classes_is_not_asked_for_calibration() -> None:
 
 
 def test_opening_the_test_split_again_is_a_caution() -> None:
+    (line,) = [line for line in build_verdict(GOOD, []).lines if line.label == "Test split"]
+    assert line.text == "Opened once.", "the file does not know what was chosen before"
     verdict = build_verdict(GOOD | {"opened": 3}, [])
     assert (verdict.state, verdict.headline) == ("care", "With care: the test split was opened 3 times.")
     assert verdict.lines[-1].text == (

@@ -46,7 +46,7 @@ class TrainedReader:
 
     def embed(self, passages: Sequence[str]) -> Floats:
         """Features of passages."""
-        return self._loaded[self._answer].embed(passages)
+        return self._loaded[self._answer].embed(passages, entries=True)
 
     def rerank(self, text: str, context: str, passages: Sequence[str]) -> Floats:
         """The probability that each passage answers."""
