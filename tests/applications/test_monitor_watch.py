@@ -144,11 +144,28 @@ def test_a_stop_ends_after_the_batch_and_the_next_call_goes_on(words, tmp_path, 
         assert read_all(cut) == read_all(whole)
 
 
-def test_a_state_belongs_to_its_windows_and_topics(words, store, options):
+@pytest.mark.parametrize(
+    ("name", "known", "value"),
+    [("window_minutes", 10, 20), ("reference_windows", 8, 9), ("rise", 0.1, 0.2), ("negative", "negative", "bad")],
+)
+def test_a_state_belongs_to_what_it_was_counted_with(words, store, options, name, known, value):
     watch([], words.WordMonitor(), store, (), options)
-    other = words.WordMonitor(section=MonitorSection(window_minutes=20))
+    other = words.WordMonitor()
+    other.section = other.section.model_copy(update={name: value})
     with pytest.raises(
-        UsageError, match=r"window_minutes must be 10 as before, got 20\. Name another file with --state"
+        UsageError,
+        match=rf"state\.db: {name} must be {known} as before, got {value}\. Name another file with --state, or delete",
+    ):
+        watch([], other, store, (), options)
+
+
+def test_a_state_belongs_to_its_model_and_topics(words, store, options):
+    watch([], words.WordMonitor(), store, (), options)
+    other = words.WordMonitor()
+    other.reader.fingerprint = "b" * 64
+    with pytest.raises(
+        UsageError,
+        match=r"state\.db: model must be a{12} as before, got b{12}\. Name another file with --state, or delete this one",
     ):
         watch([], other, store, (), options)
     other = words.WordMonitor()

@@ -34,6 +34,7 @@ class WordReader:
     """`acme` and `beta` are topics, the rest is `other`; texts fall, stay or are as negative as their checksum."""
 
     topics = ("acme", "beta", "other")
+    fingerprint = "a" * 64
 
     def __init__(self) -> None:
         self.texts: list[str] = []

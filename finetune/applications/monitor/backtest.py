@@ -124,6 +124,11 @@ class _History:
         """The model's."""
         return self._reader.topics
 
+    @property
+    def fingerprint(self) -> str:
+        """The model's."""
+        return self._reader.fingerprint
+
     def __iter__(self) -> Iterator[Record | None]:
         for record in FileSource(self._path):
             if record is not None and record.content is not None:

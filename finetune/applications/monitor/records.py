@@ -61,6 +61,10 @@ class Reader(Protocol):
     def topics(self) -> Sequence[str]:
         """Every topic that a reading may have."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the model."""
+
     def read(self, texts: Sequence[str]) -> list[Reading]:
         """Read texts, in order; they are cleaned as in training."""
 

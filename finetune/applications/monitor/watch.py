@@ -17,7 +17,7 @@ from finetune.applications.monitor.windows import WindowPlan, to_time
 from finetune.recipe.applications import MonitorSection
 
 SHOWN_CHARACTERS = 1_000  # of a text that is kept for people to see
-OTHER_STATE = "Name another file with --state, or go back to the recipe that the state was made with."
+OTHER_STATE = "Name another file with --state, or delete this one and begin anew."
 
 
 class Monitor(Protocol):
@@ -81,7 +81,7 @@ def watch(
         Whether it came to the end.
 
     Raises:
-        UsageError: the store belongs to other windows or topics.
+        UsageError: the store belongs to another model, or other windows or topics.
         ResourceError: the disk refuses; what was committed stays, and the same call goes on from there.
     """
     options = options or Options()
@@ -146,8 +146,8 @@ class _Loop:
         self._store, self._sinks, self._clock = store, sinks, clock
         seconds, lateness = 60 * section.window_minutes, 60 * section.lateness_minutes
         with store.transaction():
-            store.check_fact("window_minutes", section.window_minutes, OTHER_STATE)
-            store.check_fact("topics", list(self._reader.topics), OTHER_STATE)
+            for name, value in _list_facts(self._reader, section).items():
+                store.check_fact(name, value, OTHER_STATE)
         self._plan = WindowPlan(seconds, lateness, max_silent=section.reference_windows)
         if state := store.read_fact("plan"):
             self._plan.set_state(state)
@@ -250,6 +250,14 @@ class _Loop:
         if self._plan.passed > passed:
             self._store.count("windows passed over", self._plan.passed - passed)
         return alerts
+
+
+def _list_facts(reader: Reader, section: MonitorSection) -> dict[str, Any]:
+    """What a state cannot be read without: its tallies are the probabilities of one model, and its tests count windows
+    of one kind."""
+    names = ("window_minutes", "negative", "rise", "reference_windows")
+    facts = {"topics": list(reader.topics), "model": reader.fingerprint[:12]}
+    return facts | {name: getattr(section, name) for name in names}
 
 
 def _show(item: Item, reading: Reading) -> dict[str, Any]:
