@@ -114,6 +114,25 @@ def test_a_named_pipe(monitor, stream, tmp_path):
     )
 
 
+def test_a_file_that_is_gone_is_said(monitor, stream):
+    monitor("--input", stream)
+    stream.write_text("")
+    assert monitor("--input", stream).out.splitlines()[-1] == (
+        "1 time the file of the last position was gone: what else it held was not read."
+    )
+    assert "gone" not in monitor("--input", stream).out
+
+
+def test_a_line_whose_end_comes_late_is_one_item(monitor, stream):
+    line = json.dumps({"id": "last", "time": "2020-04-09T00:12Z", "text": "beta ends today"})
+    counts = []
+    for part in (line[:40], line[40:], "\n"):
+        with stream.open("a") as file:
+            file.write(part)
+        counts.append(read_lines(monitor("--input", stream, "--json").out)[-1]["counts"])
+    assert [(found.get("lines", 0), found.get("rejected: no JSON", 0)) for found in counts] == [(15, 1), (1, 0), (0, 0)]
+
+
 def test_a_pause_of_a_year_is_passed_over_and_said(monitor, words, stream, tmp_path):
     with stream.open("a") as file:
         file.write(json.dumps({"id": "y", "time": words.BEGIN + 365 * 86_400, "text": "acme stays"}) + "\n")

@@ -37,9 +37,10 @@ def until_idle(running):
 
 def test_a_file_is_read_to_its_end_and_gone_on_with(tmp_path):
     path = tmp_path / "s.jsonl"
-    path.write_bytes(b"one\ntwo\r\n\nthr\xc3\xa9e")
+    last = '{"id": "thrée"}'.encode()
+    path.write_bytes(b"one\ntwo\r\n\n" + last)
     records = list(FileSource(path))
-    assert contents(records) == [b"one", b"two\r", b"", b"thr\xc3\xa9e"]
+    assert contents(records) == [b"one", b"two\r", b"", last]
     assert [record.where for record in records] == [f"{path}: line {line}" for line in (1, 2, 3, 4)]
     for number, record in enumerate(records, start=1):
         again = FileSource(path)
@@ -49,7 +50,21 @@ def test_a_file_is_read_to_its_end_and_gone_on_with(tmp_path):
         file.write(b"\nfour\n")
     again = FileSource(path)
     again.go_on(records[2].position)
-    assert contents(again) == [b"thr\xc3\xa9e", b"four"]
+    assert contents(again) == [last, b"four"]
+    again.go_on(records[3].position)
+    assert contents(again) == [b"", b"four"]
+
+
+def test_a_last_line_that_is_still_being_written_is_left_for_the_next_time(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b'{"id": 1}\n{"id": 2, "labels": {"tone": "bad"}')
+    records = list(FileSource(path))
+    assert contents(records) == [b'{"id": 1}']
+    with path.open("ab") as file:
+        file.write(b', "text": "x"}\n{"id": 3}\n')
+    again = FileSource(path)
+    again.go_on(records[-1].position)
+    assert contents(again) == [b'{"id": 2, "labels": {"tone": "bad"}, "text": "x"}', b'{"id": 3}']
 
 
 def test_a_line_without_end_is_held_no_further_than_shows_that_it_is_too_long(tmp_path):
@@ -94,15 +109,47 @@ def test_a_file_that_was_replaced_meanwhile_is_found_beside_its_name(tmp_path):
     position = next(iter(FileSource(path))).position
     path.rename(tmp_path / "s.jsonl.1")
     (tmp_path / "s.jsonl.0").write_bytes(b"another\n")
+    os.utime(tmp_path / "s.jsonl.0", (1, 1))  # older than what was read
     path.write_bytes(b"four\n")
     for is_followed in (False, True):
         source = FileSource(path, is_followed=is_followed)
         source.go_on(position)
         assert contents(islice(source, 3)) == [b"two", b"three", b"four"]
-    (tmp_path / "s.jsonl.1").unlink()
-    source = FileSource(path)
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_all_files_that_were_put_aside_since_are_read_in_order(tmp_path, is_followed):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"one\ntwo\n")
+    position = next(iter(FileSource(path))).position
+    path.rename(tmp_path / "s.jsonl.10")
+    (tmp_path / "s.jsonl.9").write_bytes(b"three\nfour")
+    (tmp_path / "s.jsonl.2").write_bytes(b"five\n")
+    (tmp_path / "s.jsonl.11").write_bytes(b"older\n")
+    (tmp_path / "s.jsonl.db").write_bytes(b"no rotation\n")
+    path.write_bytes(b"six\n")
+    for at, name in enumerate(["s.jsonl.11", "s.jsonl.10", "s.jsonl.9", "s.jsonl.db", "s.jsonl.2", "s.jsonl"]):
+        os.utime(tmp_path / name, (1_000 + at, 1_000 + at))
+    source = FileSource(path, is_followed=is_followed)
     source.go_on(position)
-    assert contents(source) == [b"four"]
+    assert contents(islice(source, 5)) == [b"two", b"three", b"four", b"five", b"six"]
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_a_position_whose_file_is_gone_is_said_once(tmp_path, is_followed):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"one\ntwo\n")
+    position = next(iter(FileSource(path))).position
+    path.write_bytes(b"")
+    source = FileSource(path, is_followed=is_followed)
+    source.go_on(position)
+    (record,) = until_idle(source)
+    assert (record.content, record.note) == (None, "file gone")
+    path.write_bytes(b"three\n")
+    again = FileSource(path)
+    again.go_on(record.position)
+    (record,) = again
+    assert (record.content, record.note) == (b"three", None)
 
 
 def test_a_file_that_is_none_is_an_error(tmp_path):

@@ -26,11 +26,12 @@ MILLISECONDS = 1e11
 """Epoch seconds from here on, the year 5138, are taken for milliseconds that nobody converted."""
 
 Reason = Literal["no JSON", "too long", "no id", "no time", "bad time", "in the future", "no text", "bad labels"]
-Note = Literal["zone assumed", "text cut", "bytes replaced"]
+Note = Literal["zone assumed", "text cut", "bytes replaced", "file gone"]
 NOTES: Mapping[Note, str] = {
     "zone assumed": "had a time without a zone, which was taken as UTC",
     "text cut": f"had a text of which only the first {MAX_TEXT_CHARACTERS:,} characters were read",
     "bytes replaced": "had bytes that are no UTF-8, which were replaced",
+    "file gone": "time the file of the last position was gone: what else it held was not read",
 }
 
 
@@ -72,6 +73,15 @@ def read_item(content: bytes | Mapping[str, Any], now: float) -> ReadItem:
     if link is not None and not link.lower().startswith(("https://", "http://")):
         link = None  # `javascript:` would run on the report page
     return ReadItem(Item(name, time, text, source, ticker, link, _take_labels(fields.get("labels"))), tuple(notes))
+
+
+def is_object(line: bytes) -> bool:
+    """Whether a line is a whole JSON object."""
+    try:
+        _parse(line, [])
+    except ItemError:
+        return False
+    return True
 
 
 def show(value: Any) -> str:

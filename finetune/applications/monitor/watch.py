@@ -196,7 +196,9 @@ class _Loop:
     def _list_new_items(self, batch: Sequence[Record]) -> Iterator[tuple[Item, int]]:
         """The items that count, each with the start of its window."""
         for record in batch:
-            if record.content is None:
+            if record.note:
+                self._store.count(f"note: {record.note}")
+            if not record.content:  # an empty line: perhaps the late end of one that was read without it
                 continue
             self._store.count("lines")
             try:
