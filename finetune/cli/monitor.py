@@ -105,10 +105,14 @@ def _build(run: str, engine: str | None) -> Monitor:
     from finetune.applications.monitor.build import build_monitor
     from finetune.applications.monitor.load import is_built, load_monitor
 
-    if not is_built(run):
-        print_note("building the monitor: shares on validation, thresholds by simulation, the shares of the test rows")
-        build_monitor(run)
-    return load_monitor(run, engine=engine)
+    if is_built(run):
+        return load_monitor(run, engine=engine)
+    print_note("building the monitor: shares on validation, thresholds by simulation, the shares of the test rows")
+    build_monitor(run)
+    monitor = load_monitor(run, engine=engine)
+    for note in monitor.section.list_notes():
+        print_note(note)
+    return monitor
 
 
 def _find_state(source: str | None, alerts: Path | None, state: Path | None, *, has_input: bool) -> Path:

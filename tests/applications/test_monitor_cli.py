@@ -137,8 +137,8 @@ def test_a_pause_of_a_year_is_passed_over_and_said(monitor, words, stream, tmp_p
     with stream.open("a") as file:
         file.write(json.dumps({"id": "y", "time": words.BEGIN + 365 * 86_400, "text": "acme stays"}) + "\n")
     done = monitor("--input", stream)
-    # Ten-minute windows 0 and 1 hold items, 2 to 52,559 none, of which eight are judged.
-    assert re.search(r"^windows passed over +52,550$", done.out, re.MULTILINE)
+    # Ten-minute windows 0 and 1 hold items, 2 to 52,559 none, of which four are judged: what is usual is not known yet.
+    assert re.search(r"^windows passed over +52,554$", done.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -177,9 +177,18 @@ def test_a_window_ends_before_its_end_and_times_before_1970_have_windows():
 def test_a_gap_of_a_year_costs_no_more_than_the_windows_that_say_what_is_usual():
     plan = WindowPlan(60, 0, max_silent=3)
     year = 365 * 24 * 60
-    closed = close(plan, [0.5, year + 0.5, year + 1.5])
-    assert closed == [(0, 1), (1, 0), (2, 0), (3, 0), (year, 1)]
-    assert plan.passed == year - 4
+    closed = close(plan, [0.5, 1.5, 2.5, year + 0.5, year + 1.5])
+    assert closed == [(0, 1), (1, 1), (2, 1), (3, 0), (4, 0), (5, 0), (year, 1)]
+    assert plan.passed == year - 6
+
+
+def test_before_it_is_known_what_is_usual_a_gap_costs_half_as_much():
+    """An item that is dated far too early, at the head of a stream."""
+    plan, year = WindowPlan(60, 0, max_silent=4), 365 * 24 * 60
+    closed = close(plan, [0.5, *(year + minute + 0.5 for minute in range(4)), year + 12.5])
+    assert closed == [(0, 1), (1, 0), (2, 0)] + [(year + minute, minute < 4) for minute in range(8)]
+    plan.set_state({"newest": 1.0, "next_start": 2, "silent": 3, "passed": 4})  # of an earlier version
+    assert plan.judged == 0
 
 
 def test_the_end_of_the_input_closes_what_is_over():

@@ -58,7 +58,7 @@ def run_backtest(run: Monitor | str | Path, path: Path) -> dict[str, Any]:
     pairs = {topic: list(zip(shares[topic], truths[topic], strict=True)) for topic in truths}
     everything = {ALL: [pair for part in pairs.values() for pair in part]}
     section = monitor.section
-    scored = score_alerts(truths, alerts, section.rise, section.reference_windows)
+    scored = score_alerts(truths, alerts, section.rise, section.reference_size)
     return {
         "counts": counts,
         "windows": len({window.start for window in windows}),

@@ -148,7 +148,7 @@ class _Loop:
         with store.transaction():
             for name, value in _list_facts(self._reader, section).items():
                 store.check_fact(name, value, OTHER_STATE)
-        self._plan = WindowPlan(seconds, lateness, max_silent=section.reference_windows)
+        self._plan = WindowPlan(seconds, lateness, max_silent=section.reference_size)
         if state := store.read_fact("plan"):
             self._plan.set_state(state)
         for topic, state in store.read_states().items():
@@ -257,9 +257,9 @@ class _Loop:
 def _list_facts(reader: Reader, section: MonitorSection) -> dict[str, Any]:
     """What a state cannot be read without: its tallies are the probabilities of one model, and its tests count windows
     of one kind."""
-    names = ("window_minutes", "negative", "rise", "reference_windows")
-    facts = {"topics": list(reader.topics), "model": reader.fingerprint[:12]}
-    return facts | {name: getattr(section, name) for name in names}
+    facts = {name: getattr(section, name) for name in ("window_minutes", "negative", "rise")}
+    facts |= {"topics": list(reader.topics), "model": reader.fingerprint[:12]}
+    return facts | {"reference_windows": section.reference_size}
 
 
 def _show(item: Item, reading: Reading) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class Topic:
         moments: of the EWMA.
         changed: texts since the CUSUM last was 0: those since the change, where there was one.
         episodes: cause -> what was said of it.
+        end: of the last window, epoch seconds.
     """
 
     reference: list[Window] = field(default_factory=list)
@@ -67,6 +68,7 @@ class Topic:
     moments: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     changed: Tally = field(default_factory=Tally)
     episodes: dict[Cause, Episode] = field(default_factory=lambda: {"share": Episode(), "volume": Episode()})
+    end: float | None = None
 
     @property
     def is_open(self) -> bool:
@@ -122,15 +124,20 @@ class TopicWatcher:
     def judge(self, topic: str, start: datetime, end: datetime, tally: Tally) -> tuple[Share, list[Alert]]:
         """Take the next closed window of a topic, also an empty one, in order of time; alerts come without items.
 
+        Where windows were passed over before it, nobody knows any more what is usual: the topic begins anew.
+
         Returns:
             The window's share and what it gives reason to say, at most one thing for each cause.
         """
         known = self._topics.setdefault(topic, Topic())
+        if known.end is not None and start.timestamp() > known.end:
+            known = self._topics[topic] = Topic()
+        known.end = end.timestamp()
         share = self._quantifier.estimate(tally)
         window = Window(Tally(tally.bins.copy(), tally.called))
-        if len(known.reference) < self._section.reference_windows:
+        if len(known.reference) < self._section.reference_size:
             known.reference.append(window)
-            if len(known.reference) == self._section.reference_windows:
+            if len(known.reference) == self._section.reference_size:
                 self._restart(known, known.reference)
             return share, []
         usual, pooled = self._find_usual(known)
@@ -176,6 +183,7 @@ class TopicWatcher:
             "moments": list(known.moments),
             "changed": _pack(Window(known.changed)),
             "episodes": {cause: episode.to_state() for cause, episode in known.episodes.items()},
+            "end": known.end,
         }
 
     def set_state(self, topic: str, state: Mapping[str, Any]) -> None:
@@ -192,6 +200,7 @@ class TopicWatcher:
                 moments=[float(each) for each in state["moments"]],
                 changed=_unpack(state["changed"]).tally,
                 episodes={cause: Episode(**state["episodes"][cause]) for cause in ("share", "volume")},
+                end=state.get("end"),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ResourceError(
@@ -252,7 +261,7 @@ class TopicWatcher:
     def _renew(self, known: Topic, window: Window, was_open: bool) -> list[tuple[Cause, Level, str]]:
         """Let quiet windows join the reference. What was unusual for as long as the reference is becomes usual, which
         ends its episodes."""
-        size = self._section.reference_windows
+        size = self._section.reference_size
         is_open = known.is_open
         if is_open != was_open:
             known.waiting.clear()  # they may hold the beginning of a change, or all of it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
@@ -204,6 +205,31 @@ def test_topics_are_strangers(made, watcher):
     watch(watcher, calm, "calm")
     assert watch(watcher, [*calm[:20], *bad[:5]], "bad")
     assert watch(watcher, calm, "calm", first=25) == []
+
+
+def test_windows_that_were_passed_over_begin_a_topic_anew(made, watcher):
+    """One item that is dated far too early, and the silence behind it: what comes then is as much news as usual."""
+    generator = np.random.default_rng(12)
+    stray = [made.draw_tally(generator, 1, 0.2), *[Tally()] * 15]
+    assert watch(watcher, stray) == []
+    state = json.loads(json.dumps(watcher.to_state("banks")))
+    usual = [made.draw_tally(generator, 60, 0.2) for _ in range(30)]
+    assert watch(watcher, usual, first=99) == []
+    watcher.set_state("banks", state)
+    assert [(i, alert.cause) for i, alert in watch(watcher, usual, first=16)][:1] == [(16, "volume")]
+
+
+def test_a_weekend_is_no_news(quantifier):
+    """Hours of a stream that is busy by day and nearly silent at weekends, with what the recipe says by default."""
+    section = MonitorSection()
+    watcher = TopicWatcher(quantifier, replace(THRESHOLDS, chosen_for=list_choices(section)), section)
+    generator, tallies = np.random.default_rng(13), []
+    for hour in range(4 * 168):
+        usual = 1 if hour // 24 % 7 >= 5 else 40 if 8 <= hour % 24 < 18 else 3
+        tally = Tally()
+        tally.bins[10] = generator.poisson(usual)
+        tallies.append(tally)
+    assert [alert.start for _, alert in watch(watcher, tallies) if alert.cause == "volume"] == []
 
 
 def test_a_tally_may_be_used_again_by_the_caller(made, watcher):
