@@ -356,14 +356,14 @@ def _describe_alert(alert: Alert) -> str:
         change = f"{alert.volume_before:.1f} -> {alert.volume_after} items"
     volume = "more news" if alert.volume_after > alert.volume_before else "less news"
     words = "over" if alert.level == "recovery" else "worse news" if alert.cause == "share" else volume
-    return (
-        f"{alert.start:%Y-%m-%d %H:%M}  {alert.level:8}  {make_printable(alert.topic)}  {words}  {change}  "
-        f"{alert.test} {alert.statistic:.2f}, threshold {alert.threshold:.2f}"
-    )
+    test = f"{alert.test} {alert.statistic:.2f}, threshold {alert.threshold:.2f}"
+    if alert.test == "reference":  # no test: it lasted until it was usual
+        test = "usual now"
+    return f"{alert.start:%Y-%m-%d %H:%M}  {alert.level:8}  {make_printable(alert.topic)}  {words}  {change}  {test}"
 
 
 def _describe_share(share: Share) -> str:
-    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
+    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})" if share.items else "no items"
 
 
 def _print_line(content: Mapping[str, Any]) -> None:

@@ -151,6 +151,14 @@ def test_more_news_and_less_news_are_told_apart_from_worse_news(after, level, sa
     assert line == f"2020-04-09 12:00  {level:8}  acme  {said}  41.2 -> {after} items  burst 9.00, threshold 4.00"
 
 
+def test_no_number_is_made_up_where_there_are_no_items_and_no_test():
+    share, none, noon = Share(0.2, 0.1, 0.3, 0.2, 0.2, 40), Share(0.3, 0.0, 1.0, 0.3, 0.3, 0), datetime(2020, 4, 9, 12)
+    alert = Alert("a", "acme", "share", "recovery", noon, noon, share, none, 41.25, 0, "reference", 9.0, 4.0)
+    assert _describe_alert(alert) == (
+        "2020-04-09 12:00  recovery  acme  over  20.0% (10.0% to 30.0%) -> no items  usual now"
+    )
+
+
 # Exit codes
 
 

@@ -354,6 +354,17 @@ def test_metrics_are_what_the_store_counted(store):
     assert text.endswith("\n")
 
 
+def test_a_share_of_no_items_is_no_metric(store):
+    with store.transaction():
+        for topic, tally in (("quiet", Tally()), ("acme", build_tally(0.9))):
+            store.save_window(START, START + 3600, topic, SHARE, tally, is_closed=True)
+    text = render_metrics(store, [])
+    assert [line for line in text.splitlines() if 'topic="quiet"' in line] == [
+        'finetune_monitor_window_items{topic="quiet"} 0'
+    ]
+    assert 'finetune_monitor_share{topic="acme"} 0.25' in text
+
+
 def test_a_port_answers_with_what_was_published_last():
     with MetricsServer(0) as server:
         server.publish("one 1\n")

@@ -71,7 +71,7 @@ class StepWatcher:
         if tally.total:
             if last is not None and abs(value - last) >= 0.15:
                 level = "alarm" if value > last else "recovery"
-                before = Share(last, last, last, last, last, 0)
+                before = Share(last, last, last, last, last, 1)
                 alerts = [
                     Alert(
                         id=f"{topic}:{start:%Y%m%dT%H%M}:{level}",
