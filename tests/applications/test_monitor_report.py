@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 
 from finetune.applications.monitor.charts import MAX_POINTS, describe_window, topic_chart
+from finetune.applications.monitor.items import check_link
 from finetune.applications.monitor.records import Alert, Share, Tally
 from finetune.applications.monitor.report import (
-    check_link,
     describe_alert,
     describe_length,
     describe_state,
@@ -123,7 +123,7 @@ def test_an_address_of_the_web_is_a_link(link):
 
 @pytest.mark.parametrize("link", ["javascript:alert(1)", "ftp://a.example", "", None, 7, "\njavascript:x", "/etc"])
 def test_anything_else_is_none(link):
-    assert check_link(link) == ""
+    assert check_link(link) is None
 
 
 def test_the_first_sentence_is_about_now():

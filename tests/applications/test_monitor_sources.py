@@ -384,6 +384,15 @@ def test_an_answer_that_drips_is_given_up_after_its_time(server):
         exchange("http://127.0.0.1:1/", {}, Bounds(5, 100))
 
 
+@pytest.mark.parametrize("answer", [(200, {}, b"a" * 200), (200, {"Content-Length": "99"}, b"a"), (200, {}, None)])
+def test_where_the_status_says_all_what_comes_behind_it_is_dropped(server, answer):
+    server.answers = {"/": [answer]}
+    with pytest.raises(ExchangeError):
+        exchange(f"{server.url}/", {}, Bounds(5, 100), b"body")
+    found = exchange(f"{server.url}/", {}, Bounds(5, 100, is_status_enough=True), b"body")
+    assert (found.status, found.body) == (200, b"")
+
+
 def test_redirects_are_followed_only_where_that_is_meant(server):
     server.answers = {"/": [(302, {"Location": "/next"}, b"")], "/next": [(200, {}, b"here")]}
     assert exchange(f"{server.url}/", {}, Bounds(5, 100)).status == 302

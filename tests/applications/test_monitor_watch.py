@@ -144,6 +144,17 @@ def test_a_stop_ends_after_the_batch_and_the_next_call_goes_on(words, tmp_path, 
         assert read_all(cut) == read_all(whole)
 
 
+def test_two_monitors_name_their_alerts_differently_and_each_goes_on_with_its_name(words, tmp_path, options):
+    streams = []
+    for name in ("one", "other", "one"):
+        monitor = words.WordMonitor()
+        with Store(tmp_path / f"{name}.db") as store:
+            watch([], monitor, store, (), options)
+        streams.append(monitor.watcher.stream)
+    assert streams[0] == streams[2] != streams[1]
+    assert len(streams[0]) == 16
+
+
 @pytest.mark.parametrize(
     ("name", "known", "value"),
     [("window_minutes", 10, 20), ("reference_windows", 8, 9), ("rise", 0.1, 0.2), ("negative", "negative", "bad")],

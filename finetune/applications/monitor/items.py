@@ -70,9 +70,14 @@ def read_item(content: bytes | Mapping[str, Any], now: float) -> ReadItem:
         raise ItemError("in the future", f"time must not be after now, got {show(fields['time'])}.")
     text = _take_text(fields.get("text"), notes)
     source, ticker, link = (_take_field(fields.get(key)) for key in ("source", "ticker", "link"))
-    if link is not None and not link.lower().startswith(("https://", "http://")):
-        link = None  # `javascript:` would run on the report page
-    return ReadItem(Item(name, time, text, source, ticker, link, _take_labels(fields.get("labels"))), tuple(notes))
+    return ReadItem(
+        Item(name, time, text, source, ticker, check_link(link), _take_labels(fields.get("labels"))), tuple(notes)
+    )
+
+
+def check_link(link: Any) -> str | None:
+    """An address that may be followed, or none: `javascript:` would run on the report page."""
+    return link if isinstance(link, str) and link.lower().startswith(("https://", "http://")) else None
 
 
 def is_object(line: bytes) -> bool:

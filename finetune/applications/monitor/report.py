@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, PackageLoader
 
 from finetune.applications.monitor.charts import SHAPES, describe_time, describe_window, topic_chart
+from finetune.applications.monitor.items import check_link
 from finetune.applications.monitor.records import Alert, Share
 from finetune.applications.monitor.store import Store, WindowRecord
 from finetune.evaluation.report import build_environment
@@ -72,7 +73,6 @@ def render_report(store: Store, section: MonitorSection) -> str:
     environment = build_environment()
     assert environment.loader is not None
     environment.loader = ChoiceLoader([PackageLoader("finetune", "applications/monitor"), environment.loader])
-    environment.filters["link"] = check_link
     return environment.get_template("report.html.j2").render(view)
 
 
@@ -80,11 +80,6 @@ def describe_length(minutes: int) -> str:
     """Of a window: `1 day`, `90 minutes`."""
     unit, size = next(((unit, size) for unit, size in UNITS.items() if minutes % size == 0))
     return count_of(minutes // size, unit)
-
-
-def check_link(link: Any) -> str:
-    """An address that may be followed, or nothing: `javascript:` would run on the page."""
-    return link if isinstance(link, str) and link.lower().startswith(("https://", "http://")) else ""
 
 
 def describe_state(windows: Sequence[WindowRecord], alerts: Sequence[Alert]) -> str:
@@ -109,8 +104,8 @@ def describe_alert(alert: Alert) -> dict[str, Any]:
     """An alert in words, and its items.
 
     Returns:
-        `title`, `words`, `when`, `state` as the page marks it, `test`, empty where none spoke, and `items`, none where all
-        is over.
+        `title`, `words`, `when`, `state` as the page marks it, `test`, empty where none spoke, and `items`, none where
+        all is over.
     """
     is_over, is_share = alert.level == "recovery", alert.cause == "share"
     found = ("as negative as usual again" if is_over else "worse news") if is_share else ""

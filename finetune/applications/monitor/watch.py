@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -148,6 +149,9 @@ class _Loop:
         with store.transaction():
             for name, value in _list_facts(self._reader, section).items():
                 store.check_fact(name, value, OTHER_STATE)
+            if store.read_fact("stream") is None:
+                store.save_fact("stream", secrets.token_hex(8))
+        self._watcher.stream = store.read_fact("stream")
         self._plan = WindowPlan(seconds, lateness, max_silent=section.reference_size)
         if state := store.read_fact("plan"):
             self._plan.set_state(state)

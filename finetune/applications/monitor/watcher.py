@@ -120,6 +120,7 @@ class TopicWatcher:
             )
         self._quantifier, self._thresholds, self._section = quantifier, thresholds, section
         self._topics: dict[str, Topic] = {}
+        self.stream = ""
 
     def judge(self, topic: str, start: datetime, end: datetime, tally: Tally) -> tuple[Share, list[Alert]]:
         """Take the next closed window of a topic, also an empty one, in order of time; alerts come without items.
@@ -156,7 +157,7 @@ class TopicWatcher:
             has_change = cause == "share" and level != "recovery" and known.changed.total > 0
             alerts.append(
                 Alert(
-                    id=name_alert(topic, start, cause, level, test),
+                    id=name_alert(self.stream, topic, start, cause, level, test),
                     topic=topic,
                     cause=cause,
                     level=level,
@@ -300,7 +301,12 @@ def _unpack(packed: Mapping[str, Any]) -> Window:
     return Window(Tally(bins, int(packed["called"])), float(packed["square"]))
 
 
-def name_alert(topic: str, start: datetime, cause: Cause, level: Level, test: str) -> str:
-    """The same name for the same alert, however often it is raised."""
-    parts = json.dumps([topic, start.astimezone(UTC).isoformat(), cause, level, test])
-    return hashlib.sha256(parts.encode()).hexdigest()[:24]
+def name_alert(stream: str, *what: str | datetime) -> str:
+    """The same name for the same alert of a stream, however often it is raised.
+
+    Args:
+        stream: names it among others whose alerts go to the same file or receiver.
+        what: topic, start, cause, level and test.
+    """
+    told = [each.astimezone(UTC).isoformat() if isinstance(each, datetime) else each for each in what]
+    return hashlib.sha256(json.dumps([stream, *told]).encode()).hexdigest()[:24]

@@ -241,9 +241,9 @@ def test_a_tally_may_be_used_again_by_the_caller(made, watcher):
 
 
 def test_an_alerts_name_is_its_own():
-    name = name_alert("banks", START, "share", "alarm", "cusum")
+    name = name_alert("s", "banks", START, "share", "alarm", "cusum")
     elsewhere = START.astimezone(timezone(timedelta(hours=5)))
-    assert name == name_alert("banks", elsewhere, "share", "alarm", "cusum")
+    assert name == name_alert("s", "banks", elsewhere, "share", "alarm", "cusum")
     assert (
         len(
             {
@@ -251,16 +251,17 @@ def test_an_alerts_name_is_its_own():
                 *(
                     name_alert(*each)
                     for each in [
-                        ("bank", START, "share", "alarm", "cusum"),
-                        ("banks", START + HOUR, "share", "alarm", "cusum"),
-                        ("banks", START, "volume", "alarm", "cusum"),
-                        ("banks", START, "share", "warning", "cusum"),
-                        ("banks", START, "share", "alarm", "ewma"),
+                        ("t", "banks", START, "share", "alarm", "cusum"),
+                        ("s", "bank", START, "share", "alarm", "cusum"),
+                        ("s", "banks", START + HOUR, "share", "alarm", "cusum"),
+                        ("s", "banks", START, "volume", "alarm", "cusum"),
+                        ("s", "banks", START, "share", "warning", "cusum"),
+                        ("s", "banks", START, "share", "alarm", "ewma"),
                     ]
                 ),
             }
         )
-        == 6
+        == 7
     )
 
 
