@@ -79,8 +79,9 @@ def monitor_command(
     from finetune.errors import UsageError
 
     if backtest is not None:
-        if source or feeds or alerts or webhook or report:
-            raise UsageError("monitor: --backtest must come alone, got other sources or sinks too. Leave them out.")
+        others = (source, feeds, follow, alerts, webhook, metrics_port is not None, state, report, fail_on)
+        if any(others):
+            raise UsageError("monitor: --backtest must come with --engine and --json at most, got more. Leave it out.")
         _replay(_build(run, engine), backtest, as_json)
         return
     has_input = bool(source or feeds)

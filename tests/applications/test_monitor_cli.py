@@ -281,8 +281,16 @@ def test_a_backtest_comes_alone(monitor, stream, monkeypatch):
     done = monitor("--backtest", stream)
     assert (done.code, done.err) == (
         2,
-        "finetune: monitor: --backtest must come alone, got other sources or sinks too. Leave them out.\n",
+        "finetune: monitor: --backtest must come with --engine and --json at most, got more. Leave it out.\n",
     )
+
+
+@pytest.mark.parametrize(
+    "option", [["--follow"], ["--fail-on", "nonsense"], ["--metrics-port", "0"], ["--state", "a.db"], ["--report", "a"]]
+)
+def test_a_backtest_takes_none_of_the_other_options(monitor, stream, option):
+    done = monitor("--backtest", stream, *option, alerts=None)
+    assert (done.code, "--backtest must come with --engine and --json at most, got more." in done.err) == (2, True)
 
 
 # Words

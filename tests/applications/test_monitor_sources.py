@@ -303,6 +303,21 @@ def test_entries_of_several_feeds_come_in_order_of_time_each_once(server):
     assert [content["text"] for content in contents(again) if content] == ["Fourth"]
 
 
+def test_what_is_secret_in_an_address_stays_there(server):
+    entry = ("7", "Acme falls", DAY.format("11:00", "GMT"))
+    server.answers = {f"/rss?{query}": [(200, {}, build_rss(entry))] for query in ("token=SECRET", "token=OTHER")}
+    server.answers["/down?token=SECRET"] = [(500, {}, b"")]
+    names = ("rss?token=SECRET", "rss?token=OTHER", "down?token=SECRET")
+    source = FeedSource([f"{server.url}/{name}" for name in names], is_followed=True)
+    records = until_idle(iter(source))
+    one, other = (record.content for record in records if record.content)
+    assert one["source"] == other["source"] == f"{server.url}/rss"
+    assert one["id"] != other["id"]
+    assert source.troubles == [f"{server.url}/down: must answer with a feed, got status 500."]
+    assert "SECRET" not in "".join(f"{record.where} {record.content}" for record in records)
+    assert FeedSource(["https://me:SECRET@news.example:8080/rss"]).feeds[0].name == "https://news.example:8080/rss"
+
+
 def test_an_atom_feed_in_another_encoding_and_one_in_a_broken_one(server):
     atom = (
         '<?xml version="1.0" encoding="iso-8859-1"?><feed xmlns="http://www.w3.org/2005/Atom"><entry>'

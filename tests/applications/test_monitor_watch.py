@@ -105,6 +105,34 @@ def test_the_end_of_a_recording_closes_all_and_the_end_of_a_live_file_what_is_ov
             assert store.read_counts()["windows"] == closed, now
 
 
+def test_a_followed_stream_that_falls_silent_has_its_last_windows_judged(words, store):
+    """By the clock, and not before it was silent for the lateness of ten minutes: a stream may be behind the clock."""
+    ticks, told, seen = [0.0], [], []
+    texts = [*((1, f"acme stays {n}") for n in range(3)), *((11, f"acme falls {n}") for n in range(5))]
+
+    def source():
+        yield from build_records(*(build_item(words, *one) for one in texts))
+        for _ in range(30):
+            yield None
+            seen.append((ticks[0], len(told)))
+
+    def sleep(_):
+        ticks[0] += 60
+
+    options = Options(
+        clock=lambda: words.BEGIN + 25 * 60 + ticks[0],
+        tick=lambda: ticks[0],
+        sleep=sleep,
+        on_alert=told.append,
+        is_stopped=lambda: len(seen) == 29,
+    )
+    assert not watch(source(), words.WordMonitor(), store, (), options)
+    # The window from 10 to 20 takes items until 30: five minutes from now. It has been silent for ten minutes at ten.
+    assert next(minute // 60 for minute, alerts in seen if alerts) == 11
+    assert [alert.id for alert in told] == ["acme:20200409T0010:alarm"]
+    assert store.connection.execute("SELECT count(*) FROM top_items").fetchone() == (0,)
+
+
 def test_a_slow_stream_is_answered_at_once_and_a_fast_one_in_batches(words, store):
     sizes, ticks, records = [], [0.0], build_records(*(build_item(words, 1, f"acme {n}") for n in range(20)))
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
 from finetune.applications.monitor.records import Item
@@ -24,6 +26,8 @@ FUTURE_SECONDS = 300.0
 """How far a publisher's clock may be ahead of ours. One item from far ahead would close every window before it."""
 MILLISECONDS = 1e11
 """Epoch seconds from here on, the year 5138, are taken for milliseconds that nobody converted."""
+_NUMBER = re.compile(r"\d{9,}(?:\.\d+)?")  # eight digits are a date
+_RFC_2822 = re.compile(r"(?:[A-Za-z]{3},\s*)?\d{1,2}\s+[A-Za-z]{3}\s")
 
 Reason = Literal["no JSON", "too long", "no id", "no time", "bad time", "in the future", "no text", "bad labels"]
 Note = Literal["zone assumed", "text cut", "bytes replaced", "file gone"]
@@ -55,8 +59,8 @@ def read_item(content: bytes | Mapping[str, Any], now: float) -> ReadItem:
     """Check one item.
 
     Args:
-        content: a line of JSON, or what it would hold: `id`, `time` (ISO 8601 or epoch seconds), `text`, and perhaps
-            `source`, `ticker`, `link` and `labels` (task -> class).
+        content: a line of JSON, or what it would hold: `id`, `time` (ISO 8601, RFC 2822 or epoch seconds), `text`, and
+            perhaps `source`, `ticker`, `link` and `labels` (task -> class).
         now: epoch seconds of the clock.
 
     Raises:
@@ -124,8 +128,10 @@ def _take_time(value: Any, notes: list[Note]) -> datetime:
     if value is None or value == "":
         raise ItemError("no time", f"time must be there, got {show(value)}.")
     try:
+        if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+            value = float(value)
         if isinstance(value, str):
-            time = datetime.fromisoformat(value.strip())
+            time = _parse_time(value.strip())
             if time.tzinfo is None:
                 notes.append("zone assumed")
                 time = time.replace(tzinfo=UTC)
@@ -138,7 +144,16 @@ def _take_time(value: Any, notes: list[Note]) -> datetime:
         raise
     except (ValueError, OverflowError, OSError):
         pass
-    raise ItemError("bad time", f"time must be ISO 8601 or epoch seconds, got {show(value)}.")
+    raise ItemError("bad time", f"time must be ISO 8601, RFC 2822 or epoch seconds, got {show(value)}.")
+
+
+def _parse_time(text: str) -> datetime:
+    """ISO 8601, or the RFC 2822 of mail and RSS.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return parsedate_to_datetime(text) if _RFC_2822.match(text) else datetime.fromisoformat(text)
 
 
 def _take_text(value: Any, notes: list[Note]) -> str:

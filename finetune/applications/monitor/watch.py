@@ -50,7 +50,7 @@ class Options:
         batch_seconds: how long the first of them waits for more; a source that has nothing ends the wait.
         idle_seconds: between two looks at sources that have nothing.
         drain_seconds: at the end of the input, how long alerts are tried that a sink has not taken.
-        clock: epoch seconds; only items from the future and the end of the input depend on it.
+        clock: epoch seconds; only items from the future, silence and the end of the input depend on it.
         tick: seconds of a clock that never jumps.
         sleep: waits for so many seconds.
         is_stopped: whether somebody wants the loop to end after this batch.
@@ -76,7 +76,8 @@ def watch(
     """Take in a source to its end, or until `options.is_stopped`.
 
     At its end, windows are closed whose lateness is over by the clock: of a recording all of them, of a file that is
-    written today those that nothing can be missing from. The others stay open for the next call.
+    written today those that nothing can be missing from. The others stay open for the next call. So it is with a source
+    that falls silent, once it has been so for as long as the lateness: one that is behind the clock has items to come.
 
     Returns:
         Whether it came to the end.
@@ -87,16 +88,22 @@ def watch(
     """
     options = options or Options()
     loop = _Loop(monitor, store, [sink.name for sink in sinks], options.clock)
+    heard, silence = options.tick(), 60 * max(1, monitor.section.lateness_minutes)
     for batch in _batch(source, options):
         if batch:
             _tell(loop.take(batch), options)
+        if any(record.content for record in batch):
+            heard = options.tick()
+        elif options.tick() - heard >= silence:
+            _tell(loop.close_over(), options)
         _deliver(sinks, store, options)
         if options.is_stopped():
             loop.look_at_open_windows()
             return False
         if not batch:
             options.sleep(options.idle_seconds)
-    _tell(loop.finish(), options)
+    _tell(loop.close_over(), options)
+    loop.look_at_open_windows()
     _drain(sinks, store, options)
     return True
 
@@ -175,15 +182,16 @@ class _Loop:
             self._store.save_fact("plan", self._plan.to_state())
         return alerts
 
-    def finish(self) -> list[Alert]:
-        """The source has ended: close what nothing can be missing from, and look at the rest."""
+    def close_over(self) -> list[Alert]:
+        """The source has ended, or is silent: close what nothing can be missing from by the clock."""
+        starts = self._store.list_open_starts()
+        ended = [at + self._plan.seconds for at in starts]
+        over = [end for end in ended if end + self._plan.lateness <= self._clock()]
+        if not over:
+            return []
         with self._store.transaction():
-            starts = self._store.list_open_starts()
-            ended = [at + self._plan.seconds for at in starts]
-            over = [end for end in ended if end + self._plan.lateness <= self._clock()]
-            alerts = self._judge(self._plan.close(starts, until=max(over))) if over else []
+            alerts = self._judge(self._plan.close(starts, until=max(over)))
             self._store.save_fact("plan", self._plan.to_state())
-        self.look_at_open_windows()
         return alerts
 
     def look_at_open_windows(self) -> None:
@@ -252,6 +260,7 @@ class _Loop:
                     if self._store.add_alert(told, self._sinks):
                         self._store.count(f"alerts: {alert.level}")
                         alerts.append(told)
+            self._store.delete_top_items(start)
             self._store.count("windows")
         if self._plan.passed > passed:
             self._store.count("windows passed over", self._plan.passed - passed)

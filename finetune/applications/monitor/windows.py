@@ -1,7 +1,8 @@
 """Which window an item belongs to, and when a window is closed, by the items' own times.
 
-The clock of the machine plays no part: one that jumps changes nothing. All of it depends on the order in which items
-come and not on how they are batched, so that a stream that was cut off and goes on closes the same windows.
+While items come, the clock of the machine plays no part: one that jumps changes nothing. All of it depends on the
+order in which items come and not on how they are batched, so that a stream that was cut off and goes on closes the same
+windows.
 """
 
 from __future__ import annotations
