@@ -291,7 +291,7 @@ def test_killed_again_and_again_it_comes_to_the_same(words, tmp_path, seed):
     """Thirty-two times: inside a transaction, between an alert's line and the outbox, and at any time."""
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-        words.write_stream(tmp_path / name / "stream.jsonl", words.build_stream(1_600, seed))
+        words.write_stream(tmp_path / name / "stream.jsonl", words.build_stream(3_200, seed))
     begun = time.perf_counter()
     with Store(tmp_path / "whole" / "state.db") as store:
         words.watch_file(tmp_path / "whole", store)
