@@ -104,7 +104,7 @@ def rehearse(folder: str) -> tuple[Rows, Quantifier, Thresholds, MonitorSection]
     raw = {part: model.decision_function(words.transform(text[rows])) for part, rows in enumerate((validation, test))}
     temperature = fit_temperature(raw[0], label[validation])
     known, new = (apply_temperature(raw[part], temperature) for part in (0, 1))
-    section = MonitorSection()
+    section = MonitorSection(reference_windows=48)
     quantifier = fit_quantifier(known[:, 0], label[validation] == 0)
     rows = make_rows(new[:, 0], new.argmax(axis=1) == 0, label[test] == 0)
     return rows, quantifier, choose_thresholds(quantifier, section), section
@@ -153,7 +153,7 @@ def measure_detection(
         size = int(generator.poisson(options.window))
         return rows.draw(generator, size, generator.binomial(size, share))
 
-    quiet = section.reference_windows + count_guard(section.reference_windows)
+    quiet = section.reference_size + count_guard(section.reference_size)
     delays: dict[str, list[float]] = {"alert": [], "alarm": []}
     while len(delays["alert"]) < options.streams:
         shares = [usual] * quiet + [usual + options.rise] * 30
@@ -165,7 +165,7 @@ def measure_detection(
             delays[name].append(hits[0] - quiet + 1 if hits else np.inf)
     counts = {"alert": 0, "alarm": 0, "share": 0, "volume": 0}
     for _ in range(options.streams):
-        tallies = [draw(usual) for _ in range(section.reference_windows + options.windows)]
+        tallies = [draw(usual) for _ in range(section.reference_size + options.windows)]
         going: set[str] = set()
         for _, cause, level in watch(TopicWatcher(quantifier, thresholds, section), tallies):
             if level == "recovery":
@@ -197,7 +197,7 @@ def compare_statistics(
 ) -> dict[str, Any]:
     """Each statistic alone, with a threshold for one alert in `false_alarm_windows` on the test rows themselves."""
     generator = np.random.default_rng(options.seed)
-    usual, first, length = float(rows.truths.mean()), section.reference_windows, 200
+    usual, first, length = float(rows.truths.mean()), section.reference_size, 200
     quiet = count_guard(first)
     results = {}
     for rise in (options.rise, options.rise / 2):
@@ -216,7 +216,7 @@ def compare_statistics(
 
 def compute_statistics(counts: Counts, quantifier: Quantifier, section: MonitorSection) -> dict[str, Floats]:
     """Of streams, (windows, streams, BINS), behind the first reference; (windows, streams) each."""
-    first, ratios = section.reference_windows, quantifier.ratios
+    first, ratios = section.reference_size, quantifier.ratios
     cusum, ewma = judge_streams(counts, ratios, first, section.rise)
     usual = compute_usual(counts[:first].sum(axis=0), ratios)
     new = counts[first:]

@@ -18,11 +18,13 @@ class Application:
         name: the recipe's section that asks for it.
         steps: what its building does, in words.
         build: writes it into the run's folder, and gives its figures on the test rows.
+        list_notes: what to know before, in words.
     """
 
     name: str
     steps: str
     build: Callable[[Path], dict[str, Any]]
+    list_notes: Callable[[Recipe], list[str]] = lambda _: []
 
 
 def list_applications(recipe: Recipe) -> list[Application]:
@@ -42,9 +44,16 @@ def _build_monitor(run: Path) -> dict[str, Any]:
     return build_monitor(run)
 
 
+def _list_monitor_notes(recipe: Recipe) -> list[str]:
+    return recipe.monitor.list_notes() if recipe.monitor else []
+
+
 APPLICATIONS = (
     Application("assistant", "index, thresholds on validation, the test questions end to end", _build_assistant),
     Application(
-        "monitor", "shares on validation, thresholds by simulation, the shares of the test rows", _build_monitor
+        "monitor",
+        "shares on validation, thresholds by simulation, the shares of the test rows",
+        _build_monitor,
+        _list_monitor_notes,
     ),
 )

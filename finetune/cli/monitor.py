@@ -79,8 +79,9 @@ def monitor_command(
     from finetune.errors import UsageError
 
     if backtest is not None:
-        if source or feeds or alerts or webhook or report:
-            raise UsageError("monitor: --backtest must come alone, got other sources or sinks too. Leave them out.")
+        others = (source, feeds, follow, alerts, webhook, metrics_port is not None, state, report, fail_on)
+        if any(others):
+            raise UsageError("monitor: --backtest must come with --engine and --json at most, got more. Leave it out.")
         _replay(_build(run, engine), backtest, as_json)
         return
     has_input = bool(source or feeds)
@@ -105,10 +106,14 @@ def _build(run: str, engine: str | None) -> Monitor:
     from finetune.applications.monitor.build import build_monitor
     from finetune.applications.monitor.load import is_built, load_monitor
 
-    if not is_built(run):
-        print_note("building the monitor: shares on validation, thresholds by simulation, the shares of the test rows")
-        build_monitor(run)
-    return load_monitor(run, engine=engine)
+    if is_built(run):
+        return load_monitor(run, engine=engine)
+    print_note("building the monitor: shares on validation, thresholds by simulation, the shares of the test rows")
+    build_monitor(run)
+    monitor = load_monitor(run, engine=engine)
+    for note in monitor.section.list_notes():
+        print_note(note)
+    return monitor
 
 
 def _find_state(source: str | None, alerts: Path | None, state: Path | None, *, has_input: bool) -> Path:
@@ -352,14 +357,14 @@ def _describe_alert(alert: Alert) -> str:
         change = f"{alert.volume_before:.1f} -> {alert.volume_after} items"
     volume = "more news" if alert.volume_after > alert.volume_before else "less news"
     words = "over" if alert.level == "recovery" else "worse news" if alert.cause == "share" else volume
-    return (
-        f"{alert.start:%Y-%m-%d %H:%M}  {alert.level:8}  {make_printable(alert.topic)}  {words}  {change}  "
-        f"{alert.test} {alert.statistic:.2f}, threshold {alert.threshold:.2f}"
-    )
+    test = f"{alert.test} {alert.statistic:.2f}, threshold {alert.threshold:.2f}"
+    if alert.test == "reference":  # no test: it lasted until it was usual
+        test = "usual now"
+    return f"{alert.start:%Y-%m-%d %H:%M}  {alert.level:8}  {make_printable(alert.topic)}  {words}  {change}  {test}"
 
 
 def _describe_share(share: Share) -> str:
-    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
+    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})" if share.items else "no items"
 
 
 def _print_line(content: Mapping[str, Any]) -> None:

@@ -166,9 +166,10 @@ def _build_applications(run: Run, quiet: bool) -> dict[str, dict[str, Any]]:
     from finetune.recipe import load_recipe
 
     built = {}
-    for application in list_applications(load_recipe(run.folder.recipe)):
-        if not quiet:
-            print_note(f"{application.name}: {application.steps}")
+    recipe = load_recipe(run.folder.recipe)
+    for application in list_applications(recipe):
+        for note in [] if quiet else [f"{application.name}: {application.steps}", *application.list_notes(recipe)]:
+            print_note(note)
         built[application.name] = application.build(run.folder.path)
     return built
 

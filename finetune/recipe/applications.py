@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 ASSISTANT_TYPES = ("text_classification", "retrieval", "reranking")
 """The tasks of a customer-service assistant, one of each."""
+DAY_MINUTES = 24 * 60
+WEEK_MINUTES = 7 * DAY_MINUTES
+LEAST_REFERENCE, MOST_REFERENCE = 21, 672
+"""Windows that are taken as the reference where the recipe names no number; the most are a week of quarter hours."""
 
 
 class AssistantSection(Section):
@@ -62,12 +66,12 @@ class MonitorSection(Section):
     """Its class whose share is watched."""
     topic: str | None = None
     """The task that tells topics, a `text_classification` too. null: all texts are one topic."""
-    window_minutes: int = Field(default=60, ge=1, le=7 * 24 * 60)
+    window_minutes: int = Field(default=60, ge=1, le=WEEK_MINUTES)
     """Length of a window; windows begin at midnight UTC of 1 January 1970 and every so many minutes after."""
     lateness_minutes: int = Field(default=60, ge=0)
     """How long after its end a window still takes items; later ones are counted and left out."""
-    reference_windows: int = Field(default=48, ge=8)
-    """Past windows of a topic that say what is usual for it."""
+    reference_windows: int | None = Field(default=None, ge=8)
+    """Past windows of a topic that say what is usual for it. null: as many as a week has, at least 21, at most 672."""
     false_alarm_windows: int = Field(default=500, ge=20)
     """Windows between two false alarms of a topic, on average, while nothing changes: what thresholds are chosen
     for."""
@@ -75,6 +79,23 @@ class MonitorSection(Section):
     """The rise of the negative share that is to be found soonest."""
     cooldown_windows: int = Field(default=6, ge=0)
     """Windows for which a topic that was alerted is not alerted again at the same level."""
+
+    @property
+    def reference_size(self) -> int:
+        """`reference_windows`, also where the recipe leaves it open."""
+        week = -(-WEEK_MINUTES // self.window_minutes)
+        return self.reference_windows or min(MOST_REFERENCE, max(LEAST_REFERENCE, week))
+
+    def list_notes(self) -> list[str]:
+        """What to know before it is built."""
+        days = self.reference_size * self.window_minutes / DAY_MINUTES
+        if self.window_minutes >= DAY_MINUTES or days >= WEEK_MINUTES / DAY_MINUTES:
+            return []
+        return [
+            f"monitor.reference_windows: {self.reference_size} windows of {self.window_minutes} minutes are "
+            f"{days:.1f} days. Where weekends have less news than other days, less than 7 days of reference make every "
+            "Monday more news than usual. Leave the key out, and take windows of 15 minutes or more."
+        ]
 
     def list_problems(self, tasks: Mapping[str, TaskSection]) -> list[str]:
         """What keeps it from being built on these tasks."""

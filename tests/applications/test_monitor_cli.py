@@ -114,12 +114,31 @@ def test_a_named_pipe(monitor, stream, tmp_path):
     )
 
 
+def test_a_file_that_is_gone_is_said(monitor, stream):
+    monitor("--input", stream)
+    stream.write_text("")
+    assert monitor("--input", stream).out.splitlines()[-1] == (
+        "1 time the file of the last position was gone: what else it held was not read."
+    )
+    assert "gone" not in monitor("--input", stream).out
+
+
+def test_a_line_whose_end_comes_late_is_one_item(monitor, stream):
+    line = json.dumps({"id": "last", "time": "2020-04-09T00:12Z", "text": "beta ends today"})
+    counts = []
+    for part in (line[:40], line[40:], "\n"):
+        with stream.open("a") as file:
+            file.write(part)
+        counts.append(read_lines(monitor("--input", stream, "--json").out)[-1]["counts"])
+    assert [(found.get("lines", 0), found.get("rejected: no JSON", 0)) for found in counts] == [(15, 1), (1, 0), (0, 0)]
+
+
 def test_a_pause_of_a_year_is_passed_over_and_said(monitor, words, stream, tmp_path):
     with stream.open("a") as file:
         file.write(json.dumps({"id": "y", "time": words.BEGIN + 365 * 86_400, "text": "acme stays"}) + "\n")
     done = monitor("--input", stream)
-    # Ten-minute windows 0 and 1 hold items, 2 to 52,559 none, of which eight are judged.
-    assert re.search(r"^windows passed over +52,550$", done.out, re.MULTILINE)
+    # Ten-minute windows 0 and 1 hold items, 2 to 52,559 none, of which four are judged: what is usual is not known yet.
+    assert re.search(r"^windows passed over +52,554$", done.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +149,14 @@ def test_more_news_and_less_news_are_told_apart_from_worse_news(after, level, sa
     alert = Alert("a", "ac\x1bme", "volume", level, noon, noon, share, share, 41.25, after, "burst", 9.0, 4.0)
     line = _describe_alert(alert)
     assert line == f"2020-04-09 12:00  {level:8}  acme  {said}  41.2 -> {after} items  burst 9.00, threshold 4.00"
+
+
+def test_no_number_is_made_up_where_there_are_no_items_and_no_test():
+    share, none, noon = Share(0.2, 0.1, 0.3, 0.2, 0.2, 40), Share(0.3, 0.0, 1.0, 0.3, 0.3, 0), datetime(2020, 4, 9, 12)
+    alert = Alert("a", "acme", "share", "recovery", noon, noon, share, none, 41.25, 0, "reference", 9.0, 4.0)
+    assert _describe_alert(alert) == (
+        "2020-04-09 12:00  recovery  acme  over  20.0% (10.0% to 30.0%) -> no items  usual now"
+    )
 
 
 # Exit codes
@@ -254,8 +281,16 @@ def test_a_backtest_comes_alone(monitor, stream, monkeypatch):
     done = monitor("--backtest", stream)
     assert (done.code, done.err) == (
         2,
-        "finetune: monitor: --backtest must come alone, got other sources or sinks too. Leave them out.\n",
+        "finetune: monitor: --backtest must come with --engine and --json at most, got more. Leave it out.\n",
     )
+
+
+@pytest.mark.parametrize(
+    "option", [["--follow"], ["--fail-on", "nonsense"], ["--metrics-port", "0"], ["--state", "a.db"], ["--report", "a"]]
+)
+def test_a_backtest_takes_none_of_the_other_options(monitor, stream, option):
+    done = monitor("--backtest", stream, *option, alerts=None)
+    assert (done.code, "--backtest must come with --engine and --json at most, got more." in done.err) == (2, True)
 
 
 # Words

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from xml.etree import ElementTree
 
 import pytest
 
 from finetune.applications.monitor.charts import MAX_POINTS, describe_window, topic_chart
+from finetune.applications.monitor.items import check_link
 from finetune.applications.monitor.records import Alert, Share, Tally
 from finetune.applications.monitor.report import (
-    check_link,
     describe_alert,
     describe_length,
     describe_state,
@@ -122,7 +123,7 @@ def test_an_address_of_the_web_is_a_link(link):
 
 @pytest.mark.parametrize("link", ["javascript:alert(1)", "ftp://a.example", "", None, 7, "\njavascript:x", "/etc"])
 def test_anything_else_is_none(link):
-    assert check_link(link) == ""
+    assert check_link(link) is None
 
 
 def test_the_first_sentence_is_about_now():
@@ -156,6 +157,17 @@ def test_more_news_is_told_from_worse_news_and_from_the_end_of_both():
     assert told[1]["words"].startswith("The negative share is 70% (60% to 80%); 25% (15% to 35%) is usual.")
     assert told[2]["words"].startswith("The window has 20 items; 4.2 are usual. The negative share is 70%")
     assert told[2]["test"] == "burst test 6.23, threshold 4.10"
+
+
+def test_no_number_is_made_up_where_there_are_no_items_and_no_test():
+    none = make_share(0.33, items=0)
+    for cause in ("share", "volume"):
+        over = replace(make_alert(level="recovery", cause=cause), after=none, volume_after=0)
+        assert describe_alert(over)["words"] == "The window has 0 items; 4.2 are usual."
+    first = replace(make_alert(cause="volume"), before=none)
+    assert describe_alert(first)["words"].endswith("4.2 are usual. The negative share is 70% (60% to 80%).")
+    renewed = describe_alert(replace(make_alert(level="recovery"), test="reference"))
+    assert (renewed["title"], renewed["test"]) == ("legal: what was unusual is usual now", "")
 
 
 def test_an_empty_store_is_a_page(store):

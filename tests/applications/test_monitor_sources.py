@@ -37,9 +37,10 @@ def until_idle(running):
 
 def test_a_file_is_read_to_its_end_and_gone_on_with(tmp_path):
     path = tmp_path / "s.jsonl"
-    path.write_bytes(b"one\ntwo\r\n\nthr\xc3\xa9e")
+    last = '{"id": "thrée"}'.encode()
+    path.write_bytes(b"one\ntwo\r\n\n" + last)
     records = list(FileSource(path))
-    assert contents(records) == [b"one", b"two\r", b"", b"thr\xc3\xa9e"]
+    assert contents(records) == [b"one", b"two\r", b"", last]
     assert [record.where for record in records] == [f"{path}: line {line}" for line in (1, 2, 3, 4)]
     for number, record in enumerate(records, start=1):
         again = FileSource(path)
@@ -49,7 +50,21 @@ def test_a_file_is_read_to_its_end_and_gone_on_with(tmp_path):
         file.write(b"\nfour\n")
     again = FileSource(path)
     again.go_on(records[2].position)
-    assert contents(again) == [b"thr\xc3\xa9e", b"four"]
+    assert contents(again) == [last, b"four"]
+    again.go_on(records[3].position)
+    assert contents(again) == [b"", b"four"]
+
+
+def test_a_last_line_that_is_still_being_written_is_left_for_the_next_time(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b'{"id": 1}\n{"id": 2, "labels": {"tone": "bad"}')
+    records = list(FileSource(path))
+    assert contents(records) == [b'{"id": 1}']
+    with path.open("ab") as file:
+        file.write(b', "text": "x"}\n{"id": 3}\n')
+    again = FileSource(path)
+    again.go_on(records[-1].position)
+    assert contents(again) == [b'{"id": 2, "labels": {"tone": "bad"}, "text": "x"}', b'{"id": 3}']
 
 
 def test_a_line_without_end_is_held_no_further_than_shows_that_it_is_too_long(tmp_path):
@@ -94,15 +109,47 @@ def test_a_file_that_was_replaced_meanwhile_is_found_beside_its_name(tmp_path):
     position = next(iter(FileSource(path))).position
     path.rename(tmp_path / "s.jsonl.1")
     (tmp_path / "s.jsonl.0").write_bytes(b"another\n")
+    os.utime(tmp_path / "s.jsonl.0", (1, 1))  # older than what was read
     path.write_bytes(b"four\n")
     for is_followed in (False, True):
         source = FileSource(path, is_followed=is_followed)
         source.go_on(position)
         assert contents(islice(source, 3)) == [b"two", b"three", b"four"]
-    (tmp_path / "s.jsonl.1").unlink()
-    source = FileSource(path)
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_all_files_that_were_put_aside_since_are_read_in_order(tmp_path, is_followed):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"one\ntwo\n")
+    position = next(iter(FileSource(path))).position
+    path.rename(tmp_path / "s.jsonl.10")
+    (tmp_path / "s.jsonl.9").write_bytes(b"three\nfour")
+    (tmp_path / "s.jsonl.2").write_bytes(b"five\n")
+    (tmp_path / "s.jsonl.11").write_bytes(b"older\n")
+    (tmp_path / "s.jsonl.db").write_bytes(b"no rotation\n")
+    path.write_bytes(b"six\n")
+    for at, name in enumerate(["s.jsonl.11", "s.jsonl.10", "s.jsonl.9", "s.jsonl.db", "s.jsonl.2", "s.jsonl"]):
+        os.utime(tmp_path / name, (1_000 + at, 1_000 + at))
+    source = FileSource(path, is_followed=is_followed)
     source.go_on(position)
-    assert contents(source) == [b"four"]
+    assert contents(islice(source, 5)) == [b"two", b"three", b"four", b"five", b"six"]
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_a_position_whose_file_is_gone_is_said_once(tmp_path, is_followed):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"one\ntwo\n")
+    position = next(iter(FileSource(path))).position
+    path.write_bytes(b"")
+    source = FileSource(path, is_followed=is_followed)
+    source.go_on(position)
+    (record,) = until_idle(source)
+    assert (record.content, record.note) == (None, "file gone")
+    path.write_bytes(b"three\n")
+    again = FileSource(path)
+    again.go_on(record.position)
+    (record,) = again
+    assert (record.content, record.note) == (b"three", None)
 
 
 def test_a_file_that_is_none_is_an_error(tmp_path):
@@ -256,6 +303,21 @@ def test_entries_of_several_feeds_come_in_order_of_time_each_once(server):
     assert [content["text"] for content in contents(again) if content] == ["Fourth"]
 
 
+def test_what_is_secret_in_an_address_stays_there(server):
+    entry = ("7", "Acme falls", DAY.format("11:00", "GMT"))
+    server.answers = {f"/rss?{query}": [(200, {}, build_rss(entry))] for query in ("token=SECRET", "token=OTHER")}
+    server.answers["/down?token=SECRET"] = [(500, {}, b"")]
+    names = ("rss?token=SECRET", "rss?token=OTHER", "down?token=SECRET")
+    source = FeedSource([f"{server.url}/{name}" for name in names], is_followed=True)
+    records = until_idle(iter(source))
+    one, other = (record.content for record in records if record.content)
+    assert one["source"] == other["source"] == f"{server.url}/rss"
+    assert one["id"] != other["id"]
+    assert source.troubles == [f"{server.url}/down: must answer with a feed, got status 500."]
+    assert "SECRET" not in "".join(f"{record.where} {record.content}" for record in records)
+    assert FeedSource(["https://me:SECRET@news.example:8080/rss"]).feeds[0].name == "https://news.example:8080/rss"
+
+
 def test_an_atom_feed_in_another_encoding_and_one_in_a_broken_one(server):
     atom = (
         '<?xml version="1.0" encoding="iso-8859-1"?><feed xmlns="http://www.w3.org/2005/Atom"><entry>'
@@ -335,6 +397,15 @@ def test_an_answer_that_drips_is_given_up_after_its_time(server):
         exchange(f"{server.url}/", {}, Bounds(5, 100), tick=lambda: next(ticks))
     with pytest.raises(ExchangeError, match="refused"):
         exchange("http://127.0.0.1:1/", {}, Bounds(5, 100))
+
+
+@pytest.mark.parametrize("answer", [(200, {}, b"a" * 200), (200, {"Content-Length": "99"}, b"a"), (200, {}, None)])
+def test_where_the_status_says_all_what_comes_behind_it_is_dropped(server, answer):
+    server.answers = {"/": [answer]}
+    with pytest.raises(ExchangeError):
+        exchange(f"{server.url}/", {}, Bounds(5, 100), b"body")
+    found = exchange(f"{server.url}/", {}, Bounds(5, 100, is_status_enough=True), b"body")
+    assert (found.status, found.body) == (200, b"")
 
 
 def test_redirects_are_followed_only_where_that_is_meant(server):

@@ -247,15 +247,15 @@ def test_a_signature_is_what_the_specification_says(store):
     """Made by hand, as a receiver would check it."""
     receiver, key = Receiver(), b"0123456789abcdef"
     sink = receiver.build_sink(key)
-    add_alerts(store, "ü 1")
+    add_alerts(store, "0a1b")
     sink.deliver(store)
     ((headers, body),) = receiver.taken
-    assert body["id"] == "ü 1"
-    signed = f"%C3%BC 1.{START}.{json.dumps(body, ensure_ascii=False)}".encode()
+    assert (body["id"], body["items"][0]["text"]) == ("0a1b", "Acme fällt")
+    signed = f"0a1b.{START}.{json.dumps(body, ensure_ascii=False)}".encode()
     expected = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
     assert headers == {
         "Content-Type": "application/json",
-        "webhook-id": "%C3%BC 1",
+        "webhook-id": "0a1b",
         "webhook-timestamp": str(START),
         "webhook-signature": f"v1,{expected}",
     }
@@ -352,6 +352,17 @@ def test_metrics_are_what_the_store_counted(store):
     shape = re.compile(r'(# (HELP|TYPE) \w+ .+|\w+(\{\w+="([^"\\]|\\.)*"(,\w+="([^"\\]|\\.)*")*\})? \S+)')
     assert all(shape.fullmatch(line) for line in lines)
     assert text.endswith("\n")
+
+
+def test_a_share_of_no_items_is_no_metric(store):
+    with store.transaction():
+        for topic, tally in (("quiet", Tally()), ("acme", build_tally(0.9))):
+            store.save_window(START, START + 3600, topic, SHARE, tally, is_closed=True)
+    text = render_metrics(store, [])
+    assert [line for line in text.splitlines() if 'topic="quiet"' in line] == [
+        'finetune_monitor_window_items{topic="quiet"} 0'
+    ]
+    assert 'finetune_monitor_share{topic="acme"} 0.25' in text
 
 
 def test_a_port_answers_with_what_was_published_last():

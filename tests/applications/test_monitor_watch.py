@@ -105,6 +105,34 @@ def test_the_end_of_a_recording_closes_all_and_the_end_of_a_live_file_what_is_ov
             assert store.read_counts()["windows"] == closed, now
 
 
+def test_a_followed_stream_that_falls_silent_has_its_last_windows_judged(words, store):
+    """By the clock, and not before it was silent for the lateness of ten minutes: a stream may be behind the clock."""
+    ticks, told, seen = [0.0], [], []
+    texts = [*((1, f"acme stays {n}") for n in range(3)), *((11, f"acme falls {n}") for n in range(5))]
+
+    def source():
+        yield from build_records(*(build_item(words, *one) for one in texts))
+        for _ in range(30):
+            yield None
+            seen.append((ticks[0], len(told)))
+
+    def sleep(_):
+        ticks[0] += 60
+
+    options = Options(
+        clock=lambda: words.BEGIN + 25 * 60 + ticks[0],
+        tick=lambda: ticks[0],
+        sleep=sleep,
+        on_alert=told.append,
+        is_stopped=lambda: len(seen) == 29,
+    )
+    assert not watch(source(), words.WordMonitor(), store, (), options)
+    # The window from 10 to 20 takes items until 30: five minutes from now. It has been silent for ten minutes at ten.
+    assert next(minute // 60 for minute, alerts in seen if alerts) == 11
+    assert [alert.id for alert in told] == ["acme:20200409T0010:alarm"]
+    assert store.connection.execute("SELECT count(*) FROM top_items").fetchone() == (0,)
+
+
 def test_a_slow_stream_is_answered_at_once_and_a_fast_one_in_batches(words, store):
     sizes, ticks, records = [], [0.0], build_records(*(build_item(words, 1, f"acme {n}") for n in range(20)))
 
@@ -144,11 +172,39 @@ def test_a_stop_ends_after_the_batch_and_the_next_call_goes_on(words, tmp_path, 
         assert read_all(cut) == read_all(whole)
 
 
-def test_a_state_belongs_to_its_windows_and_topics(words, store, options):
+def test_two_monitors_name_their_alerts_differently_and_each_goes_on_with_its_name(words, tmp_path, options):
+    streams = []
+    for name in ("one", "other", "one"):
+        monitor = words.WordMonitor()
+        with Store(tmp_path / f"{name}.db") as store:
+            watch([], monitor, store, (), options)
+        streams.append(monitor.watcher.stream)
+    assert streams[0] == streams[2] != streams[1]
+    assert len(streams[0]) == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "value"),
+    [("window_minutes", 10, 20), ("reference_windows", 8, 9), ("rise", 0.1, 0.2), ("negative", "negative", "bad")],
+)
+def test_a_state_belongs_to_what_it_was_counted_with(words, store, options, name, known, value):
     watch([], words.WordMonitor(), store, (), options)
-    other = words.WordMonitor(section=MonitorSection(window_minutes=20))
+    other = words.WordMonitor()
+    other.section = other.section.model_copy(update={name: value})
     with pytest.raises(
-        UsageError, match=r"window_minutes must be 10 as before, got 20\. Name another file with --state"
+        UsageError,
+        match=rf"state\.db: {name} must be {known} as before, got {value}\. Name another file with --state, or delete",
+    ):
+        watch([], other, store, (), options)
+
+
+def test_a_state_belongs_to_its_model_and_topics(words, store, options):
+    watch([], words.WordMonitor(), store, (), options)
+    other = words.WordMonitor()
+    other.reader.fingerprint = "b" * 64
+    with pytest.raises(
+        UsageError,
+        match=r"state\.db: model must be a{12} as before, got b{12}\. Name another file with --state, or",
     ):
         watch([], other, store, (), options)
     other = words.WordMonitor()
@@ -235,7 +291,7 @@ def test_killed_again_and_again_it_comes_to_the_same(words, tmp_path, seed):
     """Thirty-two times: inside a transaction, between an alert's line and the outbox, and at any time."""
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-        words.write_stream(tmp_path / name / "stream.jsonl", words.build_stream(1_600, seed))
+        words.write_stream(tmp_path / name / "stream.jsonl", words.build_stream(3_200, seed))
     begun = time.perf_counter()
     with Store(tmp_path / "whole" / "state.db") as store:
         words.watch_file(tmp_path / "whole", store)

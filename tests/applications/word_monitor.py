@@ -34,6 +34,7 @@ class WordReader:
     """`acme` and `beta` are topics, the rest is `other`; texts fall, stay or are as negative as their checksum."""
 
     topics = ("acme", "beta", "other")
+    fingerprint = "a" * 64
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -70,7 +71,7 @@ class StepWatcher:
         if tally.total:
             if last is not None and abs(value - last) >= 0.15:
                 level = "alarm" if value > last else "recovery"
-                before = Share(last, last, last, last, last, 0)
+                before = Share(last, last, last, last, last, 1)
                 alerts = [
                     Alert(
                         id=f"{topic}:{start:%Y%m%dT%H%M}:{level}",

@@ -58,7 +58,7 @@ def run_backtest(run: Monitor | str | Path, path: Path) -> dict[str, Any]:
     pairs = {topic: list(zip(shares[topic], truths[topic], strict=True)) for topic in truths}
     everything = {ALL: [pair for part in pairs.values() for pair in part]}
     section = monitor.section
-    scored = score_alerts(truths, alerts, section.rise, section.reference_windows)
+    scored = score_alerts(truths, alerts, section.rise, section.reference_size)
     return {
         "counts": counts,
         "windows": len({window.start for window in windows}),
@@ -123,6 +123,11 @@ class _History:
     def topics(self) -> Sequence[str]:
         """The model's."""
         return self._reader.topics
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's."""
+        return self._reader.fingerprint
 
     def __iter__(self) -> Iterator[Record | None]:
         for record in FileSource(self._path):

@@ -147,8 +147,6 @@ def _share_curves(run: Sequence[Point], axis: _Axis) -> Iterator[Markup]:
 
     edges = [1000 * axis.share(time) for point in run for time in (point.start, point.end)]
 
-    edges = [1000 * axis.share(time) for point in run for time in (point.start, point.end)]
-
     def path(values: Sequence[float]) -> list[str]:
         heights = [SHARE_HEIGHT * (1 - value) for value in values for _ in range(2)]
         return [f"{x:.1f} {y:.1f}" for x, y in zip(edges, heights, strict=True)]

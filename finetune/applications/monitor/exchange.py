@@ -45,11 +45,13 @@ class Bounds:
         seconds: for the whole of it, and for every silence of the server in it.
         body_bytes: of the answer.
         is_redirected: whether a redirect is followed; else it is an answer like others.
+        is_status_enough: whether what is wrong with the body is no matter; it is dropped then.
     """
 
     seconds: float
     body_bytes: int
     is_redirected: bool = False
+    is_status_enough: bool = False
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -90,18 +92,14 @@ def exchange(
     request = urllib.request.Request(url, data=body, headers={"User-Agent": USER_AGENT, **headers})
     try:
         with _open(request, bounds) as response:
-            parts, size = [], 0
-            while part := response.read1(BLOCK_BYTES):
-                size += len(part)
-                if size > bounds.body_bytes:
-                    raise ExchangeError(f"an answer of more than {bounds.body_bytes:,} bytes")
-                if tick() - began > bounds.seconds:
-                    raise ExchangeError(f"an answer that was not complete after {bounds.seconds:g} s")
-                parts.append(part)
-            if getattr(response, "length", None):  # `read1` takes an early end for the end
-                raise ExchangeError("an answer that broke off")
             kept = {name.lower(): value for name, value in response.headers.items()}
-            return Answer(response.status, kept, b"".join(parts))
+            try:
+                found = _read_body(response, bounds, began, tick)
+            except (ExchangeError, OSError, http.client.HTTPException):
+                if not bounds.is_status_enough:
+                    raise
+                found = b""
+            return Answer(response.status, kept, found)
     except TimeoutError:
         raise ExchangeError(f"no answer within {bounds.seconds:g} s") from None
     except urllib.error.URLError as error:
@@ -111,6 +109,20 @@ def exchange(
         raise ExchangeError(getattr(reason, "strerror", None) or str(reason)) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ExchangeError(str(error) or type(error).__name__) from None
+
+
+def _read_body(response: Any, bounds: Bounds, began: float, tick: Callable[[], float]) -> bytes:
+    parts, size = [], 0
+    while part := response.read1(BLOCK_BYTES):
+        size += len(part)
+        if size > bounds.body_bytes:
+            raise ExchangeError(f"an answer of more than {bounds.body_bytes:,} bytes")
+        if tick() - began > bounds.seconds:
+            raise ExchangeError(f"an answer that was not complete after {bounds.seconds:g} s")
+        parts.append(part)
+    if getattr(response, "length", None):  # `read1` takes an early end for the end
+        raise ExchangeError("an answer that broke off")
+    return b"".join(parts)
 
 
 def _open(request: urllib.request.Request, bounds: Bounds) -> Any:

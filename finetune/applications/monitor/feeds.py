@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from finetune.applications.monitor.exchange import Answer, Bounds, ExchangeError, exchange
 from finetune.applications.monitor.sources import Record
@@ -57,6 +58,18 @@ class Feed:
         """Its name in the store."""
         return f"feed {self.url}"
 
+    @property
+    def name(self) -> str:
+        """Its address for people and receivers, without what may be a secret: the query, user and password."""
+        parts = urlsplit(self.url)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+    @property
+    def scope(self) -> str:
+        """What ids are put behind that are one among those of this feed only: its name, and a hash of its query."""
+        query = urlsplit(self.url).query
+        return f"{self.name} {hashlib.sha256(query.encode()).hexdigest()[:8]}" if query else self.name
+
     def to_position(self) -> dict[str, Any]:
         """What a later monitor goes on with."""
         return {"etag": self.etag, "modified": self.modified, "seen": list(self.seen)}
@@ -96,7 +109,7 @@ class FeedSource:
     @property
     def troubles(self) -> list[str]:
         """The feeds that do not answer as they should, in words."""
-        return [f"{feed.url}: must answer with a feed, got {feed.trouble}." for feed in self.feeds if feed.trouble]
+        return [f"{feed.name}: must answer with a feed, got {feed.trouble}." for feed in self.feeds if feed.trouble]
 
     def __iter__(self) -> Iterator[Record | None]:
         while not all(feed.is_done for feed in self.feeds):
@@ -109,7 +122,7 @@ class FeedSource:
             for feed in due:
                 # Behind all entries: a crash among them fetches the feed again, and what was taken in is known.
                 if feed.trouble is None:
-                    yield Record(feed.url, None, feed.origin, feed.to_position())
+                    yield Record(feed.name, None, feed.origin, feed.to_position())
             yield None
 
     def _poll(self, feed: Feed) -> list[Record]:
@@ -122,7 +135,7 @@ class FeedSource:
         answer = None
         try:
             answer = self.get(feed.url, headers, BOUNDS)
-            entries = _read_answer(answer, feed.url)
+            entries = _read_answer(answer, feed.scope)
         except ExchangeError as error:
             self._back_off(feed, str(error), answer)
             return []
@@ -134,7 +147,7 @@ class FeedSource:
         known, feed.seen = set(feed.seen), [_hash(entry) for entry in entries]
         fresh = [entry for entry, name in zip(entries, feed.seen, strict=True) if name not in known]
         return [
-            Record(f"{feed.url}: entry {entry['id'].removeprefix(feed.url).strip()}", {**entry, "source": feed.url})
+            Record(f"{feed.name}: entry {entry['id'].removeprefix(feed.scope).strip()}", {**entry, "source": feed.name})
             for entry in fresh
         ]
 
@@ -149,7 +162,7 @@ class FeedSource:
         feed.next_poll = self.tick() + min(MAX_WAIT_SECONDS, max(wait, asked))
 
 
-def _read_answer(answer: Answer, url: str) -> list[dict[str, Any]] | None:
+def _read_answer(answer: Answer, scope: str) -> list[dict[str, Any]] | None:
     """The entries; None where nothing is new.
 
     Raises:
@@ -163,16 +176,16 @@ def _read_answer(answer: Answer, url: str) -> list[dict[str, Any]] | None:
     parsed = import_feedparser().parse(io.BytesIO(answer.body), response_headers=dict(answer.headers))
     if parsed.bozo and not parsed.entries and not parsed.version:
         raise ExchangeError(f"something else ({type(parsed.bozo_exception).__name__})")
-    return [_read_entry(entry, url) for entry in parsed.entries[:MAX_ENTRIES]]
+    return [_read_entry(entry, scope) for entry in parsed.entries[:MAX_ENTRIES]]
 
 
-def _read_entry(entry: Mapping[str, Any], url: str) -> dict[str, Any]:
+def _read_entry(entry: Mapping[str, Any], scope: str) -> dict[str, Any]:
     """An entry with an item's keys. The text is the title; markup is left out, entities are left to the model."""
     text = entry.get("title") or entry.get("summary") or ""
     when = entry.get("published_parsed") or entry.get("updated_parsed")  # in UTC, whatever the feed said
     name = entry.get("id") or entry.get("link") or hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
     if not name.startswith(("http:", "https:", "tag:", "urn:")):
-        name = f"{url} {name}"  # such an id is one among those of its feed only
+        name = f"{scope} {name}"  # such an id is one among those of its feed only
     return {
         "id": name,
         "time": calendar.timegm(when) if when else None,

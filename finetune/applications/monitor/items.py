@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
 from finetune.applications.monitor.records import Item
@@ -24,13 +26,16 @@ FUTURE_SECONDS = 300.0
 """How far a publisher's clock may be ahead of ours. One item from far ahead would close every window before it."""
 MILLISECONDS = 1e11
 """Epoch seconds from here on, the year 5138, are taken for milliseconds that nobody converted."""
+_NUMBER = re.compile(r"\d{9,}(?:\.\d+)?")  # eight digits are a date
+_RFC_2822 = re.compile(r"(?:[A-Za-z]{3},\s*)?\d{1,2}\s+[A-Za-z]{3}\s")
 
 Reason = Literal["no JSON", "too long", "no id", "no time", "bad time", "in the future", "no text", "bad labels"]
-Note = Literal["zone assumed", "text cut", "bytes replaced"]
+Note = Literal["zone assumed", "text cut", "bytes replaced", "file gone"]
 NOTES: Mapping[Note, str] = {
     "zone assumed": "had a time without a zone, which was taken as UTC",
     "text cut": f"had a text of which only the first {MAX_TEXT_CHARACTERS:,} characters were read",
     "bytes replaced": "had bytes that are no UTF-8, which were replaced",
+    "file gone": "time the file of the last position was gone: what else it held was not read",
 }
 
 
@@ -54,8 +59,8 @@ def read_item(content: bytes | Mapping[str, Any], now: float) -> ReadItem:
     """Check one item.
 
     Args:
-        content: a line of JSON, or what it would hold: `id`, `time` (ISO 8601 or epoch seconds), `text`, and perhaps
-            `source`, `ticker`, `link` and `labels` (task -> class).
+        content: a line of JSON, or what it would hold: `id`, `time` (ISO 8601, RFC 2822 or epoch seconds), `text`, and
+            perhaps `source`, `ticker`, `link` and `labels` (task -> class).
         now: epoch seconds of the clock.
 
     Raises:
@@ -69,9 +74,23 @@ def read_item(content: bytes | Mapping[str, Any], now: float) -> ReadItem:
         raise ItemError("in the future", f"time must not be after now, got {show(fields['time'])}.")
     text = _take_text(fields.get("text"), notes)
     source, ticker, link = (_take_field(fields.get(key)) for key in ("source", "ticker", "link"))
-    if link is not None and not link.lower().startswith(("https://", "http://")):
-        link = None  # `javascript:` would run on the report page
-    return ReadItem(Item(name, time, text, source, ticker, link, _take_labels(fields.get("labels"))), tuple(notes))
+    return ReadItem(
+        Item(name, time, text, source, ticker, check_link(link), _take_labels(fields.get("labels"))), tuple(notes)
+    )
+
+
+def check_link(link: Any) -> str | None:
+    """An address that may be followed, or none: `javascript:` would run on the report page."""
+    return link if isinstance(link, str) and link.lower().startswith(("https://", "http://")) else None
+
+
+def is_object(line: bytes) -> bool:
+    """Whether a line is a whole JSON object."""
+    try:
+        _parse(line, [])
+    except ItemError:
+        return False
+    return True
 
 
 def show(value: Any) -> str:
@@ -109,8 +128,10 @@ def _take_time(value: Any, notes: list[Note]) -> datetime:
     if value is None or value == "":
         raise ItemError("no time", f"time must be there, got {show(value)}.")
     try:
+        if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+            value = float(value)
         if isinstance(value, str):
-            time = datetime.fromisoformat(value.strip())
+            time = _parse_time(value.strip())
             if time.tzinfo is None:
                 notes.append("zone assumed")
                 time = time.replace(tzinfo=UTC)
@@ -123,7 +144,16 @@ def _take_time(value: Any, notes: list[Note]) -> datetime:
         raise
     except (ValueError, OverflowError, OSError):
         pass
-    raise ItemError("bad time", f"time must be ISO 8601 or epoch seconds, got {show(value)}.")
+    raise ItemError("bad time", f"time must be ISO 8601, RFC 2822 or epoch seconds, got {show(value)}.")
+
+
+def _parse_time(text: str) -> datetime:
+    """ISO 8601, or the RFC 2822 of mail and RSS.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return parsedate_to_datetime(text) if _RFC_2822.match(text) else datetime.fromisoformat(text)
 
 
 def _take_text(value: Any, notes: list[Note]) -> str:

@@ -39,7 +39,7 @@ def render_metrics(store: Store, sinks: Iterable[str]) -> str:
         ("low", "Lower end of its interval."),
         ("high", "Upper end of its interval."),
     ):
-        samples = [({"topic": window.topic}, getattr(window.share, name)) for window in latest]
+        samples = [({"topic": window.topic}, getattr(window.share, name)) for window in latest if window.total]
         parts.append(_render("share" if name == "value" else f"share_{name}", "gauge", words, samples))
     sizes = [({"topic": window.topic}, window.total) for window in latest]
     parts.append(_render("window_items", "gauge", "Items of the last closed window.", sizes))

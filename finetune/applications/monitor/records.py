@@ -61,6 +61,10 @@ class Reader(Protocol):
     def topics(self) -> Sequence[str]:
         """Every topic that a reading may have."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the model."""
+
     def read(self, texts: Sequence[str]) -> list[Reading]:
         """Read texts, in order; they are cleaned as in training."""
 
@@ -157,6 +161,9 @@ class Alert:
 
 class Watcher(Protocol):
     """What decides, window by window, whether a topic is alerted. Its state is data, so that it survives a crash."""
+
+    stream: str
+    """Names the stream in the ids of alerts."""
 
     def judge(self, topic: str, start: datetime, end: datetime, tally: Tally) -> tuple[Share, list[Alert]]:
         """Take the next closed window of a topic, also an empty one, in order of time; alerts come without items.

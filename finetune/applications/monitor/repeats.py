@@ -1,37 +1,33 @@
 """Items that come again: by their id, or as a copy of a text that came before.
 
-A copy may add words, as wires do (`UPDATE 1-...`, `... - Newswire`), but none of those that make it other news:
-numbers, tickers, negations. Where each text has words of its own, one may say `rises` and the other `falls`: those are
-two.
+A copy is the same words in the same order. Case, punctuation, markup and links do not count, nor what a wire adds at
+either end: `UPDATE 1-...`, `... (repeats)`, `Reuters: ...`, `... - Newswire`, and the item's own source in the place of
+the wire. One more word can make it other news: `unlikely`, `shares plunge`.
 """
 
 from __future__ import annotations
 
 import re
 import sqlite3
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
 
 from finetune.applications.monitor.records import Item
 from finetune.data.cleaning import clean_text, normalize_for_duplicates
-from finetune.data.duplicates import SHINGLE_CHARACTERS, SIMILARITY, compute_similarity
 
 REMEMBERED_SECONDS = 24 * 3600
 """How far back a text is looked for, by the items' own times."""
 REMEMBERED_ITEMS = 100_000
 COMPARED_CHARACTERS = 1_000
-BANDS, ROWS = 8, 4
-"""A pair of Jaccard similarity s is compared with probability 1 - (1 - s^4)^8: .985 at .8, .9998 at .9."""
-CANDIDATES_PER_BAND = 5  # the latest ones: texts made from one template would all be candidates of each other
 
 _UPDATE = re.compile(r"^(?:(?:update|wrapup|corrected|refile|rpt|breaking|exclusive)(?: \d+)? )+(?=\w)")
-_NEGATIONS = frozenset({"not", "no", "never", "without", "t", "denies", "denied"})  # "isn't" is normalised to "isn t"
-
-_draw = np.random.default_rng(0)
-_SHINGLE_FACTORS = _draw.integers(2**63, size=SHINGLE_CHARACTERS, dtype=np.uint64) * 2 + 1
-_HASH_FACTORS = _draw.integers(2**63, size=BANDS * ROWS, dtype=np.uint64) * 2 + 1
-_HASH_OFFSETS = _draw.integers(2**63, size=BANDS * ROWS, dtype=np.uint64)
+_WIRES = (
+    "repeats|updates|updated|corrects|corrected|newswire|pr ?newswire|business ?wire|globe ?newswire|accesswire|reuters"
+    "|bloomberg|dow jones(?: newswires)?|associated press|ap|afp|dpa|cnbc|marketwatch|benzinga|yahoo finance|wsj"
+    "|the wall street journal|ft|financial times|barron's|seeking alpha|investing\\.com|xinhua|kyodo|interfax|tass"
+)
 
 
 class Repeats:
@@ -61,20 +57,19 @@ class Repeats:
             newest: the largest time so far, epoch seconds; what is older by `seconds` is forgotten.
             is_kept: whether a new one is remembered. One that does not count must not hide a copy that does.
         """
-        normal = _normalize(item.text)
+        normal = normalize(item)
         named, exact = _hash(b"id", item.id.encode()), _hash(b"text", normal.encode())
-        bands = _compute_bands(normal)
         last = self._read_last()
         found = self._connection.execute(
             "SELECT 1 FROM keys JOIN remembered USING (number)"
             " WHERE key IN (?, ?) AND time >= ? AND number > ? LIMIT 1",
             (named, exact, newest - self._seconds, last - self._items),
         ).fetchone()
-        if found or any(is_copy(normal, other) for other in self._find_candidates(bands, newest, last)):
+        if found:
             return False
         if not is_kept:
             return True
-        keys = np.array(sorted({named, exact, *bands}), dtype=np.int64)
+        keys = np.array(sorted({named, exact}), dtype=np.int64)
         number = self._connection.execute(
             "INSERT INTO remembered (time, text, keys) VALUES (?, ?, ?)",
             (item.time.timestamp(), normal, keys.tobytes()),
@@ -97,54 +92,22 @@ class Repeats:
         row = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'remembered'").fetchone()
         return int(row[0]) if row else 0
 
-    def _find_candidates(self, bands: list[int], newest: float, last: int) -> list[str]:
-        numbers: set[int] = set()
-        for band in bands:
-            rows = self._connection.execute(
-                "SELECT number FROM keys WHERE key = ? AND number > ? ORDER BY number DESC LIMIT ?",
-                (band, last - self._items, CANDIDATES_PER_BAND),
-            )
-            numbers.update(number for (number,) in rows)
-        found = [
-            self._connection.execute("SELECT time, text FROM remembered WHERE number = ?", (number,)).fetchone()
-            for number in sorted(numbers)
-        ]
-        return [text for time, text in found if time >= newest - self._seconds]
+
+def normalize(item: Item) -> str:
+    """The text of an item as all its copies have it."""
+    text = clean_text(item.text, ["html", "urls"])
+    head, tail = _build_patterns(item.source or "")
+    text = tail.sub("", head.sub("", text)).strip() or text
+    return _UPDATE.sub("", normalize_for_duplicates(text))[:COMPARED_CHARACTERS]
 
 
-def is_copy(first: str, second: str) -> bool:
-    """Whether one of two normalised texts is the other one, perhaps with words added that change nothing."""
-    if first == second:
-        return True
-    one, two = set(first.split()), set(second.split())
-    added = one ^ two
-    if not (one <= two or two <= one) or any(_tells(word) for word in added):
-        return False
-    return compute_similarity(f" {first} ", f" {second} ") >= SIMILARITY
-
-
-def _tells(word: str) -> bool:
-    return word in _NEGATIONS or "$" in word or any(character.isdigit() for character in word)
-
-
-def _normalize(text: str) -> str:
-    normal = normalize_for_duplicates(clean_text(text, ["html", "urls"]))
-    return _UPDATE.sub("", normal)[:COMPARED_CHARACTERS]
-
-
-def _compute_bands(normal: str) -> list[int]:
-    """Keys of which two similar texts share at least one, by MinHash (Broder 1997) with locality-sensitive bands."""
-    codes = np.frombuffer(f" {normal} ".encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
-    count = len(codes) - SHINGLE_CHARACTERS + 1
-    if count < 1:
-        return []
-    shingles = np.zeros(count, dtype=np.uint64)
-    for offset, factor in enumerate(_SHINGLE_FACTORS):
-        shingles += codes[offset : offset + count] * factor  # modulo 2**64
-    shingles ^= shingles >> np.uint64(31)  # its low bits mix badly
-    hashes = (shingles[:, None] * _HASH_FACTORS + _HASH_OFFSETS) >> np.uint64(32)  # (count, BANDS * ROWS)
-    lowest = hashes.min(axis=0).reshape(BANDS, ROWS)
-    return [_hash(bytes([band]), row.tobytes()) for band, row in enumerate(lowest)]
+@lru_cache
+def _build_patterns(source: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What a wire puts before a text and behind it: its name, set apart. In `Reuters cuts jobs` it is the news."""
+    name = f"(?:{_WIRES}|{re.escape(source)})" if source else f"(?:{_WIRES})"
+    head = rf"^(?:[(\[]?{name}[)\]]?\s*[-–—:|]+\s+){{1,3}}"  # noqa: RUF001  (dashes are what is looked for)
+    tail = rf"(?:(?:\s[-–—|]+\s*|\svia\s|\s?[(\[]){name}[)\]]?\.*){{1,3}}$"  # noqa: RUF001
+    return re.compile(head, re.IGNORECASE), re.compile(tail, re.IGNORECASE)
 
 
 def _hash(kind: bytes, data: bytes) -> int:

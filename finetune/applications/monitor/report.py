@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, PackageLoader
 
 from finetune.applications.monitor.charts import SHAPES, describe_time, describe_window, topic_chart
+from finetune.applications.monitor.items import check_link
 from finetune.applications.monitor.records import Alert, Share
 from finetune.applications.monitor.store import Store, WindowRecord
 from finetune.evaluation.report import build_environment
@@ -23,7 +24,7 @@ FEW_ITEMS = 2.0
 """Items of a mean window below which a topic has no chart: its band would fill it."""
 ALERTS_SHOWN = 20
 """The latest ones; the others are folded away."""
-TESTS = {"cusum": "CUSUM", "ewma": "EWMA", "burst": "burst test", "reference": "windows since the change"}
+TESTS = {"cusum": "CUSUM", "ewma": "EWMA", "burst": "burst test"}
 UNITS = {"day": 24 * 60, "hour": 60, "minute": 1}
 STATES = {"warning": "care", "alarm": "bad", "recovery": "good"}
 """Level of an alert -> how the page marks it."""
@@ -72,7 +73,6 @@ def render_report(store: Store, section: MonitorSection) -> str:
     environment = build_environment()
     assert environment.loader is not None
     environment.loader = ChoiceLoader([PackageLoader("finetune", "applications/monitor"), environment.loader])
-    environment.filters["link"] = check_link
     return environment.get_template("report.html.j2").render(view)
 
 
@@ -80,11 +80,6 @@ def describe_length(minutes: int) -> str:
     """Of a window: `1 day`, `90 minutes`."""
     unit, size = next(((unit, size) for unit, size in UNITS.items() if minutes % size == 0))
     return count_of(minutes // size, unit)
-
-
-def check_link(link: Any) -> str:
-    """An address that may be followed, or nothing: `javascript:` would run on the page."""
-    return link if isinstance(link, str) and link.lower().startswith(("https://", "http://")) else ""
 
 
 def describe_state(windows: Sequence[WindowRecord], alerts: Sequence[Alert]) -> str:
@@ -109,17 +104,21 @@ def describe_alert(alert: Alert) -> dict[str, Any]:
     """An alert in words, and its items.
 
     Returns:
-        `title`, `words`, `test`, `when`, `state` as the page marks it, and `items`; none of these where all is over.
+        `title`, `words`, `when`, `state` as the page marks it, `test`, empty where none spoke, and `items`, none where
+        all is over.
     """
     is_over, is_share = alert.level == "recovery", alert.cause == "share"
     found = ("as negative as usual again" if is_over else "worse news") if is_share else ""
     found = found or ("as much news as usual again" if is_over else "more news")
-    if alert.test == "reference":
+    is_renewed = alert.test == "reference"
+    if is_renewed:
         found = "what was unusual is usual now"
     before, after = _format(alert.before), _format(alert.after)
     shares = f"The negative share is {after}; {before} is usual."
     if is_share and not is_over:
         shares = f"The negative share rose from {before} to {after}."
+    if not (alert.before.items and alert.after.items):  # of no texts, a share is made up
+        shares = f"The negative share is {after}." if alert.after.items else ""
     usual = format_number(alert.volume_before, 0 if alert.volume_before >= 10 else 1)
     volume = f"The window has {count_of(alert.volume_after, 'item')}; {usual} are usual."
     statistic, threshold = (format_number(number, 2) for number in (alert.statistic, alert.threshold))
@@ -128,8 +127,8 @@ def describe_alert(alert: Alert) -> dict[str, Any]:
         "level": alert.level,
         "state": STATES[alert.level],
         "when": describe_window(alert.start, alert.end),
-        "words": f"{shares} {volume}" if is_share else f"{volume} {shares}",
-        "test": f"{TESTS.get(alert.test, alert.test)} {statistic}, threshold {threshold}",
+        "words": (f"{shares} {volume}" if is_share else f"{volume} {shares}").strip(),
+        "test": "" if is_renewed else f"{TESTS.get(alert.test, alert.test)} {statistic}, threshold {threshold}",
         "items": [] if is_over else [_build_item(item) for item in alert.items],
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any
 
-from finetune.applications.monitor.items import MAX_LINE_BYTES
+from finetune.applications.monitor.items import MAX_LINE_BYTES, Note, is_object
 from finetune.errors import ResourceError, UsageError
 from finetune.recipe.files import build_disk_error
 
@@ -25,6 +26,9 @@ BLOCK_BYTES = 2**16
 HEAD_BYTES = 256  # of a file, by which it is known again
 RECORDS_PER_TURN = 100
 BLOCKS_WAITING = 16
+
+_ROTATED = re.compile(r"\.\d[\d._:TZ-]*")
+"""How the name of a file goes on that a rotation has put aside: `.1`, `.2025-10-06`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +40,14 @@ class Record:
         content: a line of JSON or what it would hold; None where only the position moves.
         origin: names the source in the store; None where the source cannot go on from a position.
         position: behind this record, as a JSON value.
+        note: what is to be counted beside it.
     """
 
     where: str
     content: bytes | Mapping[str, Any] | None
     origin: str | None = None
     position: Any = None
+    note: Note | None = None
 
 
 Source = Iterable[Record | None]
@@ -90,7 +96,9 @@ class FileSource:
 
     A followed file may be replaced (a new file under its name: the old one is read to its end first) or cut short (it
     is read from its beginning). A position belongs to a file that begins with the same bytes; where another one stands
-    under the name by now, the former is looked for beside it, as `stream.jsonl.1`.
+    under the name by now, the former is looked for beside it, as `stream.jsonl.1`, and those that were put aside after
+    it are read as well. A last line without its end counts where it is a JSON object: else it is still being written,
+    and left for the next time.
 
     Args:
         path: a file of lines.
@@ -117,7 +125,7 @@ class FileSource:
 
     def __iter__(self) -> Iterator[Record | None]:
         try:
-            if self._position:
+            if self._position and self._position["offset"]:
                 yield from self._go_on(self._position)
             else:
                 yield from self._read(self.path, 0, 0)
@@ -127,14 +135,20 @@ class FileSource:
             raise build_disk_error(self.path, error, needed_bytes=0) from error
 
     def _go_on(self, position: Mapping[str, Any]) -> Iterator[Record | None]:
-        offset, line = position["offset"], position["line"]
-        former = [self.path, *sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*"))]
-        for path in former:
-            if path.is_file() and _has_head(path, position):
-                yield from self._read(path, offset, line)
-                if path == self.path or self.is_followed:
-                    return
-                break
+        beside = [path for path in self.path.parent.glob(f"{glob.escape(self.path.name)}.*") if path.is_file()]
+        beside.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
+        known = [path for path in (self.path, *beside) if path.is_file() and _has_head(path, position)]
+        if not known:
+            start = {"offset": 0, "line": 0, "head": _hash(b"")}
+            yield Record(str(self.path), None, self.origin, start, "file gone")
+            yield from self._read(self.path, 0, 0)
+            return
+        yield from self._read(known[0], position["offset"], position["line"])
+        if known[0] == self.path:
+            return
+        for path in beside[beside.index(known[0]) + 1 :]:
+            if _ROTATED.fullmatch(path.name.removeprefix(self.path.name)):
+                yield from self._read(path, 0, 0)
         yield from self._read(self.path, 0, 0)
 
     def _read(self, path: Path, offset: int, line: int) -> Iterator[Record | None]:
@@ -165,8 +179,10 @@ class FileSource:
                     head, offset, line = b"", 0, 0
                 else:
                     yield None
+            is_written = self.is_followed or path != self.path  # to its end: another one has taken its place
             for content, size in lines.finish():
-                yield self._build(head, content, offset + size, line + 1)
+                if is_written or is_object(content):
+                    yield self._build(head, content, offset + size, line + 1)
 
     def _build(self, head: bytes, content: bytes, offset: int, line: int) -> Record:
         position = {"offset": offset, "line": line, "head": _hash(head[:offset])}

@@ -315,6 +315,10 @@ class Store:
         )
         return [json.loads(item) for (item,) in rows]
 
+    def delete_top_items(self, start: int) -> None:
+        """Forget the most negative items of a window and those before; alerts hold theirs."""
+        self.connection.execute("DELETE FROM top_items WHERE start <= ?", (start,))
+
     def read_states(self) -> dict[str, dict[str, Any]]:
         """What the watcher remembers of each topic."""
         return {topic: json.loads(state) for topic, state in self.connection.execute("SELECT * FROM watchers")}

@@ -96,14 +96,14 @@ def choose_thresholds(
         windows: of each stream, at most.
     """
     generator = np.random.default_rng(seed)
-    reference, target = section.reference_windows, float(section.false_alarm_windows)
+    reference, target = section.reference_size, float(section.false_alarm_windows)
     cusum, ewma = ({level: np.zeros((len(SIZES), len(SHARES))) for level in LEVELS} for _ in range(2))
     length = max(8, min(windows, section.false_alarm_windows))
     shared = target / (1 - VOLUME_PART)
     chances = {level: _find_chance(length, shared * (RARER if level == "alarm" else 1)) for level in LEVELS}
     rates, ratios = merge_bins(quantifier)
     for place in np.ndindex(len(SIZES), len(SHARES)):
-        shares = [SHARES[place[1]]] * (section.reference_windows + length)
+        shares = [SHARES[place[1]]] * (section.reference_size + length)
         counts = draw_streams(rates, SIZES[place[0]], shares, generator, streams)
         highest = [each.max(axis=0) for each in judge_streams(counts, ratios, reference, section.rise)]
         part = _find_part(highest, chances["warning"])
@@ -186,7 +186,8 @@ def load_thresholds(path: Path) -> Thresholds:
 
 def list_choices(section: MonitorSection) -> dict[str, float]:
     """What of the recipe's section thresholds depend on."""
-    return {name: getattr(section, name) for name in ("reference_windows", "false_alarm_windows", "rise")}
+    chosen = {name: getattr(section, name) for name in ("false_alarm_windows", "rise")}
+    return {"reference_windows": section.reference_size} | chosen
 
 
 def _read_table(path: Path, found: Mapping[str, Any], name: str, level: Level, shape: tuple[int, ...]) -> Floats:
@@ -238,12 +239,12 @@ def _choose_burst(section: MonitorSection, target: float, generator: np.random.G
     found: list[dict[Level, float]] = []
     for volume in VOLUMES:
         for dispersion in DISPERSIONS:
-            shape = (BURSTS, section.reference_windows + NEW_WINDOWS)
+            shape = (BURSTS, section.reference_size + NEW_WINDOWS)
             rate = np.full(shape, float(volume))
             if dispersion:
                 rate = generator.gamma(1 / dispersion, volume * dispersion, size=shape)
             items = generator.poisson(rate)
-            reference, new = np.split(items, [section.reference_windows], axis=1)
+            reference, new = np.split(items, [section.reference_size], axis=1)
             mean, variance = reference.mean(axis=1, keepdims=True), reference.var(axis=1, ddof=1, keepdims=True)
             surprises = compute_surprise(new, mean, variance).ravel()
             found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from finetune.applications.monitor.windows import WindowPlan, to_time
 from finetune.recipe.applications import MonitorSection
 
 SHOWN_CHARACTERS = 1_000  # of a text that is kept for people to see
-OTHER_STATE = "Name another file with --state, or go back to the recipe that the state was made with."
+OTHER_STATE = "Name another file with --state, or delete this one and begin anew."
 
 
 class Monitor(Protocol):
@@ -49,7 +50,7 @@ class Options:
         batch_seconds: how long the first of them waits for more; a source that has nothing ends the wait.
         idle_seconds: between two looks at sources that have nothing.
         drain_seconds: at the end of the input, how long alerts are tried that a sink has not taken.
-        clock: epoch seconds; only items from the future and the end of the input depend on it.
+        clock: epoch seconds; only items from the future, silence and the end of the input depend on it.
         tick: seconds of a clock that never jumps.
         sleep: waits for so many seconds.
         is_stopped: whether somebody wants the loop to end after this batch.
@@ -75,27 +76,34 @@ def watch(
     """Take in a source to its end, or until `options.is_stopped`.
 
     At its end, windows are closed whose lateness is over by the clock: of a recording all of them, of a file that is
-    written today those that nothing can be missing from. The others stay open for the next call.
+    written today those that nothing can be missing from. The others stay open for the next call. So it is with a source
+    that falls silent, once it has been so for as long as the lateness: one that is behind the clock has items to come.
 
     Returns:
         Whether it came to the end.
 
     Raises:
-        UsageError: the store belongs to other windows or topics.
+        UsageError: the store belongs to another model, or other windows or topics.
         ResourceError: the disk refuses; what was committed stays, and the same call goes on from there.
     """
     options = options or Options()
     loop = _Loop(monitor, store, [sink.name for sink in sinks], options.clock)
+    heard, silence = options.tick(), 60 * max(1, monitor.section.lateness_minutes)
     for batch in _batch(source, options):
         if batch:
             _tell(loop.take(batch), options)
+        if any(record.content for record in batch):
+            heard = options.tick()
+        elif options.tick() - heard >= silence:
+            _tell(loop.close_over(), options)
         _deliver(sinks, store, options)
         if options.is_stopped():
             loop.look_at_open_windows()
             return False
         if not batch:
             options.sleep(options.idle_seconds)
-    _tell(loop.finish(), options)
+    _tell(loop.close_over(), options)
+    loop.look_at_open_windows()
     _drain(sinks, store, options)
     return True
 
@@ -146,9 +154,12 @@ class _Loop:
         self._store, self._sinks, self._clock = store, sinks, clock
         seconds, lateness = 60 * section.window_minutes, 60 * section.lateness_minutes
         with store.transaction():
-            store.check_fact("window_minutes", section.window_minutes, OTHER_STATE)
-            store.check_fact("topics", list(self._reader.topics), OTHER_STATE)
-        self._plan = WindowPlan(seconds, lateness, max_silent=section.reference_windows)
+            for name, value in _list_facts(self._reader, section).items():
+                store.check_fact(name, value, OTHER_STATE)
+            if store.read_fact("stream") is None:
+                store.save_fact("stream", secrets.token_hex(8))
+        self._watcher.stream = store.read_fact("stream")
+        self._plan = WindowPlan(seconds, lateness, max_silent=section.reference_size)
         if state := store.read_fact("plan"):
             self._plan.set_state(state)
         for topic, state in store.read_states().items():
@@ -171,15 +182,16 @@ class _Loop:
             self._store.save_fact("plan", self._plan.to_state())
         return alerts
 
-    def finish(self) -> list[Alert]:
-        """The source has ended: close what nothing can be missing from, and look at the rest."""
+    def close_over(self) -> list[Alert]:
+        """The source has ended, or is silent: close what nothing can be missing from by the clock."""
+        starts = self._store.list_open_starts()
+        ended = [at + self._plan.seconds for at in starts]
+        over = [end for end in ended if end + self._plan.lateness <= self._clock()]
+        if not over:
+            return []
         with self._store.transaction():
-            starts = self._store.list_open_starts()
-            ended = [at + self._plan.seconds for at in starts]
-            over = [end for end in ended if end + self._plan.lateness <= self._clock()]
-            alerts = self._judge(self._plan.close(starts, until=max(over))) if over else []
+            alerts = self._judge(self._plan.close(starts, until=max(over)))
             self._store.save_fact("plan", self._plan.to_state())
-        self.look_at_open_windows()
         return alerts
 
     def look_at_open_windows(self) -> None:
@@ -196,7 +208,9 @@ class _Loop:
     def _list_new_items(self, batch: Sequence[Record]) -> Iterator[tuple[Item, int]]:
         """The items that count, each with the start of its window."""
         for record in batch:
-            if record.content is None:
+            if record.note:
+                self._store.count(f"note: {record.note}")
+            if not record.content:  # an empty line: perhaps the late end of one that was read without it
                 continue
             self._store.count("lines")
             try:
@@ -246,10 +260,19 @@ class _Loop:
                     if self._store.add_alert(told, self._sinks):
                         self._store.count(f"alerts: {alert.level}")
                         alerts.append(told)
+            self._store.delete_top_items(start)
             self._store.count("windows")
         if self._plan.passed > passed:
             self._store.count("windows passed over", self._plan.passed - passed)
         return alerts
+
+
+def _list_facts(reader: Reader, section: MonitorSection) -> dict[str, Any]:
+    """What a state cannot be read without: its tallies are the probabilities of one model, and its tests count windows
+    of one kind."""
+    facts = {name: getattr(section, name) for name in ("window_minutes", "negative", "rise")}
+    facts |= {"topics": list(reader.topics), "model": reader.fingerprint[:12]}
+    return facts | {"reference_windows": section.reference_size}
 
 
 def _show(item: Item, reading: Reading) -> dict[str, Any]:

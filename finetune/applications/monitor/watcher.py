@@ -59,6 +59,7 @@ class Topic:
         moments: of the EWMA.
         changed: texts since the CUSUM last was 0: those since the change, where there was one.
         episodes: cause -> what was said of it.
+        end: of the last window, epoch seconds.
     """
 
     reference: list[Window] = field(default_factory=list)
@@ -67,6 +68,7 @@ class Topic:
     moments: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     changed: Tally = field(default_factory=Tally)
     episodes: dict[Cause, Episode] = field(default_factory=lambda: {"share": Episode(), "volume": Episode()})
+    end: float | None = None
 
     @property
     def is_open(self) -> bool:
@@ -118,19 +120,25 @@ class TopicWatcher:
             )
         self._quantifier, self._thresholds, self._section = quantifier, thresholds, section
         self._topics: dict[str, Topic] = {}
+        self.stream = ""
 
     def judge(self, topic: str, start: datetime, end: datetime, tally: Tally) -> tuple[Share, list[Alert]]:
         """Take the next closed window of a topic, also an empty one, in order of time; alerts come without items.
+
+        Where windows were passed over before it, nobody knows any more what is usual: the topic begins anew.
 
         Returns:
             The window's share and what it gives reason to say, at most one thing for each cause.
         """
         known = self._topics.setdefault(topic, Topic())
+        if known.end is not None and start.timestamp() > known.end:
+            known = self._topics[topic] = Topic()
+        known.end = end.timestamp()
         share = self._quantifier.estimate(tally)
         window = Window(Tally(tally.bins.copy(), tally.called))
-        if len(known.reference) < self._section.reference_windows:
+        if len(known.reference) < self._section.reference_size:
             known.reference.append(window)
-            if len(known.reference) == self._section.reference_windows:
+            if len(known.reference) == self._section.reference_size:
                 self._restart(known, known.reference)
             return share, []
         usual, pooled = self._find_usual(known)
@@ -149,7 +157,7 @@ class TopicWatcher:
             has_change = cause == "share" and level != "recovery" and known.changed.total > 0
             alerts.append(
                 Alert(
-                    id=name_alert(topic, start, cause, level, test),
+                    id=name_alert(self.stream, topic, start, cause, level, test),
                     topic=topic,
                     cause=cause,
                     level=level,
@@ -176,6 +184,7 @@ class TopicWatcher:
             "moments": list(known.moments),
             "changed": _pack(Window(known.changed)),
             "episodes": {cause: episode.to_state() for cause, episode in known.episodes.items()},
+            "end": known.end,
         }
 
     def set_state(self, topic: str, state: Mapping[str, Any]) -> None:
@@ -192,6 +201,7 @@ class TopicWatcher:
                 moments=[float(each) for each in state["moments"]],
                 changed=_unpack(state["changed"]).tally,
                 episodes={cause: Episode(**state["episodes"][cause]) for cause in ("share", "volume")},
+                end=state.get("end"),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ResourceError(
@@ -252,7 +262,7 @@ class TopicWatcher:
     def _renew(self, known: Topic, window: Window, was_open: bool) -> list[tuple[Cause, Level, str]]:
         """Let quiet windows join the reference. What was unusual for as long as the reference is becomes usual, which
         ends its episodes."""
-        size = self._section.reference_windows
+        size = self._section.reference_size
         is_open = known.is_open
         if is_open != was_open:
             known.waiting.clear()  # they may hold the beginning of a change, or all of it
@@ -291,7 +301,12 @@ def _unpack(packed: Mapping[str, Any]) -> Window:
     return Window(Tally(bins, int(packed["called"])), float(packed["square"]))
 
 
-def name_alert(topic: str, start: datetime, cause: Cause, level: Level, test: str) -> str:
-    """The same name for the same alert, however often it is raised."""
-    parts = json.dumps([topic, start.astimezone(UTC).isoformat(), cause, level, test])
-    return hashlib.sha256(parts.encode()).hexdigest()[:24]
+def name_alert(stream: str, *what: str | datetime) -> str:
+    """The same name for the same alert of a stream, however often it is raised.
+
+    Args:
+        stream: names it among others whose alerts go to the same file or receiver.
+        what: topic, start, cause, level and test.
+    """
+    told = [each.astimezone(UTC).isoformat() if isinstance(each, datetime) else each for each in what]
+    return hashlib.sha256(json.dumps([stream, *told]).encode()).hexdigest()[:24]

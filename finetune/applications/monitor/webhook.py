@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 from finetune.applications.monitor.exchange import Answer, Bounds, ExchangeError, exchange
 from finetune.applications.monitor.store import Parcel, Store
@@ -26,7 +25,7 @@ from finetune.errors import UsageError
 SECRET_VARIABLE = "FINETUNE_WEBHOOK_SECRET"
 MIN_SECRET_BYTES = 16
 FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 1.0, 300.0
-BOUNDS = Bounds(seconds=10.0, body_bytes=2**16)
+BOUNDS = Bounds(seconds=10.0, body_bytes=2**16, is_status_enough=True)
 REFUSALS = (400, 413, 415, 422)
 """Answers that are about this alert; another attempt would get the same. All others may pass."""
 
@@ -101,14 +100,14 @@ class WebhookSink:
             self._wait, self.trouble = 0.0, None
 
     def _build_headers(self, parcel: Parcel) -> dict[str, str]:
-        timestamp, name = int(self.clock()), quote(parcel.id, safe=":/+ ")  # a header holds ASCII
+        timestamp = int(self.clock())
         headers = {
             "Content-Type": "application/json",
-            "webhook-id": name,
+            "webhook-id": parcel.id,
             "webhook-timestamp": str(timestamp),
         }
         if self.key:
-            headers["webhook-signature"] = sign(self.key, name, timestamp, parcel.body.encode())
+            headers["webhook-signature"] = sign(self.key, parcel.id, timestamp, parcel.body.encode())
         return headers
 
     def _back_off(self, words: str, headers: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Which window an item belongs to, and when a window is closed, by the items' own times.
 
-The clock of the machine plays no part: one that jumps changes nothing. All of it depends on the order in which items
-come and not on how they are batched, so that a stream that was cut off and goes on closes the same windows.
+While items come, the clock of the machine plays no part: one that jumps changes nothing. All of it depends on the
+order in which items come and not on how they are batched, so that a stream that was cut off and goes on closes the same
+windows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-_STATE = ("newest", "next_start", "silent", "passed")
+_STATE = ("newest", "next_start", "silent", "passed", "judged")
 
 
 @dataclass
@@ -27,6 +28,9 @@ class WindowPlan:
         next_start: the first window that is not closed; None before the first one closes.
         silent: windows without any item that were closed last.
         passed: windows that were passed over.
+        judged: windows that were closed since the last ones were passed over. While they are fewer than `max_silent`,
+            only half as many silent ones are judged: an item that is dated far too early, and what is missing behind
+            it, must not become what is usual.
     """
 
     seconds: int
@@ -36,6 +40,7 @@ class WindowPlan:
     next_start: int | None = None
     silent: int = 0
     passed: int = 0
+    judged: int = 0
 
     @property
     def watermark(self) -> float:
@@ -72,13 +77,15 @@ class WindowPlan:
             start = self.next_start
             if start in filled:
                 self.silent = 0
-            elif self.silent < self.max_silent:
+            elif self.silent < (self.max_silent if self.judged >= self.max_silent else self.max_silent // 2):
                 self.silent += 1
             else:
+                self.judged = 0
                 self.next_start = min([at for at in filled if at > start] + [self.find_start(limit)])
                 self.passed += (self.next_start - start) // self.seconds
                 continue
             self.next_start = start + self.seconds
+            self.judged += 1
             yield start
 
     def to_state(self) -> dict[str, Any]:
@@ -88,7 +95,7 @@ class WindowPlan:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `to_state` gave."""
         for name in _STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0))  # a state of an earlier version has no `judged`
 
 
 def to_time(seconds: float) -> datetime:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
@@ -206,6 +207,31 @@ def test_topics_are_strangers(made, watcher):
     assert watch(watcher, calm, "calm", first=25) == []
 
 
+def test_windows_that_were_passed_over_begin_a_topic_anew(made, watcher):
+    """One item that is dated far too early, and the silence behind it: what comes then is as much news as usual."""
+    generator = np.random.default_rng(12)
+    stray = [made.draw_tally(generator, 1, 0.2), *[Tally()] * 15]
+    assert watch(watcher, stray) == []
+    state = json.loads(json.dumps(watcher.to_state("banks")))
+    usual = [made.draw_tally(generator, 60, 0.2) for _ in range(30)]
+    assert watch(watcher, usual, first=99) == []
+    watcher.set_state("banks", state)
+    assert [(i, alert.cause) for i, alert in watch(watcher, usual, first=16)][:1] == [(16, "volume")]
+
+
+def test_a_weekend_is_no_news(quantifier):
+    """Hours of a stream that is busy by day and nearly silent at weekends, with what the recipe says by default."""
+    section = MonitorSection()
+    watcher = TopicWatcher(quantifier, replace(THRESHOLDS, chosen_for=list_choices(section)), section)
+    generator, tallies = np.random.default_rng(13), []
+    for hour in range(4 * 168):
+        usual = 1 if hour // 24 % 7 >= 5 else 40 if 8 <= hour % 24 < 18 else 3
+        tally = Tally()
+        tally.bins[10] = generator.poisson(usual)
+        tallies.append(tally)
+    assert [alert.start for _, alert in watch(watcher, tallies) if alert.cause == "volume"] == []
+
+
 def test_a_tally_may_be_used_again_by_the_caller(made, watcher):
     tally = made.draw_tally(np.random.default_rng(11), 100, 0.2)
     watch(watcher, [tally])
@@ -215,9 +241,9 @@ def test_a_tally_may_be_used_again_by_the_caller(made, watcher):
 
 
 def test_an_alerts_name_is_its_own():
-    name = name_alert("banks", START, "share", "alarm", "cusum")
+    name = name_alert("s", "banks", START, "share", "alarm", "cusum")
     elsewhere = START.astimezone(timezone(timedelta(hours=5)))
-    assert name == name_alert("banks", elsewhere, "share", "alarm", "cusum")
+    assert name == name_alert("s", "banks", elsewhere, "share", "alarm", "cusum")
     assert (
         len(
             {
@@ -225,16 +251,17 @@ def test_an_alerts_name_is_its_own():
                 *(
                     name_alert(*each)
                     for each in [
-                        ("bank", START, "share", "alarm", "cusum"),
-                        ("banks", START + HOUR, "share", "alarm", "cusum"),
-                        ("banks", START, "volume", "alarm", "cusum"),
-                        ("banks", START, "share", "warning", "cusum"),
-                        ("banks", START, "share", "alarm", "ewma"),
+                        ("t", "banks", START, "share", "alarm", "cusum"),
+                        ("s", "bank", START, "share", "alarm", "cusum"),
+                        ("s", "banks", START + HOUR, "share", "alarm", "cusum"),
+                        ("s", "banks", START, "volume", "alarm", "cusum"),
+                        ("s", "banks", START, "share", "warning", "cusum"),
+                        ("s", "banks", START, "share", "alarm", "ewma"),
                     ]
                 ),
             }
         )
-        == 6
+        == 7
     )
 
 
