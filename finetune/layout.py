@@ -20,7 +20,7 @@ from finetune.artifact.run_folder import (
 from finetune.artifact.starting import check_adapters, compute_fingerprints, settle_adapters
 from finetune.artifact.teacher import ask_teacher
 from finetune.data.checks import findings_to_json
-from finetune.errors import DataError
+from finetune.errors import DataError, ModelError
 from finetune.evaluation.scoring import check_early_stop, check_section
 from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
 from finetune.models.quantization import check_quantization
@@ -140,13 +140,19 @@ def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: 
         prepared.tokenizer.save_pretrained(folder.tokenizer)
     for split, examples in prepared.examples.items():
         examples.save(folder.examples(split))
+    shape = prepared.task.build_shape(base, recipe.model, prepared.tokenizer)
     save_json(
         folder.lock,
         describe_host()
         | {
             "seed": recipe.train.seed,
             "precision": choose_precision(recipe.train.precision),
-            "base": {"reference": base.reference, "origin": base.origin, "sha256": base.compute_fingerprint()},
+            "base": {
+                "reference": base.reference,
+                "origin": base.origin,
+                "sha256": base.compute_fingerprint(),
+                "pooling": getattr(shape.config, "pooling", None),  # `auto` asks files that a cache may lack
+            },
             "adapters": compute_fingerprints(recipe.model.adapters),
             "data": {"name": prepared.source_name, "sha256": prepared.fingerprint},
         },
@@ -156,13 +162,21 @@ def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: 
 
 
 def prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
-    """The rows of a run, read anew and held against what it was started with.
+    """Base and rows of a run, read anew and held against what it was started with.
 
     Raises:
         DataError: the data changed since.
+        ModelError: the base's weights did.
     """
     base, prepared = prepare_rows(recipe, folder.recipe_folder, load_learned_tokenizer(folder))
-    expected, found = load_json(folder.lock)["data"]["sha256"], prepared.fingerprint
+    lock = load_json(folder.lock)
+    expected, found = lock["base"]["sha256"], base.compute_fingerprint()
+    if expected != found:
+        raise ModelError(
+            f"model.base: {base.reference} must be the weights that {folder.name} was started with (sha256 "
+            f"{expected[:12]}), got others (sha256 {found[:12]}). Restore them, or start a new run."
+        )
+    expected, found = lock["data"]["sha256"], prepared.fingerprint
     if expected != found:
         raise DataError(
             f"{prepared.origin}: must be the data that {folder.name} was started with (sha256 {expected[:12]}), "
