@@ -139,7 +139,7 @@ def _build_model(
         task.start(model, train_rows, get_padding(model, tokenizer))
     new, head = task.list_modules(model)
     if recipe.model.quantize != "none":
-        quantize_layers(model, find_targets(model, "all-linear", head), recipe.model.quantize)
+        quantize_layers(model, find_targets(model, "all-linear", head, takes_conv1d=False), recipe.model.quantize)
     steps = count_steps(train_rows, recipe.train)
     model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type, steps).to(device)
     pad_token_id = get_padding(model, tokenizer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters.attach import ParameterCount, check_adapter, plan_parameters
+from finetune.adapters.targets import find_targets
 from finetune.artifact.assess import choose_evaluation
 from finetune.artifact.run_folder import (
     RunFolder,
@@ -109,6 +110,8 @@ def plan_weights(recipe: Recipe, ready: Ready) -> ParameterCount:
     model = task.build_shape(base, recipe.model, prepared.tokenizer)
     check_adapter(model, recipe.adapter, recipe.model.max_length)
     head = task.list_modules(model)[1]
+    if recipe.model.quantize != "none":
+        find_targets(model, "all-linear", head, takes_conv1d=False)  # GPT-2's own layers no library has in fewer bits
     count = plan_parameters(model, recipe.adapter, head, task.peft_type)
     if recipe.model.adapters:
         check_adapters(model, recipe.adapter, head, base, recipe.model.adapters)
