@@ -6,6 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from finetune.adapters.attach import ParameterCount, check_adapter, plan_parameters
 from finetune.adapters.targets import find_targets
 from finetune.artifact.assess import choose_evaluation
@@ -24,7 +26,7 @@ from finetune.data.checks import findings_to_json
 from finetune.errors import DataError, ModelError
 from finetune.evaluation.scoring import check_early_stop, check_section
 from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
-from finetune.models.quantization import check_quantization
+from finetune.models.quantization import BYTES, check_quantization
 from finetune.recipe import dump_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
@@ -116,6 +118,28 @@ def plan_weights(recipe: Recipe, ready: Ready) -> ParameterCount:
     if recipe.model.adapters:
         check_adapters(model, recipe.adapter, head, base, recipe.model.adapters)
     return count
+
+
+def estimate_memory(recipe: Recipe, ready: Ready, count: ParameterCount) -> int:
+    """Bytes that training holds whatever its batches are: weights, gradients, the optimizer, average and copies.
+
+    Args:
+        recipe: resolved.
+        ready: its base and its rows.
+        count: from `plan_weights`.
+    """
+    base, prepared = ready
+    model = prepared.task.build_shape(base, recipe.model, prepared.tokenizer)
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    # Each weight; for a trained one its gradient and AdamW's two moments.
+    needed = 4 * count.total + 12 * count.trained
+    if recipe.train.ema_decay is not None:
+        needed += 4 * count.trained
+    if recipe.model.quantize != "none":
+        needed -= round((4 - BYTES[recipe.model.quantize]) * linear)
+    elif choose_precision(recipe.train.precision) == "bf16":
+        needed += 2 * linear  # kept beside them
+    return needed
 
 
 def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: str | Path | None) -> RunFolder:

@@ -20,7 +20,7 @@ from finetune.data.checks import findings_to_json
 from finetune.errors import GateError, Interrupted, UsageError
 from finetune.evaluation.gates import join_gates, raise_on_failed_gates
 from finetune.fitting import train, train_in_workers
-from finetune.layout import Ready, lay_out, plan_weights, prepare_again, prepare_rows, settle_base
+from finetune.layout import Ready, estimate_memory, lay_out, plan_weights, prepare_again, prepare_rows, settle_base
 from finetune.recipe import find_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.together import find_comparison
@@ -143,8 +143,7 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "findings": findings_to_json(prepared.findings),
         "parameters": {"trained": count.trained, "total": count.total},
         "steps": count_steps(prepared.examples["train"], loaded.train),
-        # float32 weights, and for each trained one a gradient and AdamW's two moments; activations come on top.
-        "memory_mb": round((4 * count.total + 12 * count.trained) / 2**20),
+        "memory_mb": round(estimate_memory(loaded, (base, prepared), count) / 2**20),  # activations come on top
     }
 
 
