@@ -17,7 +17,7 @@ from finetune.artifact.run_folder import RunFolder, load_json
 from finetune.artifact.save import forget_token_types, save_model
 from finetune.artifact.starting import start_from_adapters
 from finetune.data.batches import Batch, Examples
-from finetune.errors import ResourceError
+from finetune.errors import Interrupted, ResourceError
 from finetune.evaluation.metrics import is_larger_better
 from finetune.layout import load_learned_tokenizer
 from finetune.models.base import SCRATCH, load_tokenizer, resolve_base
@@ -25,6 +25,7 @@ from finetune.models.classifier import get_padding, has_head
 from finetune.models.quantization import quantize_layers
 from finetune.recipe import load_recipe
 from finetune.recipe.schema import Recipe
+from finetune.recipe.together import find_comparison
 from finetune.tasks import MultiTask, Task, TextClassification, load_task
 from finetune.tasks.contrastive import ContrastivePhase
 from finetune.tasks.distillation import compute_distilled_losses
@@ -35,6 +36,7 @@ from finetune.training.memory import read_peak_memory_mb
 from finetune.training.processes import rebuild_error, start_workers
 from finetune.training.progress import narrate
 from finetune.training.session import build_session
+from finetune.training.shortage import naming_shortages
 
 Losses = Callable[[nn.Module, Batch], torch.Tensor]
 
@@ -45,41 +47,45 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
     lock = load_json(folder.lock)
     task = load_task(load_json(folder.data / "task.json"))
     train_rows, validation_rows = (Examples.load(folder.examples(split)) for split in ("train", "validation"))
-    model, new, tokenizer = _build_model(folder, recipe, task, train_rows, quiet)
-    pad_token_id = get_padding(model, tokenizer)
-    compute_losses: Losses = partial(task.compute_losses, label_smoothing=recipe.train.label_smoothing)
-    phase = ContrastivePhase(model, train_rows, pad_token_id) if recipe.train.few_shot == "contrastive" else None
-    if phase:
-        compute_losses = phase.compute_losses
-    if recipe.train.distill:
-        assert isinstance(task, TextClassification)  # the schema lets no other in
-        compute_losses = partial(
-            compute_distilled_losses, task, recipe.train.distill, label_smoothing=recipe.train.label_smoothing
+    with naming_shortages(folder.path), closing(build_session(recipe.train, folder.path, lock["precision"])) as session:
+        is_main, device = session.accelerator.is_main_process, session.accelerator.device
+        quiet = quiet or not is_main
+        model, new, tokenizer = _build_model(folder, recipe, task, train_rows, device, quiet)
+        pad_token_id = get_padding(model, tokenizer)
+        compute_losses: Losses = partial(task.compute_losses, label_smoothing=recipe.train.label_smoothing)
+        phase = ContrastivePhase(model, train_rows, pad_token_id) if recipe.train.few_shot == "contrastive" else None
+        if phase:
+            compute_losses = phase.compute_losses
+        if recipe.train.distill:
+            assert isinstance(task, TextClassification)  # the schema lets no other in
+            compute_losses = partial(
+                compute_distilled_losses, task, recipe.train.distill, label_smoothing=recipe.train.label_smoothing
+            )
+        budget = build_budget(model, recipe.adapter)
+        count = count_parameters(model)
+        problem = Problem(
+            train=train_rows,
+            validation=validation_rows,
+            row_weights=task.compute_row_weights(train_rows, recipe.train.class_weights),
+            compute_losses=add_penalty(compute_losses, budget),
+            compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
+            is_larger_better=lambda name: is_larger_better(
+                name.rpartition(".")[2]
+            ),  # of several tasks, `<task>.<metric>`
+            compute_outputs=phase.compute_outputs if phase else task.compute_outputs,
+            head=new,
+            pad_token_id=pad_token_id,
+            compares_rows=find_comparison(recipe) is not None,
+            rate_factor=get_rate_factor(recipe.adapter),
+            rule=budget,
+            gives_up=gives_up,
         )
-    budget = build_budget(model, recipe.adapter)
-    count = count_parameters(model)
-    problem = Problem(
-        train=train_rows,
-        validation=validation_rows,
-        row_weights=task.compute_row_weights(train_rows, recipe.train.class_weights),
-        compute_losses=add_penalty(compute_losses, budget),
-        compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
-        is_larger_better=lambda name: is_larger_better(name.rpartition(".")[2]),  # of several tasks, `<task>.<metric>`
-        compute_outputs=phase.compute_outputs if phase else task.compute_outputs,
-        head=new,
-        pad_token_id=pad_token_id,
-        rate_factor=get_rate_factor(recipe.adapter),
-        rule=budget,
-        gives_up=gives_up,
-    )
-    with closing(build_session(recipe.train, folder.path, lock["precision"])) as session:
-        if session.accelerator.is_main_process and not quiet:
-            narrate(quiet, str(count))
+        narrate(quiet, str(count))
         state = fit(model, problem, recipe.train, session, quiet=quiet)
         if phase:
             phase.finish(model)
             session.log.write("head_fitted", few_shot=recipe.train.few_shot, rows=len(train_rows))
-        if session.accelerator.is_main_process:
+        if is_main:
             settings = {
                 "task": task.to_config(),
                 "temperature": 1.0,
@@ -100,7 +106,7 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
                     "skipped_steps": state.skipped_steps,
                     "micro_steps": state.micro_steps,
                     "stopped_early": state.stopped_early,
-                    "device": str(session.accelerator.device),
+                    "device": str(device),
                     "processes": session.accelerator.num_processes,
                     "peak_memory_mb": read_peak_memory_mb(),
                     "parameters": {"trained": count.trained, "total": count.total},
@@ -111,10 +117,10 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
 
 
 def _build_model(
-    folder: RunFolder, recipe: Recipe, task: Task | MultiTask, train_rows: Examples, quiet: bool
+    folder: RunFolder, recipe: Recipe, task: Task | MultiTask, train_rows: Examples, device: torch.device, quiet: bool
 ) -> tuple[nn.Module, list[str], Any]:
-    """The model with its adapter, as training starts with it, the names of the modules that start at random, and the
-    tokenizer.
+    """The model with its adapter on the device, as training starts with it, the names of the modules that start at
+    random, and the tokenizer.
 
     Where there is a checkpoint, all that is trained comes from there, and nothing needs a start; but for the
     contrastive phase, which goes halfway back to it.
@@ -122,16 +128,20 @@ def _build_model(
     base = resolve_base(recipe.model.base)
     tokenizer = load_learned_tokenizer(folder) or load_tokenizer(base)
     model = task.build_model(base, recipe.model, tokenizer, recipe.train.seed)
+    if recipe.model.quantize == "none":  # else it may fit the device only in fewer bits
+        model.to(device)
     is_contrastive = recipe.train.few_shot == "contrastive"
     is_fresh = is_contrastive or not has_checkpoint(folder.checkpoints)
     keeps_head = recipe.train.distill is not None and has_head(base, list(task.labels or []))
     if is_fresh and not is_contrastive and not keeps_head:  # the head of a contrastive phase is fitted
+        if task.labels:  # a pass over all of them
+            narrate(quiet, f"starting the head from {len(train_rows):,} rows")
         task.start(model, train_rows, get_padding(model, tokenizer))
     new, head = task.list_modules(model)
     if recipe.model.quantize != "none":
-        quantize_layers(model, find_targets(model, "all-linear", head), recipe.model.quantize)
+        quantize_layers(model, find_targets(model, "all-linear", head, takes_conv1d=False), recipe.model.quantize)
     steps = count_steps(train_rows, recipe.train)
-    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type, steps)
+    model = attach_adapter(model, recipe.adapter, head, base.reference, task.peft_type, steps).to(device)
     pad_token_id = get_padding(model, tokenizer)
     if is_fresh:
         compute_losses = partial(task.compute_losses, label_smoothing=0.0)
@@ -152,13 +162,16 @@ def train_in_workers(folder: RunFolder, processes: int, quiet: bool) -> None:
 
     Raises:
         FinetuneError: the main worker's own.
-        ResourceError: a worker died without a word.
+        Interrupted: a signal came before the workers had begun to listen for it.
+        ResourceError: another worker's error, which it has printed.
     """
     folder.update_status(error_type=None, error=None)
     code = start_workers("finetune.worker", [str(folder.path), "quiet" if quiet else "loud"], processes)
     status = folder.load_status()
     if status.get("error_type"):
         raise rebuild_error(status["error_type"], status["error"])
+    if code == Interrupted.exit_code:
+        raise Interrupted("stopped by a signal.")
     if code != 0:
         raise ResourceError(
             f"{folder.path}: {processes} workers must end well, got exit code {code}. Their own words are above."

@@ -6,7 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from finetune.adapters.attach import ParameterCount, check_adapter, plan_parameters
+from finetune.adapters.targets import find_targets
 from finetune.artifact.assess import choose_evaluation
 from finetune.artifact.run_folder import (
     RunFolder,
@@ -20,10 +23,10 @@ from finetune.artifact.run_folder import (
 from finetune.artifact.starting import check_adapters, compute_fingerprints, settle_adapters
 from finetune.artifact.teacher import ask_teacher
 from finetune.data.checks import findings_to_json
-from finetune.errors import DataError
+from finetune.errors import DataError, ModelError
 from finetune.evaluation.scoring import check_early_stop, check_section
 from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
-from finetune.models.quantization import check_quantization
+from finetune.models.quantization import BYTES, check_quantization
 from finetune.recipe import dump_recipe
 from finetune.recipe.files import write_file_atomically
 from finetune.recipe.schema import Recipe
@@ -109,10 +112,34 @@ def plan_weights(recipe: Recipe, ready: Ready) -> ParameterCount:
     model = task.build_shape(base, recipe.model, prepared.tokenizer)
     check_adapter(model, recipe.adapter, recipe.model.max_length)
     head = task.list_modules(model)[1]
+    if recipe.model.quantize != "none":
+        find_targets(model, "all-linear", head, takes_conv1d=False)  # GPT-2's own layers no library has in fewer bits
     count = plan_parameters(model, recipe.adapter, head, task.peft_type)
     if recipe.model.adapters:
         check_adapters(model, recipe.adapter, head, base, recipe.model.adapters)
     return count
+
+
+def estimate_memory(recipe: Recipe, ready: Ready, count: ParameterCount) -> int:
+    """Bytes that training holds whatever its batches are: weights, gradients, the optimizer, average and copies.
+
+    Args:
+        recipe: resolved.
+        ready: its base and its rows.
+        count: from `plan_weights`.
+    """
+    base, prepared = ready
+    model = prepared.task.build_shape(base, recipe.model, prepared.tokenizer)
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    # Each weight; for a trained one its gradient and AdamW's two moments.
+    needed = 4 * count.total + 12 * count.trained
+    if recipe.train.ema_decay is not None:
+        needed += 4 * count.trained
+    if recipe.model.quantize != "none":
+        needed -= round((4 - BYTES[recipe.model.quantize]) * linear)
+    elif choose_precision(recipe.train.precision) == "bf16":
+        needed += 2 * linear  # kept beside them
+    return needed
 
 
 def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: str | Path | None) -> RunFolder:
@@ -140,13 +167,19 @@ def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: 
         prepared.tokenizer.save_pretrained(folder.tokenizer)
     for split, examples in prepared.examples.items():
         examples.save(folder.examples(split))
+    shape = prepared.task.build_shape(base, recipe.model, prepared.tokenizer)
     save_json(
         folder.lock,
         describe_host()
         | {
             "seed": recipe.train.seed,
             "precision": choose_precision(recipe.train.precision),
-            "base": {"reference": base.reference, "origin": base.origin, "sha256": base.compute_fingerprint()},
+            "base": {
+                "reference": base.reference,
+                "origin": base.origin,
+                "sha256": base.compute_fingerprint(),
+                "pooling": getattr(shape.config, "pooling", None),  # `auto` asks files that a cache may lack
+            },
             "adapters": compute_fingerprints(recipe.model.adapters),
             "data": {"name": prepared.source_name, "sha256": prepared.fingerprint},
         },
@@ -156,13 +189,21 @@ def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: 
 
 
 def prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
-    """The rows of a run, read anew and held against what it was started with.
+    """Base and rows of a run, read anew and held against what it was started with.
 
     Raises:
         DataError: the data changed since.
+        ModelError: the base's weights did.
     """
     base, prepared = prepare_rows(recipe, folder.recipe_folder, load_learned_tokenizer(folder))
-    expected, found = load_json(folder.lock)["data"]["sha256"], prepared.fingerprint
+    lock = load_json(folder.lock)
+    expected, found = lock["base"]["sha256"], base.compute_fingerprint()
+    if expected != found:
+        raise ModelError(
+            f"model.base: {base.reference} must be the weights that {folder.name} was started with (sha256 "
+            f"{expected[:12]}), got others (sha256 {found[:12]}). Restore them, or start a new run."
+        )
+    expected, found = lock["data"]["sha256"], prepared.fingerprint
     if expected != found:
         raise DataError(
             f"{prepared.origin}: must be the data that {folder.name} was started with (sha256 {expected[:12]}), "

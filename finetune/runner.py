@@ -20,13 +20,16 @@ from finetune.data.checks import findings_to_json
 from finetune.errors import GateError, Interrupted, UsageError
 from finetune.evaluation.gates import join_gates, raise_on_failed_gates
 from finetune.fitting import train, train_in_workers
-from finetune.layout import Ready, lay_out, plan_weights, prepare_again, prepare_rows, settle_base
+from finetune.layout import Ready, estimate_memory, lay_out, plan_weights, prepare_again, prepare_rows, settle_base
 from finetune.recipe import find_recipe, load_recipe
+from finetune.recipe.schema import Recipe
+from finetune.recipe.together import find_comparison
 from finetune.tasks import Recommendation
 from finetune.tasks.preparation import Prepared
 from finetune.training.loop import count_steps
 from finetune.training.processes import agree_on, is_main_process, world_size
 from finetune.training.progress import JudgingProgress, narrate
+from finetune.training.shortage import naming_shortages
 from finetune.training.signals import name_stop
 
 
@@ -89,6 +92,7 @@ def run(
     """
     path = find_recipe(recipe)
     loaded = load_recipe(path, overrides)
+    _check_processes(loaded, processes)
     ready: list[Ready] = []
 
     def begin() -> str:
@@ -104,11 +108,12 @@ def resume(reference: str | Path, *, processes: int = 1, quiet: bool = False, op
     """Go on with a run that was stopped or failed, from its last good checkpoint; `open_test` as in `run`.
 
     Raises:
-        UsageError: no such run, or it is finished already.
+        UsageError: no such run, it is finished already, or it cannot be trained in several processes.
     """
     folder = find_run(reference, finished=False)
     if folder.load_status().get("state") == "finished":
         raise UsageError(f"{folder.path}: must be a run that was stopped, got a finished one. Start a new run.")
+    _check_processes(load_recipe(folder.recipe), processes)
     return _carry_out(folder, processes, quiet, open_test)
 
 
@@ -140,8 +145,7 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "findings": findings_to_json(prepared.findings),
         "parameters": {"trained": count.trained, "total": count.total},
         "steps": count_steps(prepared.examples["train"], loaded.train),
-        # float32 weights, and for each trained one a gradient and AdamW's two moments; activations come on top.
-        "memory_mb": round((4 * count.total + 12 * count.trained) / 2**20),
+        "memory_mb": round(estimate_memory(loaded, (base, prepared), count) / 2**20),  # activations come on top
     }
 
 
@@ -177,7 +181,8 @@ def evaluate(
 def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, ready: Ready | None = None) -> Run:
     """Train and judge, keeping status.json true whatever happens."""
     if not is_main_process():
-        train(folder, quiet=True)
+        if agree_on(str) != "trained":
+            train(folder, quiet=True)
         return Run(folder)
     held = folder.hold()
     try:
@@ -185,7 +190,7 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, 
         # Before training, so that rows that changed since the start cost no time.
         base, prepared = ready or prepare_again(folder, recipe)
         narrate(quiet, f"{folder.path}: {_count_rows(prepared)} from {prepared.origin}")
-        if folder.load_status().get("state") != "trained":
+        if agree_on(lambda: str(folder.load_status().get("state"))) != "trained":
             folder.update_status(state="training", pid=os.getpid())
             if processes > 1 and world_size() == 1:
                 train_in_workers(folder, processes, quiet)
@@ -196,7 +201,7 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, 
         narrate(
             quiet, f"judging: {', '.join(recipe.evaluate.baselines) or 'no baselines'}, bootstrap intervals, report"
         )
-        with JudgingProgress(quiet) as progress:
+        with naming_shortages(folder.path), JudgingProgress(quiet) as progress:
             scored = assess(folder, recipe, prepared, base, progress.track)
         folder.update_status(state="finished", error=None)
         _check_gates(folder, scored)
@@ -217,6 +222,16 @@ def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, 
         raise
     finally:
         held.release()
+
+
+def _check_processes(recipe: Recipe, processes: int) -> None:
+    """Several processes share each batch, and some losses need it whole."""
+    started = max(processes, world_size())
+    if started > 1 and (what := find_comparison(recipe)):
+        raise UsageError(
+            f"processes: must be 1 with {what}, which compares the rows of a batch, got {started}: each would see a "
+            "part of them. Train in one process."
+        )
 
 
 def _check_gates(folder: RunFolder, scored: Mapping[str, dict[str, Any]]) -> None:

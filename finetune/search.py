@@ -372,7 +372,9 @@ def _write_best(best: Trial, trials: Sequence[Trial], plan: _Plan) -> str:
     values = read_document(plan.recipe, Recipe, plan.override(best.values)).values
     values["name"] = plan.section.name
     for task in values["tasks"].values():
-        task["data"] = _relocate(task["data"], plan)
+        for key in ("data", "knowledge"):
+            if task.get(key):
+                task[key] = _relocate(task[key], plan)
     seed = plan.load(best.values).train.seed
     counts = [f"{sum(trial.state == state for trial in trials)} {state}" for state in ("complete", "pruned", "failed")]
     score = f"{plan.metric} {best.score:.4f} on validation, seed {seed}"

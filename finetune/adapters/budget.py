@@ -133,7 +133,11 @@ def start_adapter(
     from peft import initialize_lora_eva_weights
 
     tokens = max(START_TOKENS, 2 * section.rank)  # a batch must hold as many tokens as directions are sought
-    batches = [collate(examples, rows, pad_token_id) for rows in plan_batches(examples.sizes, tokens, seed=0, epoch=0)]
+    device = next(model.parameters()).device
+    batches = [
+        {name: tensor.to(device) for name, tensor in collate(examples, rows, pad_token_id).items()}
+        for rows in plan_batches(examples.sizes, tokens, seed=0, epoch=0)
+    ]
     counter = itertools.count(1)
 
     def forward(model: nn.Module, batch: Batch) -> None:

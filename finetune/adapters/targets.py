@@ -47,15 +47,24 @@ def find_targets(
     if targets == "all-linear":
         return linear
     if targets == "attention":
-        return [name for name in linear if "attention" in name or "attn" in name]
+        found = [name for name in linear if "attention" in name.lower() or "attn" in name.lower()]
+        if not found:
+            raise RecipeError(
+                "adapter.targets: attention needs a base whose attention layers are called so, got none. Name them: "
+                f"this base has {_list_endings(linear)}; or say all-linear."
+            )
+        return found
     unknown = [target for target in targets if not any(ends_with(name, [target]) for name in linear)]
     if unknown:
-        endings = sorted({name.rpartition(".")[2] for name in linear})
         raise RecipeError(
             f"adapter.targets: each name must end the name of a linear layer of the base, got {', '.join(unknown)}. "
-            f"This base has {', '.join(endings)}; or say all-linear or attention."
+            f"This base has {_list_endings(linear)}; or say all-linear or attention."
         )
     return [name for name in linear if ends_with(name, targets)]
+
+
+def _list_endings(names: Sequence[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def find_keys_and_values(model: nn.Module) -> list[str]:

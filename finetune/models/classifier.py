@@ -133,7 +133,7 @@ def load_weights(folder: Path, config: Any, classes: ModelClass) -> nn.Module:
             model: nn.Module = getattr(transformers, classes.native).from_pretrained(
                 folder,
                 config=config,
-                attn_implementation=choose_attention(),
+                attn_implementation=choose_native_attention(),
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -183,6 +183,12 @@ def build_shape(config: Any, classes: ModelClass) -> nn.Module:
 def choose_attention() -> str:
     """SDPA on an accelerator. On a CPU plain matrix products, of which Triad's `attend` leaves long rows to SDPA."""
     return "sdpa" if torch.cuda.is_available() or torch.backends.mps.is_available() else "eager"
+
+
+def choose_native_attention() -> str | None:
+    """The same for a family's own class. None leaves it to transformers, which takes SDPA where a class has it:
+    DeBERTa's, MPNet's and Longformer's do not."""
+    return None if choose_attention() == "sdpa" else "eager"
 
 
 def get_padding(model: nn.Module, tokenizer: Any) -> int | None:

@@ -8,7 +8,7 @@ import torch
 
 from finetune.data.batches import Examples, collate, plan_prediction
 from finetune.models.base import BaseModel
-from finetune.models.classifier import choose_attention
+from finetune.models.classifier import choose_native_attention
 from finetune.models.quiet import quiet_transformers
 
 TOKENS_PER_BATCH = 4096
@@ -25,7 +25,7 @@ def compute_embeddings(base: BaseModel, parts: list[Examples], pad_token_id: int
 
     with quiet_transformers():
         model = AutoModel.from_pretrained(
-            base.folder, attn_implementation=choose_attention(), dtype=torch.float32, use_safetensors=True
+            base.folder, attn_implementation=choose_native_attention(), dtype=torch.float32, use_safetensors=True
         )
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return [_embed(model, examples, pad_token_id) for examples in parts]

@@ -13,6 +13,9 @@ from finetune.errors import ResourceError
 # Kind -> the package that does it, on a CPU as well as on a GPU.
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 
+# Kind -> bytes of a weight, with its share of a scale.
+BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+
 
 def check_quantization(kind: str) -> None:
     """Whether what `quantize_layers` needs is installed.

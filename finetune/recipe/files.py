@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | boo
 
 TEMPORARY_PREFIX = ".tmp-"
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -71,6 +72,14 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def find_errno(error: BaseException) -> int | None:
+    """The operating system's number of an error; safetensors and tokenizers tell it in their text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
 def build_disk_error(path: Path, error: OSError, needed_bytes: int, kept: str = "") -> ResourceError:
     """Return the error for a write that the disk refused.
 
@@ -80,7 +89,7 @@ def build_disk_error(path: Path, error: OSError, needed_bytes: int, kept: str = 
         needed_bytes: size of what was to be written.
         kept: a sentence on what is still there.
     """
-    if error.errno in _FULL:
+    if error.errno in FULL:
         fix = "Free disk space, or point the run at a larger disk."
     elif error.errno in _FORBIDDEN:
         fix = "Give this user the right to write there, or choose another folder."

@@ -12,10 +12,21 @@ if TYPE_CHECKING:
 
 SEARCHING = ("retrieval", "reranking")
 """Task types that look for entries of a knowledge file."""
+COMPARING = ("retrieval",)
+"""Task types whose loss compares the rows of a batch."""
 TYPED = ("text_classification", *SEARCHING)
 """Task types whose texts are what people type."""
 WITH_HEAD = ("text_classification", "question_answering")
 """Task types whose models are a pretrained base and a head."""
+
+
+def find_comparison(recipe: Recipe) -> str | None:
+    """What of a recipe compares the rows of a batch, so that no batch can be split; None where nothing does."""
+    if recipe.train.few_shot == "contrastive":
+        return "train.few_shot: contrastive"
+    return next(
+        (f"tasks.{name}.type: {task.type}" for name, task in recipe.tasks.items() if task.type in COMPARING), None
+    )
 
 
 def list_problems(recipe: Recipe) -> list[str]:
@@ -124,7 +135,7 @@ def _list_search_problems(recipe: Recipe, where: str, task: TaskSection) -> list
         given = task.knowledge
         return [f"{where}.knowledge: must be left out for {task.type}, got {given!r}."] if given else []
     problems = []
-    if task.type == "retrieval" and recipe.train.micro_steps > 1:
+    if task.type in COMPARING and recipe.train.micro_steps > 1:
         problems.append(
             f"train.micro_steps: must be 1 for {task.type}, which compares the rows of a batch, got "
             f"{recipe.train.micro_steps}."

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import CheckpointError, ResourceError
-from finetune.recipe.files import JSON, TEMPORARY_PREFIX, build_disk_error, compute_sha256, sync_path
+from finetune.recipe.files import JSON, TEMPORARY_PREFIX, build_disk_error, compute_sha256, find_errno, sync_path
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 
@@ -202,11 +202,9 @@ def _save_tensors(group: Mapping[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(plain, path)
     except SafetensorError as error:
-        # Its error is no OSError and tells the number only in its text.
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
+        if (number := find_errno(error)) is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _publish(temporary: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from finetune.data.batches import (
     Batch,
@@ -31,6 +32,7 @@ from finetune.training.optimizer import build_optimizer, compute_rate_factor, se
 from finetune.training.progress import TrainingProgress
 from finetune.training.rule import StepRule
 from finetune.training.session import LoopState, Session
+from finetune.training.shortage import is_out_of_memory
 from finetune.training.signals import StopRequest
 
 NON_FINITE_LIMIT = 3
@@ -57,6 +59,7 @@ class Problem:
         is_larger_better: metric name -> which way is up.
         head: names of the modules that start at random and take the head's learning rate.
         pad_token_id: the tokenizer's; None for a model that takes packed rows.
+        compares_rows: whether a row's loss depends on the others of its batch, which then cannot be split.
         rate_factor: name of a weight -> its learning rate as a multiple of the recipe's.
         rule: what is done to the weights after each step, if anything.
         gives_up: (share of the steps done, validation metrics) -> whether to stop here, as a search does with a run
@@ -71,6 +74,7 @@ class Problem:
     is_larger_better: Callable[[str], bool]
     head: Sequence[str]
     pad_token_id: int | None
+    compares_rows: bool = False
     compute_outputs: Callable[..., npt.NDArray[np.floating[Any]]] = compute_logits
     rate_factor: Callable[[str], float] = lambda _name: 1.0
     rule: StepRule | None = None
@@ -109,15 +113,11 @@ def fit(
     Raises:
         Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
         DivergedError: non-finite losses or gradients three steps in a row.
-        ResourceError: no memory for a single row, or no room for a checkpoint.
+        ResourceError: no memory for a single row (a batch, where rows are compared), or no room for a checkpoint.
     """
     accelerator = session.accelerator
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    replica, optimizer = accelerator.prepare(
-        model, build_optimizer(trained, problem.head, section, problem.rate_factor)
-    )
-    average = WeightAverage(trained, section.ema_decay, problem.rule)
-    state = session.restore(trained, optimizer, average, problem.rule) or LoopState(micro_steps=section.micro_steps)
+    replica, optimizer, average, state = _prepare(model, trained, problem, section, session)
     total = count_steps(problem.train, section)
     model.train()
 
@@ -176,6 +176,27 @@ def fit(
     average.keep()
     session.load_best(trained, state)
     return state
+
+
+def _prepare(
+    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    problem: Problem,
+    section: TrainSection,
+    session: Session,
+) -> tuple[Any, Any, WeightAverage, LoopState]:
+    """The model on its device and in all processes, the optimizer, the average and the state, from where a run was."""
+    if session.accelerator.num_processes > 1:
+        # What nothing trains is the same in each process, and may be in bits that no collective can send.
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
+    replica, optimizer = session.accelerator.prepare(
+        model, build_optimizer(trained, problem.head, section, problem.rate_factor)
+    )
+    average = WeightAverage(trained, section.ema_decay, problem.rule)
+    state = session.restore(trained, optimizer, average, problem.rule) or LoopState()
+    # The recipe may ask for more of them than were saved: that is how a run goes on that ran out of memory.
+    return replica, optimizer, average, replace(state, micro_steps=max(state.micro_steps, section.micro_steps))
 
 
 def _update(optimizer: Any, average: WeightAverage, rule: StepRule | None, step: int) -> None:
@@ -260,15 +281,21 @@ def _compute_gradients(  # noqa: PLR0913  (the loop's own inner part: everything
             norm = accelerator.clip_grad_norm_(trained.values(), section.clip_norm)
             return accelerator.reduce(loss, "sum").item(), float(norm), micro_steps
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if problem.compares_rows:
+                raise ResourceError(
+                    "memory: a whole batch must fit, whose rows are compared with each other, got out of memory. "
+                    f"Start a new run with train.tokens_per_batch below {section.tokens_per_batch}."
+                ) from error
             if micro_steps >= len(step.rows) or accelerator.num_processes > 1:
                 raise ResourceError(_describe_memory(len(step.rows), micro_steps, accelerator.num_processes)) from error
-            micro_steps = min(2 * micro_steps, len(step.rows))
-            session.log.write("out_of_memory", step=step.number, micro_steps=micro_steps)
-            model.zero_grad(set_to_none=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        # Not sooner: inside of the block the error's traceback holds on to all that filled the memory.
+        micro_steps = min(2 * micro_steps, len(step.rows))
+        session.log.write("out_of_memory", step=step.number, micro_steps=micro_steps)
+        model.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _accumulate(model: nn.Module, problem: Problem, accelerator: Any, rows: Indices, micro_steps: int) -> torch.Tensor:
@@ -313,15 +340,12 @@ def _agree(session: Session, *flags: bool) -> list[bool]:
     return [value > 0 for value in session.accelerator.reduce(tensor, "sum").tolist()]
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _describe_memory(rows: int, micro_steps: int, processes: int) -> str:
     if processes > 1:
         return (
             f"memory: a micro-batch of {rows // (micro_steps * processes)} rows per process must fit, got out of "
-            f"memory. Set train.micro_steps={2 * micro_steps} (the update stays the same)."
+            f"memory. Set train.micro_steps: {2 * micro_steps} in the run's recipe.resolved.yaml and resume it, or "
+            f"start it anew with --set train.micro_steps={2 * micro_steps} (the update stays the same)."
         )
     return "memory: a single row must fit, got out of memory. Lower model.max_length or take a smaller base."
 

@@ -21,7 +21,7 @@ def build_optimizer(
     section: TrainSection,
     rate_factor: Callable[[str], float] = lambda _name: 1.0,
 ) -> torch.optim.AdamW:
-    """Group weights by rate (head or not) and by decay (matrices only, not biases and norms).
+    """Group weights by rate (head or not) and by decay (matrices only, not biases, norms and factors).
 
     Args:
         trained: name -> weight.
@@ -32,8 +32,11 @@ def build_optimizer(
     head_rate = section.head_learning_rate or HEAD_RATE_FACTOR * section.learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        rate = head_rate if is_in_head(name, head) else rate_factor(name) * section.learning_rate
-        decay = section.weight_decay if parameter.ndim > 1 else 0.0
+        in_head = is_in_head(name, head)
+        rate = head_rate if in_head else rate_factor(name) * section.learning_rate
+        # Outside of a head a matrix of one column is a vector: (IA)^3's factors start at 1 and must not be drawn to 0.
+        is_matrix = parameter.ndim > 1 and (in_head or parameter.numel() > max(parameter.shape))
+        decay = section.weight_decay if is_matrix else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(
         [

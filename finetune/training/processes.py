@@ -19,6 +19,8 @@ from finetune.errors import FinetuneError, Interrupted
 
 # Long enough for one process to check and encode a large data set while the others wait.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
+# From a signal until workers that still save are killed; torchrun's own 30 seconds are too few for a large checkpoint.
+STOP_TIMEOUT_SECONDS = 600
 
 
 def world_size() -> int:
@@ -79,14 +81,19 @@ def start_workers(module: str, arguments: Sequence[str], processes: int) -> int:
     SIGTERM and Ctrl-C are passed on, so that the workers save and stop by themselves.
 
     Returns:
-        The launcher's exit code; 0 only if every worker succeeded.
+        The launcher's exit code, 0 only if every worker succeeded; `Interrupted.exit_code` whenever a signal was passed
+        on: the workers may have been too young to answer for themselves, or already done.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_TIMEOUT_SECONDS),
+    }
     # A session of its own: a Ctrl-C in the terminal reaches the workers once, through us.
     launcher = subprocess.Popen([*command, "-m", module, *arguments], env=environment, start_new_session=True)
-    with _passing_signals_to(launcher):
-        return launcher.wait()
+    with _passing_signals_to(launcher) as passed:
+        code = launcher.wait()
+    return Interrupted.exit_code if passed else code
 
 
 def run_command(arguments: Sequence[str]) -> tuple[int, str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
 import finetune
 from finetune.adapters.attach import attach_adapter, count_parameters, plan_parameters
@@ -154,6 +156,18 @@ def test_words_for_a_package_that_is_missing(write_recipe, tmp_path, monkeypatch
         f"model.quantize: {kind} needs the package {package}, which is not installed. "
         "pip install 'finetune-toolkit[quantize]', or set model.quantize: none."
     )
+
+
+def test_words_for_layers_that_come_in_no_other_bits(write_recipe, tiny_base, tmp_path):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "gpt2"))
+    size = len(AutoTokenizer.from_pretrained(tiny_base))
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=size, pad_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(base)
+    model = {"base": str(base), "architecture": "native", "quantize": "int8"}
+    with pytest.raises(
+        RecipeError, match=r"a base without one \(GPT-2's own class has another kind\)\. Set model\.arch"
+    ):
+        finetune.check(write_recipe(tmp_path / "in", model=model))
 
 
 def test_words_for_a_method_that_changes_the_base(write_recipe, tmp_path):

@@ -55,6 +55,9 @@ COMMANDS = [
 ]
 
 
+LINEAR = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+
+
 def find_commands() -> dict[str, object]:
     """Words -> command, for everything that the application can be asked."""
     found = {}
@@ -396,6 +399,27 @@ def test_check_loads_no_weights_and_writes_nothing(command, write_recipe, tmp_pa
     assert f"{path}: good." in done.out
     assert re.search(r"[\d,]+ of [\d,]+ parameters would be trained .* in about \d+ steps", done.out)
     assert read_files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "more"),
+    [
+        ({"train": {"ema_decay": 0.99}}, lambda trained: 4 * trained),
+        ({"train": {"precision": "bf16"}}, lambda _trained: 2 * LINEAR),
+        ({"model": {"quantize": "int8"}}, lambda _trained: -3 * LINEAR),
+    ],
+)
+def test_check_tells_the_memory_of_what_is_held(write_recipe, tmp_path, given, more):
+    """MiniLM: six layers of width 384 and 1536, and what is trained as `check` counts it."""
+    if "quantize" in given.get("model", {}):
+        pytest.importorskip("torchao")
+    model = {"base": "sentence-transformers/all-MiniLM-L6-v2", "pooling": "mean"}
+    train = {"ema_decay": None, "precision": "float32"}
+    plain = runner.check(write_recipe(tmp_path / "plain", model=model, train=train))
+    changed = {"model": model | given.get("model", {}), "train": train | given.get("train", {})}
+    found = runner.check(write_recipe(tmp_path / "given", **{**given, **changed}))
+    expected = more(plain["parameters"]["trained"]) / 2**20
+    assert found["memory_mb"] - plain["memory_mb"] == pytest.approx(expected, abs=3)
 
 
 def test_check_shows_findings(command, write_recipe, tmp_path):

@@ -129,6 +129,7 @@ def test_the_lock_names_what_a_repetition_needs(finished_run, tiny_base):
     lock = load(finished_run / "run.lock")
     assert lock.keys() == {"python", "system", "cores", "versions", "seed", "precision", "base", "adapters", "data"}
     assert lock["base"]["origin"] == "local folder"
+    assert lock["base"]["pooling"] == "pooler"
     assert (
         lock["base"]["sha256"] == run_folder.hashlib.sha256((tiny_base / "model.safetensors").read_bytes()).hexdigest()
     )

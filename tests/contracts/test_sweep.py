@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 import finetune
 from finetune import fitting, layout, runner, search
@@ -100,6 +101,17 @@ def test_a_trial_without_hope_is_pruned_in_its_second_half(swept) -> None:
         steps[values] = len(evaluations)
     for trial in swept["result"].trials:
         assert steps[trial.values["train.learning_rate"]] == (3 if trial.state == "pruned" else 4)
+
+
+def test_the_best_recipe_finds_every_file_that_the_recipe_names(write_support_recipe, tmp_path) -> None:
+    write_support_recipe(tmp_path / "in")
+    sweep = write_sweep(tmp_path / "in", metric="mrr")
+    plan = search._build_plan(sweep, [], None, tmp_path / "runs", quiet=True)
+    best = search.Trial(1, "complete", {"adapter.rank": 4}, 0.5, 1.0, None)
+    written = YAML().load(search._write_best(best, [best], plan))["tasks"]
+    for task in ("answer", "rerank"):
+        for key in ("data", "knowledge"):
+            assert (plan.folder / written[task][key]).resolve().parent == tmp_path / "in"
 
 
 def test_the_best_recipe_is_short_and_runs_to_the_score_that_was_found(swept, monkeypatch) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -414,6 +415,21 @@ def test_rows_that_changed_between_stop_and_resume(command, stop_run, write_reci
     assert read_files(folder / "checkpoints") == kept
     assert (folder / "events.jsonl").read_bytes() == events, "found before a step is made"
     rows.write_bytes(original)
+    assert command("resume", folder).code == 0
+
+
+def test_a_base_that_changed_between_stop_and_resume(command, stop_run, write_recipe, tiny_base, tmp_path):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    folder = stop_run(write_recipe(tmp_path / "in", model={"base": str(base)}), 3)
+    kept = read_files(folder / "checkpoints")
+    flip_a_bit(base / "model.safetensors")
+    done = command("resume", folder)
+    assert done.code == 5
+    assert f"model.base: {base} must be the weights that tiny/{folder.name} was started with (sha256 " in done.err
+    assert "got others (sha256 " in done.err
+    assert "Restore them, or start a new run." in done.err
+    assert read_files(folder / "checkpoints") == kept
+    shutil.copy(tiny_base / "model.safetensors", base)
     assert command("resume", folder).code == 0
 
 

@@ -20,10 +20,13 @@ from transformers import (
     ModernBertConfig,
     MPNetConfig,
     RobertaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from finetune.adapters.attach import (
     attach_adapter,
+    can_merge,
     count_parameters,
     list_trained,
     load_adapter,
@@ -32,6 +35,7 @@ from finetune.adapters.attach import (
     read_adapter_base,
 )
 from finetune.adapters.fast_lora import restore_lora
+from finetune.adapters.methods import METHODS
 from finetune.adapters.targets import find_targets
 from finetune.data.batches import Examples
 from finetune.errors import ModelError, RecipeError
@@ -120,6 +124,30 @@ def test_targets(model, targets, expected):
 def test_one_layer_can_be_named(model):
     name = "bert.encoder.layer.1.attention.self.query"
     assert find_targets(model, [name], HEAD) == [name]
+
+
+def test_attention_by_its_name_in_any_case():
+    """T5's is called SelfAttention."""
+    config = T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=20)
+    found = find_targets(T5ForConditionalGeneration(config), "attention", [])
+    ends = {name.rpartition("layer.")[2] for name in found}
+    assert ends == {f"{at}Attention.{part}" for at in ("0.Self", "1.EncDec") for part in "qkvo"}
+
+
+def test_words_for_a_base_whose_attention_has_another_name():
+    base = nn.ModuleDict({"mixer": nn.Linear(2, 2), "ffn": nn.Linear(2, 2)})
+    with pytest.raises(RecipeError) as caught:
+        find_targets(base, "attention", [])
+    assert str(caught.value) == (
+        "adapter.targets: attention needs a base whose attention layers are called so, got none. Name them: this base "
+        "has ffn, mixer; or say all-linear."
+    )
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_what_is_listed_as_merging_can_be_merged(model, method):
+    settings = {"fourierft": {"frequencies": 10}, "oft": {"block_size": 8}}
+    assert can_merge(attach(model, method=method, **settings.get(method, {}))) == METHODS[method].merges
 
 
 @pytest.mark.parametrize("targets", [["quary", "value", "LayerNorm"], ["quary", "LayerNorm"]])

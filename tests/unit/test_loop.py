@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -289,8 +290,37 @@ def test_a_single_row_that_does_not_fit_is_an_error(training, tiny_classifier):
 def test_out_of_memory_words_for_several_processes():
     assert _describe_memory(rows=64, micro_steps=2, processes=4) == (
         "memory: a micro-batch of 8 rows per process must fit, got out of memory. "
-        "Set train.micro_steps=4 (the update stays the same)."
+        "Set train.micro_steps: 4 in the run's recipe.resolved.yaml and resume it, or start it anew with "
+        "--set train.micro_steps=4 (the update stays the same)."
     )
+
+
+def test_a_batch_whose_rows_are_compared_is_not_split(training, tiny_classifier):
+    losses = fit_at_most(3, OUT_OF_MEMORY["GPU"])
+    with pytest.raises(ResourceError) as caught:
+        training.fit(tiny_classifier(), training.build_problem(compute_losses=losses, compares_rows=True))
+    assert str(caught.value) == (
+        "memory: a whole batch must fit, whose rows are compared with each other, got out of memory. Start a new run "
+        "with train.tokens_per_batch below 40."
+    )
+
+
+def test_what_filled_the_memory_is_let_go_before_the_cache_is_emptied(training, tiny_classifier, monkeypatch):
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(held[0]() is not None))
+
+    def fail_once(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        losses = compute_losses(model, batch)
+        if not held:
+            held.append(weakref.ref(losses))
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            raise torch.OutOfMemoryError
+        monkeypatch.undo()
+        return losses
+
+    training.fit(tiny_classifier(), training.build_problem(compute_losses=fail_once))
+    assert alive == [False]
 
 
 def test_other_errors_pass_untouched(training, tiny_classifier):

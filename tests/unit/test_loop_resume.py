@@ -213,21 +213,22 @@ def test_a_full_disk_stops_training_and_keeps_the_last_checkpoint(
     finish_and_compare()
 
 
-def test_smaller_micro_batches_are_remembered(training, tiny_classifier):
-    """A resumed run does not run out of memory once more."""
+@pytest.mark.parametrize(("saved_steps", "wanted"), [(4, 1), (1, 4)])
+def test_smaller_micro_batches_are_remembered_and_obeyed(training, tiny_classifier, saved_steps, wanted):
+    """A resumed run does not run out of memory once more: neither where it found out, nor where its recipe says so."""
     problem = training.build_problem(compute_losses=act_at(5, send(signal.SIGTERM), training))
     with pytest.raises(Interrupted):
         training.fit(tiny_classifier(), problem, micro_steps=1)
     path = training.root / "run" / "checkpoints"
     saved = load_checkpoint(path)
-    checkpoint.save_checkpoint(path, saved.step, saved.tensors, {**saved.state, "micro_steps": 4})
+    checkpoint.save_checkpoint(path, saved.step, saved.tensors, {**saved.state, "micro_steps": saved_steps})
     sizes: list[int] = []
 
     def watch(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         sizes.append(len(batch["labels"]))
         return training.task.compute_losses(model, batch, 0.0)
 
-    state, _ = training.fit(tiny_classifier(), training.build_problem(compute_losses=watch), micro_steps=1)
+    state, _ = training.fit(tiny_classifier(), training.build_problem(compute_losses=watch), micro_steps=wanted)
     assert state.micro_steps == 4
     assert len(sizes) == 4 * (STEPS - 5)
 

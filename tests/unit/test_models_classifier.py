@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DebertaV2Config
+from transformers import DebertaV2Config, MPNetConfig, MPNetForSequenceClassification
 
+from finetune.data.batches import Examples
 from finetune.errors import ModelError, RecipeError
 from finetune.models.base import BaseModel
 from finetune.models.classifier import build_classifier, build_classifier_config, get_padding, list_head_modules
+from finetune.models.embedding import compute_embeddings
 from finetune.recipe.schema import ModelSection
 
 LABELS = ["low", "high"]
@@ -63,6 +65,19 @@ def test_triad_gives_the_logits_of_the_native_class(base):
     with torch.no_grad():
         torch.testing.assert_close(triad(ids, mask).logits, native(ids, mask).logits, atol=1e-6, rtol=0)
     assert list_head_modules(triad) == ["pooler", "classifier"]
+
+
+def test_on_an_accelerator_each_class_gets_the_attention_that_it_has(base, tmp_path, monkeypatch):
+    """MPNet's class has no SDPA."""
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    MPNetForSequenceClassification(MPNetConfig(vocab_size=100, **size)).save_pretrained(tmp_path)
+    mpnet = BaseModel("acme/mpnet", tmp_path, "local folder")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    settings = [(mpnet, "native"), (base, "native"), (base, "triad")]
+    models = [build_classifier(one, LABELS, ModelSection(architecture=name), seed=0) for one, name in settings]
+    assert [model.config._attn_implementation for model in models] == ["eager", "sdpa", "sdpa"]
+    no_rows = Examples.build([], [])
+    assert compute_embeddings(mpnet, [no_rows], 0)[0].shape == (0, 32)
 
 
 def test_the_mean_where_the_base_says_so(tiny_base, tmp_path, base):

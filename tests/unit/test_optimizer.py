@@ -72,6 +72,16 @@ def test_the_head_has_its_own_rate_and_only_matrices_decay(model):
     }
 
 
+def test_vectors_that_come_as_matrices_do_not_decay():
+    """(IA)^3's factors of ones and AdaLoRA's singular values; the head of one class is a matrix all the same."""
+    weights = {"ia3_l": torch.ones(32, 1), "lora_E": torch.ones(4, 1), "lora_A": torch.ones(4, 32)}
+    trained = {name: nn.Parameter(weight) for name, weight in (weights | {"head.weight": torch.ones(1, 32)}).items()}
+    groups = build_optimizer(trained, ["head"], TrainSection(weight_decay=0.1)).param_groups
+    decays = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
+    found = {name: decays[id(weight)] for name, weight in trained.items()}
+    assert found == {"ia3_l": 0.0, "lora_E": 0.0, "lora_A": 0.1, "head.weight": 0.1}
+
+
 def test_the_head_learns_three_times_as_fast_by_default(model):
     rates = {name: rate for name, (rate, _) in describe_groups(model, learning_rate=0.01).items()}
     assert rates["classifier.weight"] == rates["classifier.bias"] == pytest.approx(0.03)
@@ -109,8 +119,8 @@ def test_is_in_head(parameter, expected):
 
 def test_one_step_is_adamws_formula():
     """First step: the moments' bias corrections cancel, so w <- w * (1 - rate * decay) - rate * g / (|g| + eps)."""
-    weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    weight = nn.Parameter(torch.tensor([[1.0, -2.0]] * 2))
     optimizer = build_optimizer({"w": weight}, [], TrainSection(learning_rate=0.1, weight_decay=0.5))
-    weight.grad = torch.tensor([[0.3, -4.0]])
+    weight.grad = torch.tensor([[0.3, -4.0]] * 2)
     optimizer.step()
-    torch.testing.assert_close(weight.detach(), torch.tensor([[0.95 - 0.1, -1.9 + 0.1]]))
+    torch.testing.assert_close(weight.detach(), torch.tensor([[0.95 - 0.1, -1.9 + 0.1]] * 2))

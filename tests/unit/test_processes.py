@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
-from finetune import errors
-from finetune.artifact.run_folder import find_run, load_json
-from finetune.errors import DataError, FinetuneError, Interrupted
+from finetune import errors, fitting, worker
+from finetune.artifact.run_folder import RunFolder, find_run, load_json
+from finetune.errors import DataError, FinetuneError, Interrupted, ResourceError, UsageError
 from finetune.runner import resume
 from finetune.training import processes
 from finetune.training.events import load_events
 from finetune.training.processes import (
+    STOP_TIMEOUT_SECONDS,
     agree_on,
     is_main_process,
     rebuild_error,
@@ -33,6 +35,7 @@ TOLERANCE = 1e-5
 # Each of two processes writes what it was told; the second one then fails.
 WORKER = """
 import json, pathlib, sys
+from torch.distributed.launcher.api import LaunchConfig
 from finetune.errors import DataError
 from finetune.training.processes import agree_on, is_main_process, world_size
 
@@ -51,7 +54,9 @@ def attempt(compute):
 asked = []
 said = [attempt(lambda: asked.append(1) or "runs/a"), attempt(fail), attempt(crash), attempt(lambda: "runs/b")]
 name = "main" if is_main_process() else "other"
-pathlib.Path(sys.argv[1], name).write_text(json.dumps({"said": said, "asked": asked, "of": world_size()}))
+patience = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2).shutdown_timeout
+found = {"said": said, "asked": asked, "of": world_size(), "patience": patience}
+pathlib.Path(sys.argv[1], name).write_text(json.dumps(found))
 sys.exit(0 if is_main_process() else 3)
 """
 
@@ -91,6 +96,54 @@ def test_two_processes_hear_the_same(tmp_path, monkeypatch):
     assert other["said"] == ["runs/a", refused, ["FinetuneError", "the main process failed: 'lost'"], "runs/b"]
     assert (main["asked"], other["asked"]) == ([1], [])
     assert main["of"] == other["of"] == 2
+    assert main["patience"] == STOP_TIMEOUT_SECONDS  # until torchrun kills workers that save
+
+
+def test_a_signal_that_workers_are_too_young_for_is_a_stop_and_no_failure(tmp_path, monkeypatch):
+    script = "import os, signal, sys\nif os.environ['RANK'] == '0':\n    os.kill(int(sys.argv[1]), signal.SIGTERM)\n"
+    (tmp_path / "young_worker.py").write_text(f"{script}signal.pause()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    assert start_workers("young_worker", [str(os.getpid())], 2) == Interrupted.exit_code
+    folder = RunFolder(tmp_path)
+    monkeypatch.setattr(fitting, "start_workers", lambda *_arguments: Interrupted.exit_code)
+    with pytest.raises(Interrupted, match=r"^stopped by a signal\.$"):
+        fitting.train_in_workers(folder, 2, quiet=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_error_of_every_process_is_said_once(tmp_path, monkeypatch, capsys, rank):
+    """By the command for the main process, by itself for another one."""
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise ResourceError("memory: lost.")
+
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(worker, "train", fail)
+    assert worker.main(str(tmp_path), "quiet") == ResourceError.exit_code
+    told = RunFolder(tmp_path).load_status().get("error")
+    assert (told, capsys.readouterr().err) == [("memory: lost.", ""), (None, "finetune: process 1: memory: lost.\n")][
+        rank
+    ]
+
+
+@pytest.mark.parametrize("verb", ["run", "resume"])
+def test_rows_that_are_compared_are_not_shared_by_processes(
+    command, write_recipe, write_support_recipe, tmp_path, verb
+):
+    recipe = write_support_recipe(tmp_path / "in")
+    if verb == "resume":
+        folder = RunFolder(tmp_path / "run")
+        folder.path.mkdir()
+        folder.update_status(state="stopped")
+        shutil.copy(recipe, folder.recipe)
+    done = command(verb, folder.path if verb == "resume" else recipe, "--processes", "2")
+    assert done.code == 2
+    assert (
+        "processes: must be 1 with tasks.answer.type: retrieval, which compares the rows of a batch, got 2: each would "
+        "see a part of them. Train in one process."
+    ) in done.err
+    with pytest.raises(UsageError, match=r"processes: must be 1 with train\.few_shot: contrastive, which compares"):
+        finetune.run(write_recipe(tmp_path / "few", train={"few_shot": "contrastive"}), processes=2)
 
 
 def test_a_command_runs_in_a_process_of_its_own():
@@ -165,6 +218,28 @@ def test_under_torchrun_the_command_trains_in_every_process(write_recipe: Callab
     assert json.loads(done.stdout)["test"]["split"] == "test"  # one process prints, the other is silent
     [run] = (tmp_path / "runs" / "tiny").iterdir()
     check_same(run, alone.folder.path)
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_trained_run_is_judged_by_one_process_and_none_waits(write_recipe, tmp_path):
+    run = finetune.run(write_recipe(tmp_path / "in"), runs=tmp_path / "runs", quiet=True, open_test=False)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "finetune", "resume", str(run.folder.path), "--json"]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert run.folder.load_status()["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_base_in_fewer_bits(write_recipe: Callable[..., Path], tmp_path):
+    """What is frozen is sent to nobody: no collective knows torchao's tensors."""
+    pytest.importorskip("torchao")
+    recipe = write_recipe(tmp_path / "in", model={"quantize": "int8"}, train={"max_steps": 4})
+    alone = finetune.run(recipe, runs=tmp_path / "alone", quiet=True)
+    together = finetune.run(recipe, processes=2, runs=tmp_path / "together", quiet=True)
+    check_same(together.folder.path, alone.folder.path)
 
 
 @pytest.mark.slow
