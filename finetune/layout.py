@@ -3,6 +3,7 @@ process finds them as they were."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def lay_out(recipe: Recipe, path: Path, runs: str | Path | None) -> tuple[RunFol
     """
     recipe = settle_base(recipe)
     ready = prepare_rows(recipe, path.parent)
+    recipe = settle_splits(recipe, {name: part.section.split.by for name, part in ready[1].parts.items()})
     plan_weights(recipe, ready)  # what cannot be built leaves no folder
     if recipe.train.distill:
         ready = ready[0], ask_teacher(ready[1], recipe.train.distill)
@@ -65,6 +67,21 @@ def settle_base(recipe: Recipe) -> Recipe:
         return recipe
     folder = str(find_run(path).model.resolve())
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": folder})})
+
+
+def settle_splits(recipe: Recipe, ways: Mapping[str, str]) -> Recipe:
+    """A recipe with what `split.by: auto` came to; the rows alone say.
+
+    Args:
+        recipe: resolved.
+        ways: task name -> `split.by`.
+    """
+    tasks = dict(recipe.tasks)
+    for name in ways.keys() & tasks.keys():
+        if tasks[name].split.by == "auto":
+            split = tasks[name].split.model_copy(update={"by": ways[name]})
+            tasks[name] = tasks[name].model_copy(update={"split": split})
+    return recipe.model_copy(update={"tasks": tasks})
 
 
 def prepare_rows(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Ready:

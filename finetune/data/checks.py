@@ -127,6 +127,19 @@ def set_apart(splits: Splits, out_of_scope: str | None, *, is_exposed: bool) -> 
     return splits | {"train": train}, findings
 
 
+def check_given_test(splits: Splits) -> list[Finding]:
+    """Rows of a given test split that are learned from, where a recipe splits such data anew."""
+    total = sum(row.split == "test" for rows in splits.values() for row in rows)
+    learned = [row.id for row in splits["train"] if row.split == "test"]
+    if not learned:
+        return []
+    message = (
+        f"train: {len(learned):,} of {_rows(total)} of the given test split are now in train ({_some(learned)}). Set"
+        " split: {by: given} to keep that split."
+    )
+    return [Finding("given_test", "warning", "train", len(learned), message, _shown(learned))]
+
+
 def check_lengths(lengths: Mapping[str, npt.ArrayLike], max_length: int) -> list[Finding]:
     """Count the rows that `max_length` cuts; above 1 % of a split it is a warning.
 

@@ -24,7 +24,6 @@ from finetune.data.catalog import (
 )
 from finetune.data.files import (
     MAX_TEXT_CHARACTERS,
-    SUFFIXES,
     Record,
     data_suffix,
     describe_columns,
@@ -181,8 +180,9 @@ def _load_folder(folder: Path) -> list[_Part]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         split = _ALIASES.get(path.name.partition(".")[0].lower())
-        if split is None or not path.is_file() or not path.name.lower().endswith(SUFFIXES):
+        if split is None or not path.is_file():
             continue
+        data_suffix(path)  # raises: a split that cannot be read is not to be left out unseen
         if split in found:
             raise DataError(f"{folder}: must hold one file for {split}, got {found[split].name} and {path.name}.")
         found[split] = path

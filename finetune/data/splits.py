@@ -32,6 +32,7 @@ def split_rows(
 ) -> Splits:
     """Sort rows into train, validation and test, as `section.by` says.
 
+    - auto: see `settle_split`.
     - random: stratified by label, where there is one. Rows with the same text (see `normalize_for_duplicates`) stay
       together, so that no text is in two splits. A class of at least three texts is in all three.
     - group: no value of `section.column` is in two splits.
@@ -50,6 +51,7 @@ def split_rows(
     Raises:
         DataError: a column or a split is missing, a value cannot be read, or a split would be empty.
     """
+    section = settle_split(rows, section)
     shares = {
         "train": 1 - section.validation - section.test,
         "validation": section.validation,
@@ -67,6 +69,17 @@ def split_rows(
         split_by = _split_by_group if section.by == "group" else _split_by_time
         splits = split_by(rows, column, shares, seed)
     return {name: sorted(part, key=_file_order) for name, part in _check_sizes(splits).items()}
+
+
+def settle_split(rows: Sequence[Row], section: SplitSection) -> SplitSection:
+    """The section with `given` or `random` in the place of `auto`: nobody's test rows are to be learned from unasked.
+
+    Rows that are all of train, as many data sets on the Hub have them, are no split.
+    """
+    if section.by != "auto":
+        return section
+    by = "given" if any(row.split in ("validation", "test") for row in rows) else "random"
+    return section.model_copy(update={"by": by})
 
 
 def keep_shots(splits: Splits, shots: int, *, seed: int) -> Splits:

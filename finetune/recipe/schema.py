@@ -122,9 +122,10 @@ def check_classes(labels: list[str] | dict[str, str]) -> None:
 class SplitSection(Section):
     """How rows become train, validation and test."""
 
-    by: Literal["random", "group", "time", "order", "given", "time_cut", "leave_one_out"] = "random"
-    """`random`: stratified by label, drawn by `train.seed`, the file's name and the row's number in it: a renamed file
-    is split anew. `group`: no value of `column` in two splits. `time`: oldest first by `column`.
+    by: Literal["auto", "random", "group", "time", "order", "given", "time_cut", "leave_one_out"] = "auto"
+    """`auto`: `given` where the data bring a split of their own, not all of it train; else `random`.
+    `random`: stratified by label, drawn by `train.seed`, the file's name and the row's number in it: a renamed file is
+    split anew. `group`: no value of `column` in two splits. `time`: oldest first by `column`.
     For recommendation: `time_cut`, the default there, two cuts in time that are the same for everyone, behind which
     nothing is known but what a person did; or `leave_one_out`, each person's last event, as in papers.
     `order`: as the rows stand, train first and test last. `given`: the card's or folder's own splits; a missing

@@ -16,6 +16,7 @@ from finetune.data.catalog import card_names
 from finetune.data.checks import (
     Finding,
     advise_on_leaks,
+    check_given_test,
     check_lengths,
     check_rows,
     check_shots,
@@ -27,7 +28,7 @@ from finetune.data.interactions import ROLES, LoadedInteractions
 from finetune.data.knowledge import Entry, compute_knowledge_fingerprint, load_card_knowledge, load_knowledge
 from finetune.data.rows import Row, Splits, build_name_rows
 from finetune.data.sources import LoadedRows, load_rows
-from finetune.data.splits import keep_shots, split_rows
+from finetune.data.splits import keep_shots, settle_split, split_rows
 from finetune.data.turns import CONTEXT, add_subject_changes
 from finetune.data.typos import add_typos
 from finetune.errors import DataError
@@ -45,7 +46,7 @@ class Part:
     """A task with its rows.
 
     Args:
-        section: as the recipe has it.
+        section: as the recipe has it, with the way of splitting that `auto` came to.
         task: the problem shape with settled labels.
         source: where the rows came from.
         splits: train, validation and test rows, prepared by the task.
@@ -169,7 +170,9 @@ def _prepare_part(
     known = section.model_copy(update={"columns": {**section.columns, **source.columns}})
     task = shape.build(known, TaskData(source.rows, _get_card_labels(source), entries))
     rows = task.prepare_rows(source.rows)
+    section = section.model_copy(update={"split": settle_split(rows, section.split)})
     splits = split_rows(rows, section.split, seed=seed, columns=source.columns)
+    dealt_anew = check_given_test(splits)
     splits, apart = set_apart(splits, section.out_of_scope, is_exposed=section.outlier_exposure > 0)
     splits, findings = check_rows(
         splits,
@@ -179,7 +182,7 @@ def _prepare_part(
         same=list_same(source.columns),
         out_of_scope=section.out_of_scope,
     )
-    findings = [*apart, *findings]
+    findings = [*dealt_anew, *apart, *findings]
     raise_on_errors(findings, source.origin)
     if section.split.shots is not None:  # after leaks were dropped, so that the count holds
         splits = keep_shots(splits, section.split.shots, seed=seed)

@@ -144,6 +144,22 @@ def test_folder_of_splits(tmp_path):
     assert [row.split for row in rows] == ["train", "train", "validation", "test", "test"]
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("test.xlsx", r"test\.xlsx: must end in one of .*got '\.xlsx'\. Save its sheet as CSV"),
+        ("dev.json", r"dev\.json: .*name it \.jsonl"),
+    ],
+)
+def test_folder_with_a_split_that_cannot_be_read(tmp_path, name, words):
+    write(tmp_path / "train.csv", CSV)
+    write(tmp_path / "notes.md", "no split")
+    assert len(load_rows(str(tmp_path), {}).rows) == 2
+    write(tmp_path / name, "x")
+    with pytest.raises(DataError, match=words):
+        load_rows(str(tmp_path), {})
+
+
 def test_folder_of_plain_texts(tmp_path):
     for name, text in (("train", "one\n\ntwo\n"), ("validation", "three\n"), ("test", "four\n")):
         write(tmp_path / f"{name}.txt", text)

@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
+from finetune.data.checks import check_given_test
 from finetune.data.rows import Row
-from finetune.data.splits import keep_shots, split_rows
+from finetune.data.splits import keep_shots, settle_split, split_rows
 from finetune.errors import DataError
 from finetune.recipe.schema import SplitSection
 
@@ -118,6 +119,30 @@ def test_given_splits_are_kept():
     splits = split_rows(rows, SplitSection(by="given"), seed=0)
     assert all(row.split == name for name, part in splits.items() for row in part)
     assert sizes(splits) == {"train": 5, "validation": 3, "test": 2}
+
+
+def test_rows_of_a_given_test_split_that_are_learned_from_are_counted():
+    rows = [*make_rows(labelled({"a": 4}), "train", "train"), *make_rows(labelled({"b": 3}), "test", "test")]
+    splits = {"train": rows[2:6], "validation": rows[:2], "test": rows[6:]}
+    (finding,) = check_given_test(splits)
+    assert (finding.severity, finding.count, finding.rows) == ("warning", 2, ("test:1", "test:2"))
+    assert finding.message == (
+        "train: 2 of 3 rows of the given test split are now in train (test:1, test:2). Set split: {by: given} to keep "
+        "that split."
+    )
+    assert check_given_test(splits | {"train": rows[2:4]}) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "by"),
+    [([None], "random"), (["train"], "random"), (["train", "test"], "given"), (["train", "validation"], "given")],
+)
+def test_rows_that_bring_a_split_keep_it_unasked(given, by):
+    rows = [row for split in given for row in make_rows(labelled({"a": 20}), split, split)]
+    assert settle_split(rows, SplitSection(shots=2)).by == by
+    assert settle_split(rows, SplitSection(by="order")).by == "order"
+    if by == "random" or "test" in given:
+        assert split_rows(rows, SplitSection(), seed=4) == split_rows(rows, SplitSection(by=by), seed=4)
 
 
 def test_missing_validation_is_cut_from_train_only():
