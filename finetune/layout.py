@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.attach import ParameterCount, check_adapter, plan_parameters
-from finetune.artifact.assess import choose_evaluation
+from finetune.adapters.attach import ParameterCount, check_adapter, check_length, plan_parameters
+from finetune.artifact.assess import choose_evaluation, list_known_slices
 from finetune.artifact.run_folder import (
     RunFolder,
     create_run_folder,
@@ -23,6 +23,7 @@ from finetune.artifact.teacher import ask_teacher
 from finetune.data.checks import findings_to_json
 from finetune.errors import DataError
 from finetune.evaluation.scoring import check_early_stop, check_section
+from finetune.evaluation.slices import check_slice_columns
 from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
 from finetune.models.quantization import check_quantization
 from finetune.recipe import dump_recipe
@@ -112,7 +113,19 @@ def prepare_rows(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> 
     )
     if recipe.train.few_shot == "contrastive":
         check_rows_per_class(prepared.examples["train"], list(prepared.task.labels or []))
+    for name, kind in kinds.items():
+        _check_slices(recipe, prepared, name, kind)
     return base, prepared
+
+
+def _check_slices(recipe: Recipe, prepared: Prepared, name: str, kind: str) -> None:
+    """Before anything is trained, for a run whose slices do not exist could never be judged."""
+    if kind == "next_items":  # takes those that it has
+        return
+    section = list_known_slices(choose_evaluation(recipe, name), prepared, name)
+    for rows in (prepared.parts[name].splits[split] for split in ("validation", "test")):
+        has_rows = kind not in ("likelihood", "masked")  # those are scored by blocks of text
+        check_slice_columns(section.slices, sorted({key for row in rows for key in row.values}) if has_rows else [])
 
 
 def plan_weights(recipe: Recipe, ready: Ready) -> ParameterCount:
@@ -124,6 +137,7 @@ def plan_weights(recipe: Recipe, ready: Ready) -> ParameterCount:
     base, prepared = ready
     task = prepared.task
     model = task.build_shape(base, recipe.model, prepared.tokenizer)
+    check_length(model, recipe.model.max_length, base.reference)
     check_adapter(model, recipe.adapter, recipe.model.max_length)
     head = task.list_modules(model)[1]
     count = plan_parameters(model, recipe.adapter, head, task.peft_type)

@@ -82,6 +82,11 @@ def test_unknown_metric_and_unknown_gate(refuse, write_recipe, tmp_path):
     refuse(path, 2, "'macro_f'", "macro_f1", "'acuracy'")
 
 
+def test_slices_by_a_column_that_is_not_there(refuse, write_recipe, tmp_path):
+    path = write_recipe(tmp_path / "in", evaluate={"slices": ["length", "labl"]})
+    refuse(path, 3, "evaluate.slices: column 'labl' must exist, got columns label, text. Did you mean 'label'?")
+
+
 # The rows
 
 
