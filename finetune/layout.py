@@ -160,11 +160,7 @@ def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: 
     folder = create_run_folder(recipe.name, dump_recipe(recipe), runs)
     write_file_atomically(folder.path / "recipe.yaml", text)
     write_file_atomically(folder.recipe, dump_recipe(recipe).encode())
-    ids = {
-        name: {split: [row.id for row in rows] for split, rows in part.splits.items()}
-        for name, part in prepared.parts.items()
-    }
-    save_json(folder.data / "ids.json", ids)
+    save_json(folder.data / "ids.json", _list_ids(prepared))
     save_json(folder.data / "findings.json", findings_to_json(prepared.findings))
     save_json(folder.data / "task.json", prepared.task.to_config())
     if base.reference == SCRATCH.reference:
@@ -186,11 +182,19 @@ def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: 
     return folder
 
 
+def _list_ids(prepared: Prepared) -> dict[str, dict[str, list[str]]]:
+    """Task name -> split -> ids of its rows."""
+    return {
+        name: {split: [row.id for row in rows] for split, rows in part.splits.items()}
+        for name, part in prepared.parts.items()
+    }
+
+
 def prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
     """The rows of a run, read anew and held against what it was started with.
 
     Raises:
-        DataError: the data changed since.
+        DataError: the data changed since, or how they are split.
     """
     base, prepared = prepare_rows(recipe, folder.recipe_folder, load_learned_tokenizer(folder))
     expected, found = load_json(folder.lock)["data"]["sha256"], prepared.fingerprint
@@ -198,6 +202,11 @@ def prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
         raise DataError(
             f"{prepared.origin}: must be the data that {folder.name} was started with (sha256 {expected[:12]}), "
             f"got other rows (sha256 {found[:12]}). Restore the file, or start a new run."
+        )
+    if load_json(folder.data / "ids.json") != _list_ids(prepared):
+        raise DataError(
+            f"{prepared.origin}: must be split as when {folder.name} was started (data/ids.json), got other splits: "
+            "another version of the toolkit deals rows out otherwise, and test rows were learned from. Start a new run."
         )
     return base, prepared
 

@@ -35,7 +35,7 @@ def split_rows(
     - auto: see `settle_split`.
     - random: stratified by label, where there is one. Rows with the same text (see `normalize_for_duplicates`) stay
       together, so that no text is in two splits. A class of at least three texts is in all three.
-    - group: no value of `section.column` is in two splits.
+    - group: no value of `section.column` is in two splits; the seed decides which are where, large ones too.
     - time: the oldest rows train, the newest test; rows of one moment stay together.
     - order: the first of `rows` train, the last test.
     - given: by `row.split`; a missing validation split is cut from train as in `random`.
@@ -193,8 +193,21 @@ def _split_by_group(rows: Sequence[Row], column: str, shares: Mapping[str, float
     if len(groups) < len(shares):
         fix = "Split by another column, or by: random."
         raise DataError(f"split: column {column!r} must have at least 3 values, got {len(groups)}. {fix}")
-    parts, _ = _allocate(groups, shares, dict.fromkeys(shares, 0.0))
-    return {name: [row for group in part for row in group.rows] for name, part in parts.items()}
+    # Not as `_allocate` deals groups out, large ones first: the largest would be in train whatever the seed.
+    missing = {name: share * len(rows) for name, share in shares.items()}
+    splits: Splits = {name: [] for name in shares}
+    dealt = sorted(groups, key=lambda group: group.rank)
+    for number, group in enumerate(dealt):
+        empty = [name for name in shares if not splits[name]]
+        among = empty if len(dealt) - number == len(empty) else list(shares)  # the last groups, one for each
+        room = [name for name in among if missing[name] >= len(group.rows) / 2]
+        if room:
+            name = max(room, key=lambda name: missing[name] / shares[name])
+        else:
+            name = max(among, key=lambda name: missing[name])
+        splits[name] += group.rows
+        missing[name] -= len(group.rows)
+    return splits
 
 
 def _split_by_time(rows: Sequence[Row], column: str, shares: Mapping[str, float], seed: int) -> Splits:

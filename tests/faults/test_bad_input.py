@@ -422,6 +422,17 @@ def test_rows_that_changed_between_stop_and_resume(command, stop_run, write_reci
     assert command("resume", folder).code == 0
 
 
+def test_evaluation_on_rows_that_are_split_otherwise(command, own_run):
+    path = own_run / "data" / "ids.json"
+    ids = json.loads(path.read_text())
+    ids["tone"]["train"][0], ids["tone"]["test"][0] = ids["tone"]["test"][0], ids["tone"]["train"][0]
+    path.write_text(json.dumps(ids))
+    done = command("evaluate", own_run)
+    assert done.code == 3
+    assert f"must be split as when tiny/{own_run.name} was started (data/ids.json), got other splits: " in done.err
+    assert "test rows were learned from. Start a new run." in done.err
+
+
 def test_evaluation_on_rows_that_changed(command, own_run, finished_run, tmp_path):
     path = tmp_path / "in" / "rows.csv"
     path.parent.mkdir()

@@ -78,6 +78,26 @@ def test_group_split_keeps_groups_whole():
     assert not groups[0] & groups[2]
 
 
+def test_the_seed_decides_which_groups_are_in_test_and_sizes_stay_near_the_shares():
+    rows = make_rows([{"text": f"t{i}", "who": who} for who in range(12) for i in range(10 + 5 * who)])
+    parts = [split_rows(rows, SplitSection(by="group", column="who"), seed=seed) for seed in range(50)]
+    tested = [{row.values["who"] for row in part["test"]} for part in parts]
+    assert len({tuple(sorted(groups)) for groups in tested}) > 30, "large groups first would give one"
+    assert set.union(*tested) == set(range(12)), "the largest too"
+    for part in parts:  # no further off than half of the largest group, 65 of 450 rows, twice
+        assert abs(len(part["test"]) - 90) <= 65
+        assert abs(len(part["validation"]) - 45) <= 65
+    assert 80 < sum(len(part["test"]) for part in parts) / 50 < 100
+
+
+def test_one_group_of_nearly_all_rows_is_learned_from():
+    rows = make_rows([{"text": f"t{i}", "who": max(0, i - 95)} for i in range(100)])
+    for seed in range(20):
+        got = sizes(split_rows(rows, SplitSection(by="group", column="who"), seed=seed))
+        assert got["train"] >= 96
+        assert min(got.values()) >= 1
+
+
 def test_three_equal_groups_give_three_splits():
     rows = make_rows([{"text": f"t{i}", "who": i % 3} for i in range(30)])
     assert sizes(split_rows(rows, SplitSection(by="group", column="who"), seed=3)) == dict.fromkeys(
