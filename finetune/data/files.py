@@ -38,6 +38,8 @@ _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy")
 _SHEETS = (".xlsx", ".xls", ".ods")
 _FORMATS = "CSV, TSV, JSONL, Parquet or plain text"
 
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
 Record: TypeAlias = dict[str, Any]
 
 
@@ -308,9 +310,23 @@ def _read_jsonl(copy: Path, path: Path) -> list[Record]:
                 raise DataError(
                     f"{path}: line {number}: must be a JSON object, got {show(record)}. Write one object per line."
                 )
+            if _ESCAPED_HALF.search(line):
+                _check_whole(record, path, number)
             columns.update(dict.fromkeys(record))
             records.append(record)
     return [{column: record.get(column) for column in columns} for record in records]
+
+
+def _check_whole(record: Record, path: Path, line: int) -> None:
+    """Half of a surrogate pair is allowed in JSON and in no file: with it ends a text that was cut inside an emoji."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        got = ascii(error.object[error.start])
+        raise DataError(
+            f"{path}: line {line}: must hold whole characters, got {got}, half of one: a text was cut inside an emoji."
+            " Remove it, or cut the text elsewhere."
+        ) from None
 
 
 def _read_csv_columns(copy: Path, path: Path, delimiter: str) -> pyarrow.Table:

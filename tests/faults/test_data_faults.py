@@ -255,7 +255,7 @@ def test_public_set_without_folder_and_without_network(card, monkeypatch):
     def fail(*_args, **_options):
         raise ConnectionError("Couldn't reach the Hub.\nsecond line")
 
-    monkeypatch.setattr(sources.datasets, "load_dataset", fail)
+    monkeypatch.setattr(sources.datasets, "load_dataset_builder", fail)
     with pytest.raises(DataError) as caught:
         load_rows("tiny", {})
     assert str(caught.value) == (
@@ -263,7 +263,7 @@ def test_public_set_without_folder_and_without_network(card, monkeypatch):
         " 0123456789abcdef0123456789abcdef01234567 failed with ConnectionError (Couldn't reach the Hub)."
         " Set FINETUNE_DATA to a folder that holds elsewhere/ or connect to the Hub."
     )
-    with pytest.raises(DataError, match=r"Connect to the Hub, or check the name and the revision"):
+    with pytest.raises(DataError, match=r"Connect to the Hub, or check name and revision; of several conf"):
         load_rows("hub:org/tiny@main", {})
 
 
@@ -279,6 +279,7 @@ def test_splits_on_the_hub_must_have_known_names(card, monkeypatch):
     monkeypatch.setattr(
         sources.datasets, "load_dataset", lambda *_args, **_options: datasets.DatasetDict({"part": rows})
     )
+    monkeypatch.setattr(sources, "_choose_types", lambda *_: {})
     with pytest.raises(DataError, match=r"org/x: must have a split named train, validation or test, got part"):
         load_rows("hub:org/x@main", {})
     card("hub: {id: org/x, revision: 0123456789abcdef0123456789abcdef01234567, splits: {train: tarin}}")
