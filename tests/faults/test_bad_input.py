@@ -160,7 +160,7 @@ def test_not_utf8(refuse, write_recipe, tmp_path):
 
 def test_nul_bytes(refuse, write_recipe, tmp_path):
     path = change_rows(write_recipe, tmp_path, lambda rows: rows.decode().encode("utf-16"))
-    refuse(path, 3, "rows.csv: line 1, byte 4: must be text, got a NUL byte.", "iconv -f UTF-16")
+    refuse(path, 3, "rows.csv: line 1, byte 1: must be UTF-8, got the mark of UTF-16.", "iconv -f UTF-16")
 
 
 def test_byte_order_mark_and_windows_line_ends_are_welcome(command, write_recipe, tmp_path):
