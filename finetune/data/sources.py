@@ -304,7 +304,7 @@ def _build_rows(part: _Part, columns: Mapping[str, str], offset: int) -> list[Ro
         values = {name: value for name, value in record.items() if name not in used}
         for role, column in columns.items():
             text = to_text(record[column], f"{part.where}: row {number}: column {column!r}")
-            values[role] = text or None if role == "label" else text
+            values[role] = text.strip() or None if role == "label" else text
         rows.append(Row(f"{part.prefix}:{offset + number}", part.split, number, values))
     return rows
 

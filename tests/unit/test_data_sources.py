@@ -71,6 +71,11 @@ def test_types_of_jsonl_become_text_in_roles_only(tmp_path):
     ]
 
 
+def test_spaces_around_a_label_are_no_part_of_it(tmp_path):
+    rows = load_rows(str(write(tmp_path / "a.csv", "text,label\n a , pos\nb,pos \nc,  \n")), {}).rows
+    assert [(row.values["text"], row.values["label"]) for row in rows] == [(" a ", "pos"), ("b", "pos"), ("c", None)]
+
+
 def test_missing_labels_become_none_and_missing_texts_empty(tmp_path):
     rows = load_rows(str(write(tmp_path / "a.csv", 'text,label\na,\n"",NA\n')), {}).rows
     assert [(row.values["text"], row.values["label"]) for row in rows] == [("a", None), ("", "NA")]
