@@ -31,14 +31,27 @@ from finetune.data.sources import LoadedRows, load_rows
 from finetune.data.splits import keep_shots, settle_split, split_rows
 from finetune.data.turns import CONTEXT, add_subject_changes
 from finetune.data.typos import add_typos
-from finetune.errors import DataError
+from finetune.errors import DataError, RecipeError
 from finetune.models.base import BaseModel
+from finetune.recipe.messages import suggest
 from finetune.recipe.schema import ModelSection, TaskSection
-from finetune.tasks import TASKS, MultiTask, Recommendation, Reranking, Retrieval, TextClassification
+from finetune.tasks import (
+    TASKS,
+    Completion,
+    MultiTask,
+    QuestionAnswering,
+    Recommendation,
+    Reranking,
+    Retrieval,
+    TextClassification,
+)
 from finetune.tasks.entries import ENTRY
 from finetune.tasks.multi_task import Headed
 from finetune.tasks.people import load_others, load_people
 from finetune.tasks.task import Task, TaskData
+
+ALSO_NAMED = {QuestionAnswering.type: ("answer_start",), Completion.type: (ENTRY,)}
+"""Task type -> what `columns` may name beside the roles: where an answer starts, and the entries of a card's rows."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +173,7 @@ def _prepare_part(
     relative_to: Path | None,
     tokenizer: Any,
 ) -> tuple[Part, Any]:
+    _check_roles(section)
     if section.type == Recommendation.type:
         return _prepare_people(section, model, base, seed, relative_to, tokenizer)
     shape = TASKS[section.type]
@@ -202,6 +216,17 @@ def _prepare_part(
         notes.append(Finding("no_entry", "note", "all", left_out, message))
     findings = [*findings, *check_lengths(lengths, model.max_length), *notes]
     return Part(section, task, source, splits, examples, findings, entries), tokenizer
+
+
+def _check_roles(section: TaskSection) -> None:
+    """A role that is misspelt would be read from the column of its own name, which may hold something else."""
+    shape = TASKS[section.type]
+    roles = [*shape.roles, *shape.optional_roles, *ALSO_NAMED.get(section.type, ())]
+    if unknown := [role for role in section.columns if role not in roles]:
+        raise RecipeError(
+            f"tasks.<name>.columns: must name what {section.type} reads ({', '.join(roles)}), got {unknown[0]!r}."
+            f"{suggest(unknown[0], roles) or ' Leave it out.'} Other columns need no role."
+        )
 
 
 def _add_rows(

@@ -82,6 +82,16 @@ def test_unknown_metric_and_unknown_gate(refuse, write_recipe, tmp_path):
     refuse(path, 2, "'macro_f'", "macro_f1", "'acuracy'")
 
 
+def test_a_role_that_the_task_does_not_read(refuse, write_recipe, tmp_path):
+    path = write_recipe(tmp_path / "in", tasks={"tone": {"columns": {"lable": "intent"}}})
+    refuse(
+        path,
+        2,
+        "tasks.<name>.columns: must name what text_classification reads (text, label, context), got 'lable'. "
+        "Did you mean 'label'?",
+    )
+
+
 def test_slices_by_a_column_that_is_not_there(refuse, write_recipe, tmp_path):
     path = write_recipe(tmp_path / "in", evaluate={"slices": ["length", "labl"]})
     refuse(path, 3, "evaluate.slices: column 'labl' must exist, got columns label, text. Did you mean 'label'?")
