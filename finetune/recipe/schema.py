@@ -283,7 +283,7 @@ class DistillSection(Section):
 class TrainSection(Section):
     """The loop."""
 
-    epochs: int = Field(default=4, ge=1)
+    epochs: int = Field(default=4, ge=1, le=10_000)
     """Passes over the train split."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many steps where the epochs have more; the learning rate decays to that end."""

@@ -25,6 +25,7 @@ def test_the_package_offers_what_it_lists():
     assert done.stdout == "[]\n"
     for name in finetune.__all__:
         assert callable(getattr(finetune, name))
+    assert set(finetune.__all__) <= set(dir(finetune))
     with pytest.raises(AttributeError, match="module 'finetune' has no attribute 'nothing'"):
         _ = finetune.nothing
 
@@ -48,6 +49,9 @@ def test_check_from_python(write_recipe, tmp_path):
     assert task["splits"]["train"]["rows"] == 63
     with pytest.raises(RecipeError, match=r"train\.epochs: must be at least 1, got 0"):
         finetune.check(write_recipe(tmp_path), ["train.epochs=0"])
+    assert finetune.check(write_recipe(tmp_path), "train.epochs=1")["steps"] == plan["steps"]
+    with pytest.raises(RecipeError, match=r"train\.epochs: must be at most 10000, got a very large number\."):
+        finetune.check(write_recipe(tmp_path), f"train.epochs={'9' * 23}")
 
 
 def test_a_folder_of_splits_keeps_them_to_the_end(write_recipe, tmp_path):
