@@ -17,6 +17,10 @@ from finetune.recipe.schema import SplitSection
 MAX_LISTED = 5  # rows that a message names
 
 
+SPARE_RATIO = 0.25
+"""What a group may add to a split beyond its share of rows, where another split has room for it."""
+
+
 @dataclass(frozen=True)
 class _Group:
     """Rows that must not be parted."""
@@ -200,7 +204,10 @@ def _split_by_group(rows: Sequence[Row], column: str, shares: Mapping[str, float
     for number, group in enumerate(dealt):
         empty = [name for name in shares if not splits[name]]
         among = empty if len(dealt) - number == len(empty) else list(shares)  # the last groups, one for each
-        room = [name for name in among if missing[name] >= len(group.rows) / 2]
+        spare = {name: len(group.rows) - missing[name] for name in among}  # rows too many with this group
+        room = [
+            name for name in among if spare[name] <= min(len(group.rows) / 2, SPARE_RATIO * shares[name] * len(rows))
+        ]
         if room:
             name = max(room, key=lambda name: missing[name] / shares[name])
         else:

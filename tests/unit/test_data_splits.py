@@ -84,9 +84,8 @@ def test_the_seed_decides_which_groups_are_in_test_and_sizes_stay_near_the_share
     tested = [{row.values["who"] for row in part["test"]} for part in parts]
     assert len({tuple(sorted(groups)) for groups in tested}) > 30, "large groups first would give one"
     assert set.union(*tested) == set(range(12)), "the largest too"
-    for part in parts:  # no further off than half of the largest group, 65 of 450 rows, twice
-        assert abs(len(part["test"]) - 90) <= 65
-        assert abs(len(part["validation"]) - 45) <= 65
+    assert max(len(part["test"]) for part in parts) <= 1.25 * 90
+    assert max(len(part["validation"]) for part in parts) <= 1.25 * 45
     assert 80 < sum(len(part["test"]) for part in parts) / 50 < 100
 
 
