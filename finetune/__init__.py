@@ -54,6 +54,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """What is imported on first use is there too."""
+    return sorted([*globals(), *__all__])
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use: torch takes seconds, and `finetune --help` needs none of it."""
     if name not in __all__:

@@ -23,7 +23,7 @@ from finetune.evaluation.comparison_page import write_page
 from finetune.evaluation.metrics import is_larger_better
 from finetune.evaluation.wording import decimals_of, format_number, name_of
 from finetune.fitting import read_validation
-from finetune.layout import settle_base
+from finetune.layout import settle_base, settle_splits
 from finetune.recipe import load_recipe
 from finetune.recipe.comparison import LoadedComparison, Trial, load_comparison
 from finetune.recipe.files import build_disk_error
@@ -188,11 +188,15 @@ class _Work:
 
     def _find(self, trial: Trial) -> RunFolder | None:
         """The latest run of just this recipe."""
-        expected = settle_base(trial.recipe).to_dict()  # full tuning does not write down the rank that it was given
+        expected = settle_base(trial.recipe)  # full tuning does not write down the rank that it was given
         for path in sorted((self.root / trial.recipe.name).glob("*"), reverse=True):
             run = RunFolder(path)
             try:
-                if run.status.exists() and load_recipe(run.recipe).to_dict() == expected:
+                if not run.status.exists():
+                    continue
+                found = load_recipe(run.recipe)
+                ways = {name: task.split.by for name, task in found.tasks.items()}
+                if found.to_dict() == settle_splits(expected, ways).to_dict():
                     return run
             except RecipeError:  # of another version of the toolkit
                 continue

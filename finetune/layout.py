@@ -3,14 +3,15 @@ process finds them as they were."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from finetune.adapters.attach import ParameterCount, check_adapter, plan_parameters
+from finetune.adapters.attach import ParameterCount, check_adapter, check_length, plan_parameters
 from finetune.adapters.targets import find_targets
-from finetune.artifact.assess import choose_evaluation
+from finetune.artifact.assess import choose_evaluation, list_known_slices
 from finetune.artifact.run_folder import (
     RunFolder,
     create_run_folder,
@@ -25,6 +26,7 @@ from finetune.artifact.teacher import ask_teacher
 from finetune.data.checks import findings_to_json
 from finetune.errors import DataError, ModelError
 from finetune.evaluation.scoring import check_early_stop, check_section
+from finetune.evaluation.slices import check_slice_columns
 from finetune.models.base import SCRATCH, BaseModel, load_tokenizer, resolve_base
 from finetune.models.quantization import BYTES, check_quantization
 from finetune.recipe import dump_recipe
@@ -49,6 +51,7 @@ def lay_out(recipe: Recipe, path: Path, runs: str | Path | None) -> tuple[RunFol
     """
     recipe = settle_base(recipe)
     ready = prepare_rows(recipe, path.parent)
+    recipe = settle_splits(recipe, {name: part.section.split.by for name, part in ready[1].parts.items()})
     plan_weights(recipe, ready)  # what cannot be built leaves no folder
     if recipe.train.distill:
         ready = ready[0], ask_teacher(ready[1], recipe.train.distill)
@@ -68,6 +71,21 @@ def settle_base(recipe: Recipe) -> Recipe:
         return recipe
     folder = str(find_run(path).model.resolve())
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": folder})})
+
+
+def settle_splits(recipe: Recipe, ways: Mapping[str, str]) -> Recipe:
+    """A recipe with what `split.by: auto` came to; the rows alone say.
+
+    Args:
+        recipe: resolved.
+        ways: task name -> `split.by`.
+    """
+    tasks = dict(recipe.tasks)
+    for name in ways.keys() & tasks.keys():
+        if tasks[name].split.by == "auto":
+            split = tasks[name].split.model_copy(update={"by": ways[name]})
+            tasks[name] = tasks[name].model_copy(update={"split": split})
+    return recipe.model_copy(update={"tasks": tasks})
 
 
 def prepare_rows(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> Ready:
@@ -98,7 +116,19 @@ def prepare_rows(recipe: Recipe, recipe_folder: Path, tokenizer: Any = None) -> 
     )
     if recipe.train.few_shot == "contrastive":
         check_rows_per_class(prepared.examples["train"], list(prepared.task.labels or []))
+    for name, kind in kinds.items():
+        _check_slices(recipe, prepared, name, kind)
     return base, prepared
+
+
+def _check_slices(recipe: Recipe, prepared: Prepared, name: str, kind: str) -> None:
+    """Before anything is trained, for a run whose slices do not exist could never be judged."""
+    if kind == "next_items":  # takes those that it has
+        return
+    section = list_known_slices(choose_evaluation(recipe, name), prepared, name)
+    for rows in (prepared.parts[name].splits[split] for split in ("validation", "test")):
+        has_rows = kind not in ("likelihood", "masked")  # those are scored by blocks of text
+        check_slice_columns(section.slices, sorted({key for row in rows for key in row.values}) if has_rows else [])
 
 
 def plan_weights(recipe: Recipe, ready: Ready) -> ParameterCount:
@@ -110,6 +140,7 @@ def plan_weights(recipe: Recipe, ready: Ready) -> ParameterCount:
     base, prepared = ready
     task = prepared.task
     model = task.build_shape(base, recipe.model, prepared.tokenizer)
+    check_length(model, recipe.model.max_length, base.reference)
     check_adapter(model, recipe.adapter, recipe.model.max_length)
     head = task.list_modules(model)[1]
     if recipe.model.quantize != "none":
@@ -156,11 +187,7 @@ def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: 
     folder = create_run_folder(recipe.name, dump_recipe(recipe), runs)
     write_file_atomically(folder.path / "recipe.yaml", text)
     write_file_atomically(folder.recipe, dump_recipe(recipe).encode())
-    ids = {
-        name: {split: [row.id for row in rows] for split, rows in part.splits.items()}
-        for name, part in prepared.parts.items()
-    }
-    save_json(folder.data / "ids.json", ids)
+    save_json(folder.data / "ids.json", _list_ids(prepared))
     save_json(folder.data / "findings.json", findings_to_json(prepared.findings))
     save_json(folder.data / "task.json", prepared.task.to_config())
     if base.reference == SCRATCH.reference:
@@ -188,11 +215,19 @@ def start(recipe: Recipe, text: bytes, recipe_folder: Path, ready: Ready, runs: 
     return folder
 
 
+def _list_ids(prepared: Prepared) -> dict[str, dict[str, list[str]]]:
+    """Task name -> split -> ids of its rows."""
+    return {
+        name: {split: [row.id for row in rows] for split, rows in part.splits.items()}
+        for name, part in prepared.parts.items()
+    }
+
+
 def prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
     """Base and rows of a run, read anew and held against what it was started with.
 
     Raises:
-        DataError: the data changed since.
+        DataError: the data changed since, or how they are split.
         ModelError: the base's weights did.
     """
     base, prepared = prepare_rows(recipe, folder.recipe_folder, load_learned_tokenizer(folder))
@@ -208,6 +243,11 @@ def prepare_again(folder: RunFolder, recipe: Recipe) -> Ready:
         raise DataError(
             f"{prepared.origin}: must be the data that {folder.name} was started with (sha256 {expected[:12]}), "
             f"got other rows (sha256 {found[:12]}). Restore the file, or start a new run."
+        )
+    if load_json(folder.data / "ids.json") != _list_ids(prepared):
+        raise DataError(
+            f"{prepared.origin}: must be split as when {folder.name} was started (data/ids.json), got other splits: "
+            "another version of the toolkit deals rows out otherwise, and test rows were learned from. Start a new run."
         )
     return base, prepared
 

@@ -23,7 +23,8 @@ from finetune.errors import ModelError, RecipeError
 from finetune.recipe.reference import split_revision
 from finetune.recipe.schema import AdapterSection
 
-OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+POSITION_TABLES = ("positions", "position_embeddings", "embed_positions", "wpe")
+"""What Triad and the families call the vectors of their positions, where these are learned or kept in a table."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,40 @@ def _quiet_peft() -> Iterator[None]:
         yield
 
 
+def count_positions(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for; None where they are computed for any number.
+
+    Args:
+        model: perhaps of shapes alone, without an adapter.
+    """
+    rooms = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            offset = getattr(module, "offset", getattr(model.config, "position_offset", 0))
+            if type(module) is nn.Embedding and module.padding_idx is not None:
+                offset = module.padding_idx + 1  # RoBERTa's kin count from behind the padding token
+            rooms.append(module.num_embeddings - offset)
+    return min(rooms, default=None)
+
+
+def check_length(model: nn.Module, max_length: int, reference: str) -> None:
+    """Refuse texts that are longer than a model can tell places apart.
+
+    Args:
+        model: of shapes alone, without an adapter.
+        max_length: most tokens of a text.
+        reference: the base, for the message.
+
+    Raises:
+        RecipeError: too few positions.
+    """
+    room = count_positions(model)
+    if room is not None and max_length > room:
+        raise RecipeError(
+            f"model.max_length: must be at most {room}, the positions that {reference} has, got {max_length}."
+        )
+
+
 def check_adapter(model: nn.Module, section: AdapterSection, max_length: int) -> None:
     """Refuse what a method and a base cannot do together; what the base lacks, `plan_parameters` finds.
 
@@ -122,20 +157,13 @@ def check_adapter(model: nn.Module, section: AdapterSection, max_length: int) ->
     if METHODS[section.method].packs:
         return
     config: Any = model.config
-    is_triad = config.model_type == "triad"
-    if section.method != "prefix" and not is_triad and getattr(config, "scale_embedding", False):
+    if section.method != "prefix" and config.model_type != "triad" and getattr(config, "scale_embedding", False):
         raise RecipeError(
             f"adapter.method: {section.method} needs a model that reads embeddings, got {config.model_type}'s own "
             "class, which scales only those that it looks up itself. Set model.architecture: triad."
         )
-    if is_triad and config.position != "learned":  # computed for any position
-        return
-    room = getattr(config, "max_position_embeddings", None)
-    if room is None:
-        return
-    # RoBERTa's kin count from behind the padding token.
-    room -= getattr(config, "position_offset", config.pad_token_id + 1 if config.model_type in OFFSET_FAMILIES else 0)
-    if max_length + section.virtual_tokens > room:
+    room = count_positions(model)
+    if room is not None and max_length + section.virtual_tokens > room:
         raise RecipeError(
             f"adapter.virtual_tokens: must fit into the {room} positions of the base together with model.max_length, "
             f"got {section.virtual_tokens} + {max_length}. Lower one of them."

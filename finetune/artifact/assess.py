@@ -54,7 +54,7 @@ def assess(
     for name, place in folder.evaluations().items():
         path = place / "test.json"
         opened = load_json(path)["opened"] + 1 if path.exists() else 1
-        section = _list_known_slices(choose_evaluation(recipe, name), prepared, name)
+        section = list_known_slices(choose_evaluation(recipe, name), prepared, name)
         part, seed = prepared.parts[name], recipe.train.seed
         judgement = _judge(predictors[name], part, section, base, seed, opened=opened, track=track)
         scored[name] = judgement.scored
@@ -119,7 +119,7 @@ def choose_evaluation(recipe: Recipe, name: str) -> EvaluateSection:
     return choose_section(recipe.evaluate_for(name), kinds[name], kinds.values())
 
 
-def _list_known_slices(section: EvaluateSection, prepared: Prepared, name: str) -> EvaluateSection:
+def list_known_slices(section: EvaluateSection, prepared: Prepared, name: str) -> EvaluateSection:
     """Of several tasks each is sliced by the columns that its data have; what none has stays, and is refused."""
     rows = {task: part.splits["test"] for task, part in prepared.parts.items()}
     slices = [

@@ -49,19 +49,27 @@ def show_command(name: RecipeName, as_json: AsJson = False) -> None:
 @app.command("copy")
 def copy_command(
     name: RecipeName,
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A file or a folder.")],
+    destination: Annotated[
+        str, typer.Argument(metavar="DEST", help="A file or a folder; with / at its end a new one.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Copy a recipe to start from."""
     from finetune.errors import UsageError
     from finetune.recipe import find_recipe
+    from finetune.recipe.files import build_disk_error, write_file_atomically
 
     source = find_recipe(name, None)
-    target = destination / source.name if destination.is_dir() else destination
+    content, target = source.read_bytes(), Path(destination)
+    if target.is_dir() or destination.endswith("/"):
+        target /= source.name
     if target.exists():
         raise UsageError(f"{target}: must not exist yet, got a file. Choose another name, or remove it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(source.read_bytes())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise build_disk_error(target.parent, error, len(content)) from None
+    write_file_atomically(target, content)
     if as_json:
         print_json({"path": str(target)})
     else:

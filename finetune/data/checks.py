@@ -34,7 +34,8 @@ class Finding:
     split: str
     """The split of the listed rows; `all` when they are in several."""
     count: int
-    """How many rows (classes for `absent_class`, `few_rows` and `imbalance`, texts for `conflicting_labels`)."""
+    """How many rows (classes for `absent_class`, `few_rows`, `imbalance` and `similar_classes`, texts for
+    `conflicting_labels`)."""
     message: str
     rows: tuple[str, ...] = ()
     """Ids of at most 20 of them."""
@@ -84,7 +85,7 @@ def check_rows(
         splits = {name: [entry.row for entry in entries if entry.split == name] for name in splits}
     same_texts = _group_same_texts(entries)
     if labels is not None:
-        findings += [*_check_classes(splits, labels), *_check_conflicts(same_texts)]
+        findings += [*_check_classes(splits, labels), *_check_spelling(labels), *_check_conflicts(same_texts)]
     findings += _check_duplicates(same_texts)
     order = ("error", "warning", "note")
     return splits, sorted(findings, key=lambda finding: order.index(finding.severity))
@@ -125,6 +126,19 @@ def set_apart(splits: Splits, out_of_scope: str | None, *, is_exposed: bool) -> 
             findings.append(Finding("out_of_scope", "error", split, len(splits[split]), message))
     train = [row for row in splits["train"] if is_exposed or row.values.get("label") != out_of_scope]
     return splits | {"train": train}, findings
+
+
+def check_given_test(splits: Splits) -> list[Finding]:
+    """Rows of a given test split that are learned from, where a recipe splits such data anew."""
+    total = sum(row.split == "test" for rows in splits.values() for row in rows)
+    learned = [row.id for row in splits["train"] if row.split == "test"]
+    if not learned:
+        return []
+    message = (
+        f"train: {len(learned):,} of {_rows(total)} of the given test split are now in train ({_some(learned)}). Set"
+        " split: {by: given} to keep that split."
+    )
+    return [Finding("given_test", "warning", "train", len(learned), message, _shown(learned))]
 
 
 def check_lengths(lengths: Mapping[str, npt.ArrayLike], max_length: int) -> list[Finding]:
@@ -234,6 +248,21 @@ def _check_classes(splits: Splits, labels: Sequence[str]) -> Iterator[Finding]:
                 f" {present[small]:,}). Consider train.class_weights: sqrt_balanced, and judge by macro_f1."
             )
             yield Finding("imbalance", "note", "train", len(present), message)
+
+
+def _check_spelling(labels: Sequence[str]) -> Iterator[Finding]:
+    same: dict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        same[" ".join(label.casefold().split())].append(label)
+    if alike := [names for names in same.values() if len(names) > 1]:
+        listed = "; ".join(", ".join(map(repr, names)) for names in alike[:3]) + ("; ..." if len(alike) > 3 else "")
+        first = alike[0][0]
+        mapped = ", ".join(f"{name!r}: {first!r}" for name in alike[0])
+        message = (
+            f"Classes must differ by more than case and spaces, got {listed}. If they mean the same, correct the rows,"
+            f" or name every label's class: tasks.<name>.labels: {{{mapped}, ...}}."
+        )
+        yield Finding("similar_classes", "warning", "all", sum(map(len, alike)), message)
 
 
 # Repeated texts

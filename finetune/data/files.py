@@ -38,6 +38,8 @@ _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy")
 _SHEETS = (".xlsx", ".xls", ".ods")
 _FORMATS = "CSV, TSV, JSONL, Parquet or plain text"
 
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
 Record: TypeAlias = dict[str, Any]
 
 
@@ -176,6 +178,8 @@ def _copy_text(source: BinaryIO, target: BinaryIO, path: Path, packed_bytes: int
     has_content = False
     while True:
         block = source.read(BLOCK_BYTES)
+        if not offset and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path}: line 1, byte 1: must be UTF-8, got the mark of UTF-16. {_iconv(path, 'UTF-16')}")
         if (zero := block.find(b"\0")) >= 0:
             place = _place(newlines, block, zero, offset)
             raise DataError(f"{path}: {place}: must be text, got a NUL byte. {_repair_nul(path, block)}")
@@ -185,7 +189,9 @@ def _copy_text(source: BinaryIO, target: BinaryIO, path: Path, packed_bytes: int
         except UnicodeDecodeError as error:
             place = _place(newlines, error.object, error.start, offset - pending)
             got = f"0x{error.object[error.start]:02x}"
-            raise DataError(f"{path}: {place}: must be UTF-8, got {got}. {_iconv(path, 'WINDOWS-1252')}") from None
+            raise DataError(
+                f"{path}: {place}: must be UTF-8, got {got}. {_iconv(path, _guess_encoding(block))}"
+            ) from None
         if not block:
             break
         has_content = has_content or bool(text.strip("\ufeff \t\r\n"))
@@ -220,6 +226,18 @@ def _repair_nul(path: Path, block: bytes) -> str:
     return f"Remove it, for example: tr -d '\\000' < {name} > clean-{name}"
 
 
+def _guess_encoding(block: bytes) -> str:
+    """GB18030 where all of the first block is that and most of it in common characters, else what Windows writes."""
+    try:
+        text = codecs.getincrementaldecoder("gb18030")().decode(block)  # its last character may be cut
+    except UnicodeDecodeError:
+        return "WINDOWS-1252"
+    foreign = re.sub("[\0-\x7f]", "", text)
+    # Of two bytes above 0xa0 each: a letter with an accent and the one behind it are a rare character.
+    common = foreign.encode("gb2312", "ignore").decode("gb2312")
+    return "GB18030" if 2 * len(re.findall("[\u4e00-\u9fff]", common)) > len(foreign) else "WINDOWS-1252"
+
+
 def _iconv(path: Path, encoding: str) -> str:
     name = path.name.removesuffix(".gz")
     return f"Convert it, for example: iconv -f {encoding} -t UTF-8 {name} > utf8-{name}"
@@ -251,13 +269,21 @@ def _check_csv(copy: Path, path: Path, delimiter: str) -> tuple[list[str], int]:
                     columns = _check_header(fields, path)
                     continue
                 count += 1
+                if delimiter == "\t" and any("\t" in field and "\n" in field for field in fields):
+                    raise DataError(
+                        f'{path}: line {start}: a field must end on its line, got one that a quote " opens and that'
+                        f" takes in all up to line {reader.line_num}."
+                        ' Put the text in "quotes" and write each quote inside it as "".'
+                    )
                 if len(fields) != len(columns):
                     raise DataError(
                         f"{path}: line {start}: must have {count_of(len(columns), 'field')} like the header, got "
                         f"{len(fields)}. {_repair_fields(columns, delimiter)}"
                     )
         except csv.Error as error:
-            raise _csv_error(path, line, error) from None
+            file.seek(0)
+            hint = guess_delimiter(columns or file.readline().split(delimiter))
+            raise _csv_error(path, line, error, hint) from None
     if not count:
         raise DataError(f"{path}: must hold rows, got only the header {', '.join(columns)}. Add rows below it.")
     return columns, count
@@ -284,11 +310,12 @@ def _check_header(fields: list[str], path: Path) -> list[str]:
     return columns
 
 
-def _csv_error(path: Path, line: int, error: csv.Error) -> DataError:
+def _csv_error(path: Path, line: int, error: csv.Error, hint: str | None) -> DataError:
     if "field larger" in str(error) or "unexpected end" in str(error):
         must = f"a field must end and have at most {MAX_TEXT_CHARACTERS:,} characters, got more or no end"
         return DataError(f'{path}: line {line}: {must}. Close the quote " or split the text.')
-    return DataError(f'{path}: line {line}: must be CSV, got {error}. Write a quote inside a quoted text as "".')
+    fix = hint or 'Write a quote inside a quoted text as "".'
+    return DataError(f"{path}: line {line}: must be CSV, got {error}. {fix}")
 
 
 def _read_jsonl(copy: Path, path: Path) -> list[Record]:
@@ -308,9 +335,23 @@ def _read_jsonl(copy: Path, path: Path) -> list[Record]:
                 raise DataError(
                     f"{path}: line {number}: must be a JSON object, got {show(record)}. Write one object per line."
                 )
+            if _ESCAPED_HALF.search(line):
+                _check_whole(record, path, number)
             columns.update(dict.fromkeys(record))
             records.append(record)
     return [{column: record.get(column) for column in columns} for record in records]
+
+
+def _check_whole(record: Record, path: Path, line: int) -> None:
+    """Half of a surrogate pair is allowed in JSON and in no file: with it ends a text that was cut inside an emoji."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        got = ascii(error.object[error.start])
+        raise DataError(
+            f"{path}: line {line}: must hold whole characters, got {got}, half of one: a text was cut inside an emoji."
+            " Remove it, or cut the text elsewhere."
+        ) from None
 
 
 def _read_csv_columns(copy: Path, path: Path, delimiter: str) -> pyarrow.Table:

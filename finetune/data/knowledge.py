@@ -10,7 +10,8 @@ from pathlib import Path
 
 from finetune.data.card_files import read_card_entries
 from finetune.data.catalog import card_names, describe_location, find_card_folder, load_card
-from finetune.data.files import MAX_TEXT_CHARACTERS, Record, list_names, read_table
+from finetune.data.files import Record, list_names, read_table
+from finetune.data.rows import to_text
 from finetune.errors import DataError
 from finetune.recipe.card import Card
 from finetune.recipe.files import write_file_atomically
@@ -28,14 +29,14 @@ class Entry:
     title: str
     """The question that it answers, or a heading; "" where it has none."""
     text: str
-    """The answer."""
+    """The answer, with its line breaks."""
     group: str | None = None
     """What it belongs to, such as a shop or a hotel: entries of one group are split together."""
 
     @property
     def passage(self) -> str:
-        """What is searched: title and text."""
-        return f"{self.title} {self.text}".strip()
+        """What is searched: title and text, on one line."""
+        return " ".join(f"{self.title} {self.text}".split())
 
 
 def load_knowledge(reference: str, relative_to: Path | None = None) -> list[Entry]:
@@ -84,15 +85,15 @@ def build_entries(records: Sequence[Record], where: str) -> list[Entry]:
     entries, problems = [], []
     seen: dict[str, int] = {}
     for number, record in enumerate(records, start=1):
-        values = {key: _to_text(record.get(key)) for key in KEYS}
+        try:
+            values = {key: to_text(record.get(key), f"entry {number}: {key}") for key in KEYS}
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        values = {key: _tidy(value) if key == "text" else " ".join(value.split()) for key, value in values.items()}
         for key in ("id", "text"):
             if not values[key]:
                 problems.append(f"entry {number}: {key} must hold text, got {show(record.get(key))}.")
-        if len(values["text"]) > MAX_TEXT_CHARACTERS:
-            problems.append(
-                f"entry {number}: text must have at most {MAX_TEXT_CHARACTERS:,} characters, got "
-                f"{len(values['text']):,}. Cut it into several entries."
-            )
         if values["id"] and seen.setdefault(values["id"], number) != number:
             problems.append(f"entry {number}: id must be its own, got {values['id']!r} of entry {seen[values['id']]}.")
         entries.append(Entry(values["id"], values["title"], values["text"], values["group"] or None))
@@ -116,7 +117,5 @@ def _to_jsonl(entries: Sequence[Entry]) -> bytes:
     return "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode()
 
 
-def _to_text(value: object) -> str:
-    if value is None or isinstance(value, (list, dict, bytes)):
-        return ""
-    return " ".join(str(value).split())
+def _tidy(text: str) -> str:
+    return "\n".join(" ".join(line.split()) for line in text.split("\n")).strip()

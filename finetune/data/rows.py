@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from finetune.data.files import MAX_TEXT_CHARACTERS
+from finetune.errors import DataError
 
 SPLITS = ("train", "validation", "test")
 
@@ -33,3 +37,24 @@ def build_name_rows(labels: Sequence[str]) -> list[Row]:
         Row(f"class:{number}", "train", number, {"text": " ".join(label.replace("_", " ").split()), "label": label})
         for number, label in enumerate(labels, start=1)
     ]
+
+
+def to_text(value: object, where: str) -> str:
+    """The text of a cell; "" when it is missing.
+
+    Raises:
+        DataError: no text, or one that is too long; `where` names the cell.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # a column of whole numbers with a gap comes as floats
+    if isinstance(value, (list, dict, bytes)):
+        raise DataError(f"{where}: must hold text, got a {type(value).__name__}. Choose another column.")
+    text = str(value)
+    if len(text) > MAX_TEXT_CHARACTERS:
+        must = f"must have at most {MAX_TEXT_CHARACTERS:,} characters"
+        raise DataError(f"{where}: {must}, got {len(text):,}. Split or cut the text.")
+    return text

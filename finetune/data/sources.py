@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+from datasets.packaged_modules.csv.csv import CsvConfig
 
 from finetune.data.card_files import read_card_files
 from finetune.data.catalog import (
@@ -23,8 +23,6 @@ from finetune.data.catalog import (
     load_card,
 )
 from finetune.data.files import (
-    MAX_TEXT_CHARACTERS,
-    SUFFIXES,
     Record,
     data_suffix,
     describe_columns,
@@ -33,7 +31,7 @@ from finetune.data.files import (
     to_records,
 )
 from finetune.data.knowledge import load_card_knowledge
-from finetune.data.rows import SPLITS, Row
+from finetune.data.rows import SPLITS, Row, to_text
 from finetune.errors import ColumnError, DataError
 from finetune.recipe.card import Card, HubSource
 from finetune.recipe.messages import suggest
@@ -42,7 +40,7 @@ ENTRY_COLUMNS = ("title", "passage")
 """Columns that rows have of the entries which they name, where a recipe reads them."""
 
 _ALIASES = {name: name for name in SPLITS} | {"valid": "validation", "val": "validation", "dev": "validation"}
-_HUB_REFERENCE = re.compile(r"hub:(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w./-]+)")
+_HUB_REFERENCE = re.compile(r"hub:(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?@(?P<revision>[\w./-]+)")
 
 
 @dataclass
@@ -87,7 +85,8 @@ def load_rows(
 
     Args:
         reference: the name of a card; a file with one of the endings of `files.SUFFIXES`; a folder that holds train.*,
-            validation.* and test.*; or `hub:org/name@revision`. A relative path is tried against the working folder,
+            validation.* and test.*; or `hub:org/name@revision`, with
+            `:config` behind the name where there are several. A relative path is tried against the working folder,
             then against `relative_to`.
         columns: role -> column; the card's own roles fill in what is missing, then the role's own name.
         roles: the roles that every row must have, such as `text` and `target` of a translation.
@@ -134,7 +133,7 @@ def load_texts(path: Path, *columns: str) -> tuple[list[Record], list[str]]:
         fix = "Name the text column with --column."
         raise DataError(f"{path}: column {column!r} must exist, got {there}.{suggest(column, records[0])} {fix}")
     where = (f"{path}: row {number}: column {column!r}" for number in range(1, len(records) + 1))
-    return records, [_to_text(record[column], place) for record, place in zip(records, where, strict=True)]
+    return records, [to_text(record[column], place) for record, place in zip(records, where, strict=True)]
 
 
 def _add_entry_columns(parts: Sequence[_Part], card: Card, column: str) -> None:
@@ -142,7 +141,7 @@ def _add_entry_columns(parts: Sequence[_Part], card: Card, column: str) -> None:
     entries = {entry.id: entry for entry in load_card_knowledge(card)}
     for part in parts:
         for number, record in enumerate(part.records, start=1):
-            names = _to_text(record.get(column), part.where).split()
+            names = to_text(record.get(column), part.where).split()
             if unknown := [name for name in names if name not in entries]:
                 raise DataError(
                     f"{part.where}: row {number}: {column} must name entries of {card.knowledge}, got {unknown[0]!r}."
@@ -181,8 +180,9 @@ def _load_folder(folder: Path) -> list[_Part]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         split = _ALIASES.get(path.name.partition(".")[0].lower())
-        if split is None or not path.is_file() or not path.name.lower().endswith(SUFFIXES):
+        if split is None or not path.is_file():
             continue
+        data_suffix(path)  # raises: a split that cannot be read is not to be left out unseen
         if split in found:
             raise DataError(f"{folder}: must hold one file for {split}, got {found[split].name} and {path.name}.")
         found[split] = path
@@ -238,23 +238,20 @@ def _load_hub_reference(reference: str) -> tuple[str, str, list[_Part]]:
     match = _HUB_REFERENCE.fullmatch(reference)
     if match is None:
         must = "hub:org/name@revision, with a commit or a tag so that the rows stay the same"
+        must += ", or hub:org/name:config@revision"
         raise DataError(f"data: must be {must}, got {reference!r}.")
     name = match["id"]
-    source = HubSource.model_construct(id=name, revision=match["revision"])
-    loaded = _load_from_hub(source, name, "Connect to the Hub, or check the name and the revision.")
-    return name.rpartition("/")[2], f"Hub {name}@{match['revision']}", _name_splits(loaded, name)
+    source = HubSource.model_construct(id=name, config=match["config"], revision=match["revision"])
+    fix = "Connect to the Hub, or check name and revision; of several configurations name one: hub:org/name:config@rev."
+    return name.rpartition("/")[2], f"Hub {reference[4:]}", _name_splits(_load_from_hub(source, name, fix), name)
 
 
 def _load_from_hub(source: HubSource, name: str, fix: str) -> dict[str, list[Record]]:
     """Hub's split -> records, with our names for the columns."""
-    files = cast("dict[str, str] | None", source.files)
-    # As in local files, "NA" is a text and not a missing value.
-    is_csv = bool(files) and all(file.endswith((".csv", ".tsv")) for file in (files or {}).values())
-    options: dict[str, Any] = {"keep_default_na": False, "na_filter": False} if is_csv else {}
+    path = f"hf://datasets/{source.id}"  # the bare name would also mean a folder that is called so
+    options = {"name": source.config, "revision": source.revision, "data_files": source.files}
     try:
-        loaded = datasets.load_dataset(
-            source.id, name=source.config, revision=source.revision, data_files=files, **options
-        )
+        loaded = datasets.load_dataset(path, **options, **_choose_types(path, options))
     except Exception as error:  # offline, unknown, private and damaged each have several types, from several libraries
         reason = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".") or type(error).__name__
         raise DataError(
@@ -266,6 +263,16 @@ def _load_from_hub(source: HubSource, name: str, fix: str) -> dict[str, list[Rec
         split: [{theirs.get(column, column): value for column, value in record.items()} for record in to_records(part)]
         for split, part in loaded.items()
     }
+
+
+def _choose_types(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """As in local files, fields of CSV are text as written: no number for "01", nothing missing for "NA"."""
+    builder = datasets.load_dataset_builder(path, **options)
+    if builder.info.features is not None or not isinstance(builder.config, CsvConfig):
+        return {}
+    first = next(iter(next(iter(builder.as_streaming_dataset().values()))))
+    features = datasets.Features({column: datasets.Value("string") for column in first})
+    return {"features": features, "keep_default_na": False, "na_filter": False}
 
 
 def _name_splits(loaded: Mapping[str, list[Record]], name: str) -> list[_Part]:
@@ -296,8 +303,8 @@ def _build_rows(part: _Part, columns: Mapping[str, str], offset: int) -> list[Ro
     for number, record in enumerate(part.records, start=1):
         values = {name: value for name, value in record.items() if name not in used}
         for role, column in columns.items():
-            text = _to_text(record[column], f"{part.where}: row {number}: column {column!r}")
-            values[role] = text or None if role == "label" else text
+            text = to_text(record[column], f"{part.where}: row {number}: column {column!r}")
+            values[role] = text.strip() or None if role == "label" else text
         rows.append(Row(f"{part.prefix}:{offset + number}", part.split, number, values))
     return rows
 
@@ -311,23 +318,6 @@ def _missing_column(part: _Part, role: str, column: str, columns: Mapping[str, s
     fix = guess_delimiter(there) or fix
     problem = f"{part.where}: column {column!r} must exist, got {describe_columns(part.records[0])}."
     return ColumnError(problem, fix)
-
-
-def _to_text(value: object, where: str) -> str:
-    """The text of a cell; "" when it is missing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # a column of whole numbers with a gap comes as floats
-    if isinstance(value, (list, dict, bytes)):
-        raise DataError(f"{where}: must hold text, got a {type(value).__name__}. Choose another column.")
-    text = str(value)
-    if len(text) > MAX_TEXT_CHARACTERS:
-        must = f"must have at most {MAX_TEXT_CHARACTERS:,} characters"
-        raise DataError(f"{where}: {must}, got {len(text):,}. Split or cut the text.")
-    return text
 
 
 def _compute_fingerprint(rows: Sequence[Row]) -> str:

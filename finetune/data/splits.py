@@ -17,6 +17,10 @@ from finetune.recipe.schema import SplitSection
 MAX_LISTED = 5  # rows that a message names
 
 
+SPARE_RATIO = 0.25
+"""What a group may add to a split beyond its share of rows, where another split has room for it."""
+
+
 @dataclass(frozen=True)
 class _Group:
     """Rows that must not be parted."""
@@ -32,9 +36,10 @@ def split_rows(
 ) -> Splits:
     """Sort rows into train, validation and test, as `section.by` says.
 
+    - auto: see `settle_split`.
     - random: stratified by label, where there is one. Rows with the same text (see `normalize_for_duplicates`) stay
       together, so that no text is in two splits. A class of at least three texts is in all three.
-    - group: no value of `section.column` is in two splits.
+    - group: no value of `section.column` is in two splits; the seed decides which are where, large ones too.
     - time: the oldest rows train, the newest test; rows of one moment stay together.
     - order: the first of `rows` train, the last test.
     - given: by `row.split`; a missing validation split is cut from train as in `random`.
@@ -50,6 +55,7 @@ def split_rows(
     Raises:
         DataError: a column or a split is missing, a value cannot be read, or a split would be empty.
     """
+    section = settle_split(rows, section)
     shares = {
         "train": 1 - section.validation - section.test,
         "validation": section.validation,
@@ -67,6 +73,17 @@ def split_rows(
         split_by = _split_by_group if section.by == "group" else _split_by_time
         splits = split_by(rows, column, shares, seed)
     return {name: sorted(part, key=_file_order) for name, part in _check_sizes(splits).items()}
+
+
+def settle_split(rows: Sequence[Row], section: SplitSection) -> SplitSection:
+    """The section with `given` or `random` in the place of `auto`: nobody's test rows are to be learned from unasked.
+
+    Rows that are all of train, as many data sets on the Hub have them, are no split.
+    """
+    if section.by != "auto":
+        return section
+    by = "given" if any(row.split in ("validation", "test") for row in rows) else "random"
+    return section.model_copy(update={"by": by})
 
 
 def keep_shots(splits: Splits, shots: int, *, seed: int) -> Splits:
@@ -180,8 +197,24 @@ def _split_by_group(rows: Sequence[Row], column: str, shares: Mapping[str, float
     if len(groups) < len(shares):
         fix = "Split by another column, or by: random."
         raise DataError(f"split: column {column!r} must have at least 3 values, got {len(groups)}. {fix}")
-    parts, _ = _allocate(groups, shares, dict.fromkeys(shares, 0.0))
-    return {name: [row for group in part for row in group.rows] for name, part in parts.items()}
+    # Not as `_allocate` deals groups out, large ones first: the largest would be in train whatever the seed.
+    missing = {name: share * len(rows) for name, share in shares.items()}
+    splits: Splits = {name: [] for name in shares}
+    dealt = sorted(groups, key=lambda group: group.rank)
+    for number, group in enumerate(dealt):
+        empty = [name for name in shares if not splits[name]]
+        among = empty if len(dealt) - number == len(empty) else list(shares)  # the last groups, one for each
+        spare = {name: len(group.rows) - missing[name] for name in among}  # rows too many with this group
+        room = [
+            name for name in among if spare[name] <= min(len(group.rows) / 2, SPARE_RATIO * shares[name] * len(rows))
+        ]
+        if room:
+            name = max(room, key=lambda name: missing[name] / shares[name])
+        else:
+            name = max(among, key=lambda name: missing[name])
+        splits[name] += group.rows
+        missing[name] -= len(group.rows)
+    return splits
 
 
 def _split_by_time(rows: Sequence[Row], column: str, shares: Mapping[str, float], seed: int) -> Splits:

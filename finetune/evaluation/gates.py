@@ -8,9 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from finetune.errors import GateError, RecipeError
-from finetune.evaluation.metrics import KINDS, OUTSIDE_METRICS, check_metric_names, is_larger_better
+from finetune.evaluation.corpus_metrics import CORPUS_METRICS
+from finetune.evaluation.metrics import KINDS, METRICS, OUTSIDE_METRICS, check_metric_names, is_larger_better
 
 BEATS_BASELINES = "beats_baselines"
+ABOVE_ONE = {"brier", "log_loss", "loss", "perplexity", "bits_per_byte", "bleu", "bleu_zh", "chrf"}
+SHARES = {*METRICS, *CORPUS_METRICS, *OUTSIDE_METRICS} - ABOVE_ONE
+"""Metrics that are at most 1."""
+
+_CONDITION = re.compile(r"(>=|<=|>|<)\s*(\d*\.?\d+)")
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -37,6 +43,12 @@ def check_gate_names(gates: Mapping[str, str | bool], baselines: Iterable[str], 
         check_metric_names(select_gate_metrics(gates), key="evaluate.gates", also=also, kind=kind)
     except RecipeError as error:
         problems.append(str(error))
+    problems += [
+        f"evaluate.gates.{name}: must compare with a number from 0 to 1, got {condition!r}. "
+        f"Did you mean '{found[1]} {float(found[2]) / 100:g}'?"
+        for name, condition in gates.items()
+        if name in SHARES and (found := _CONDITION.fullmatch(str(condition))) and float(found[2]) > 1
+    ]
     if gates.get(BEATS_BASELINES) and not list(baselines):
         problems.append(
             "evaluate.gates: beats_baselines must have a baseline to beat, got none. "
@@ -111,7 +123,7 @@ def _check_metric(name: str, condition: str, metrics: Mapping[str, Mapping[str, 
             f"evaluate.gates: must name scored metrics ({', '.join(metrics)}), got {name!r}. "
             "Add it to evaluate.metrics."
         )
-    found = re.fullmatch(r"(>=|<=|>|<)\s*(\d*\.?\d+)", condition)
+    found = _CONDITION.fullmatch(condition)
     if found is None:
         raise RecipeError(f'evaluate.gates.{name}: must be a condition such as ">= 0.80", got {condition!r}.')
     value = metrics[name]["value"]

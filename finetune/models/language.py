@@ -45,7 +45,7 @@ def build_language_config(kind: str, base: BaseModel, section: ModelSection, tok
         tokenizer: gives a model from scratch its vocabulary; must be the base's otherwise.
 
     Raises:
-        RecipeError: a size that cannot work, a base of another shape, texts longer than its positions.
+        RecipeError: a size that cannot work, a base of another shape.
         ModelError: a family that Triad has no form of; a tokenizer that does not fit the base or the task.
     """
     if base.reference == SCRATCH.reference:
@@ -57,10 +57,9 @@ def build_language_config(kind: str, base: BaseModel, section: ModelSection, tok
 
         config = convert_config(config)
     _check_tokenizer(kind, base, config, tokenizer)
-    if config.model_type == "triad":
-        _check_length(base, config, section.max_length)
-        if kind == "masked_lm":  # its head reads no pooled state, but a classifier made of it will
-            settle_pooling(config, base, section.pooling)
+    if config.model_type == "triad" and kind == "masked_lm":
+        # Its head reads no pooled state, but a classifier made of it will.
+        settle_pooling(config, base, section.pooling)
     set_dropout(config, section.dropout)
     return config
 
@@ -165,12 +164,4 @@ def _check_tokenizer(kind: str, base: BaseModel, config: Any, tokenizer: Any) ->
     if getattr(tokenizer, NEEDED_TOKENS[kind]) is None:
         raise ModelError(
             f"{base.reference}: {kind} needs a tokenizer with a {NEEDED_TOKENS[kind]}, got none. Name another base."
-        )
-
-
-def _check_length(base: BaseModel, config: Any, max_length: int) -> None:
-    room = config.max_position_embeddings - config.position_offset
-    if config.position == "learned" and max_length > room:
-        raise RecipeError(
-            f"model.max_length: must be at most {room}, the positions that {base.reference} has, got {max_length}."
         )

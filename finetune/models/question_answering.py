@@ -24,7 +24,7 @@ def build_answerer_config(base: BaseModel, section: ModelSection) -> Any:
 
     Raises:
         ModelError: a family that Triad has no form of.
-        RecipeError: a base that is no encoder, or windows longer than its positions.
+        RecipeError: a base that is no encoder.
     """
     config = load_config(base, num_labels=2)  # a start and an end
     if section.architecture == "triad":
@@ -35,12 +35,6 @@ def build_answerer_config(base: BaseModel, section: ModelSection) -> Any:
         raise RecipeError(
             f"model.base: question_answering needs an encoder, which sees the passage on both sides of a token, got "
             f"{base.reference} ({config.model_type}). Name another base."
-        )
-    room = getattr(config, "max_position_embeddings", section.max_length) - getattr(config, "position_offset", 0)
-    if getattr(config, "position", "learned") == "learned" and section.max_length > room:
-        raise RecipeError(
-            f"model.max_length: must be at most {room}, the positions that {base.reference} has, got "
-            f"{section.max_length}. Longer passages are read in several windows."
         )
     set_dropout(config, section.dropout)
     return config

@@ -50,7 +50,7 @@ def load_document(path: Path, schema: type[S], overrides: Sequence[str] = ()) ->
     Args:
         path: a UTF-8 file of at most 1 MB.
         schema: what the file must hold.
-        overrides: `train.epochs=1`; the value is YAML, and the last of two wins.
+        overrides: `train.epochs=1`, or several of these; the value is YAML, and the last of two wins.
 
     Raises:
         RecipeError: with every problem found, each with its line.
@@ -86,7 +86,7 @@ def read_document(path: Path, schema: type[Section], overrides: Sequence[str] = 
     kind = next((kind for kind in KINDS if kind in document.values), key)
     if key in KINDS and kind != key:
         raise RecipeError(f"{path}: must be {KINDS[key][0]}, got {KINDS[kind][0]}. Try: {KINDS[kind][1]} {path}")
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply_override(override, document.values, document.lines, document.problems)
     return document
 

@@ -286,6 +286,8 @@ def _hint(wanted: Any, value: object) -> str:
         return suggest(value, map(str, _choices(wanted)))
     if str in kinds and isinstance(value, (int, float)):
         return " Put it in quotes."
+    if str in kinds and isinstance(value, dict):  # YAML's braces
+        return f' Put it in quotes: "{{{", ".join(map(str, value))}}}"; behind --set, within those of the shell.'
     return ""
 
 

@@ -122,9 +122,10 @@ def check_classes(labels: list[str] | dict[str, str]) -> None:
 class SplitSection(Section):
     """How rows become train, validation and test."""
 
-    by: Literal["random", "group", "time", "order", "given", "time_cut", "leave_one_out"] = "random"
-    """`random`: stratified by label, drawn by `train.seed`, the file's name and the row's number in it: a renamed file
-    is split anew. `group`: no value of `column` in two splits. `time`: oldest first by `column`.
+    by: Literal["auto", "random", "group", "time", "order", "given", "time_cut", "leave_one_out"] = "auto"
+    """`auto`: `given` where the data bring a split of their own, not all of it train; else `random`.
+    `random`: stratified by label, drawn by `train.seed`, the file's name and the row's number in it: a renamed file is
+    split anew. `group`: no value of `column` in two splits. `time`: oldest first by `column`.
     For recommendation: `time_cut`, the default there, two cuts in time that are the same for everyone, behind which
     nothing is known but what a person did; or `leave_one_out`, each person's last event, as in papers.
     `order`: as the rows stand, train first and test last. `given`: the card's or folder's own splits; a missing
@@ -176,7 +177,8 @@ class TaskSection(Section):
     question, found among all; the same, looked at again one by one; a question's answer, or that there is none, in a
     passage; the items that a person turns to next."""
     data: str = Field(min_length=1)
-    """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`."""
+    """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`
+    (of several configurations one: `hub:org/name:config@revision`)."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Role -> column of the data; roles are named by the task type: `text`, and `label`, `target` or `entry`; for
     question_answering `passage` and `answer`, and `answer_start` where there is one. `context`: what was said before a
@@ -281,7 +283,7 @@ class DistillSection(Section):
 class TrainSection(Section):
     """The loop."""
 
-    epochs: int = Field(default=4, ge=1)
+    epochs: int = Field(default=4, ge=1, le=10_000)
     """Passes over the train split."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many steps where the epochs have more; the learning rate decays to that end."""

@@ -16,6 +16,7 @@ from finetune.data.catalog import card_names
 from finetune.data.checks import (
     Finding,
     advise_on_leaks,
+    check_given_test,
     check_lengths,
     check_rows,
     check_shots,
@@ -27,17 +28,30 @@ from finetune.data.interactions import ROLES, LoadedInteractions
 from finetune.data.knowledge import Entry, compute_knowledge_fingerprint, load_card_knowledge, load_knowledge
 from finetune.data.rows import Row, Splits, build_name_rows
 from finetune.data.sources import LoadedRows, load_rows
-from finetune.data.splits import keep_shots, split_rows
+from finetune.data.splits import keep_shots, settle_split, split_rows
 from finetune.data.turns import CONTEXT, add_subject_changes
 from finetune.data.typos import add_typos
-from finetune.errors import ColumnError, DataError, UsageError
+from finetune.errors import ColumnError, DataError, RecipeError, UsageError
 from finetune.models.base import BaseModel
+from finetune.recipe.messages import suggest
 from finetune.recipe.schema import ModelSection, TaskSection
-from finetune.tasks import TASKS, MultiTask, Recommendation, Reranking, Retrieval, TextClassification
+from finetune.tasks import (
+    TASKS,
+    Completion,
+    MultiTask,
+    QuestionAnswering,
+    Recommendation,
+    Reranking,
+    Retrieval,
+    TextClassification,
+)
 from finetune.tasks.entries import ENTRY
 from finetune.tasks.multi_task import Headed
 from finetune.tasks.people import load_others, load_people
 from finetune.tasks.task import Task, TaskData
+
+ALSO_NAMED = {QuestionAnswering.type: ("answer_start",), Completion.type: (ENTRY,)}
+"""Task type -> what `columns` may name beside the roles: where an answer starts, and the entries of a card's rows."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Part:
     """A task with its rows.
 
     Args:
-        section: as the recipe has it.
+        section: as the recipe has it, with the way of splitting that `auto` came to.
         task: the problem shape with settled labels.
         source: where the rows came from.
         splits: train, validation and test rows, prepared by the task.
@@ -159,6 +173,7 @@ def _prepare_part(
     relative_to: Path | None,
     tokenizer: Any,
 ) -> tuple[Part, Any]:
+    _check_roles(section)
     if section.type == Recommendation.type:
         return _prepare_people(section, model, base, seed, relative_to, tokenizer)
     shape = TASKS[section.type]
@@ -169,7 +184,9 @@ def _prepare_part(
     known = section.model_copy(update={"columns": {**section.columns, **source.columns}})
     task = shape.build(known, TaskData(source.rows, _get_card_labels(source), entries))
     rows = task.prepare_rows(source.rows)
+    section = section.model_copy(update={"split": settle_split(rows, section.split)})
     splits = split_rows(rows, section.split, seed=seed, columns=source.columns)
+    dealt_anew = check_given_test(splits)
     splits, apart = set_apart(splits, section.out_of_scope, is_exposed=section.outlier_exposure > 0)
     splits, findings = check_rows(
         splits,
@@ -179,7 +196,7 @@ def _prepare_part(
         same=list_same(source.columns),
         out_of_scope=section.out_of_scope,
     )
-    findings = [*apart, *findings]
+    findings = [*dealt_anew, *apart, *findings]
     raise_on_errors(findings, source.origin)
     if section.split.shots is not None:  # after leaks were dropped, so that the count holds
         splits = keep_shots(splits, section.split.shots, seed=seed)
@@ -199,6 +216,17 @@ def _prepare_part(
         notes.append(Finding("no_entry", "note", "all", left_out, message))
     findings = [*findings, *check_lengths(lengths, model.max_length), *notes]
     return Part(section, task, source, splits, examples, findings, entries), tokenizer
+
+
+def _check_roles(section: TaskSection) -> None:
+    """A role that is misspelt would be read from the column of its own name, which may hold something else."""
+    shape = TASKS[section.type]
+    roles = [*shape.roles, *shape.optional_roles, *ALSO_NAMED.get(section.type, ())]
+    if unknown := [role for role in section.columns if role not in roles]:
+        raise RecipeError(
+            f"tasks.<name>.columns: must name what {section.type} reads ({', '.join(roles)}), got {unknown[0]!r}."
+            f"{suggest(unknown[0], roles) or ' Leave it out.'} Other columns need no role."
+        )
 
 
 def _add_rows(

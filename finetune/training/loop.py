@@ -232,8 +232,12 @@ def derive_seed(*parts: int) -> int:
 
 def count_steps(train: Examples, section: TrainSection) -> int:
     """Optimizer steps of the whole run."""
-    steps = sum(len(_plan(train, section, epoch)) for epoch in range(section.epochs))
-    return steps if section.max_steps is None else min(steps, section.max_steps)
+    steps = 0
+    for epoch in range(section.epochs):
+        steps += len(_plan(train, section, epoch))
+        if section.max_steps is not None and steps >= section.max_steps:
+            return section.max_steps
+    return steps
 
 
 def _plan(train: Examples, section: TrainSection, epoch: int) -> list[Indices]:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
 import finetune
-from finetune.adapters.attach import attach_adapter, check_adapter
+from finetune.adapters.attach import attach_adapter, check_adapter, check_length, count_positions
 from finetune.adapters.methods import METHODS, describe
 from finetune.adapters.targets import find_feed_forward, find_keys_and_values, find_norms
 from finetune.errors import RecipeError
@@ -228,6 +228,47 @@ def test_virtual_tokens_need_positions(method, base):
         "adapter.virtual_tokens: must fit into the 64 positions of the base together with model.max_length, got "
         "24 + 41. Lower one of them."
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "room"),
+    [
+        ("bert", {"max_position_embeddings": 64}, 64),
+        ("roberta", {"max_position_embeddings": 66}, 64),
+        ("mpnet", {"max_position_embeddings": 66}, 64),
+        ("distilbert", {"max_position_embeddings": 64}, 64),
+        ("gpt2", {"n_positions": 64}, 64),
+        ("opt", {"max_position_embeddings": 64}, 64),
+        ("bart", {"max_position_embeddings": 64}, 64),
+        ("llama", {"max_position_embeddings": 64}, None),
+        ("t5", {"n_positions": 64}, None),
+    ],
+)
+def test_no_text_is_longer_than_the_positions(family, sizes, room):
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(family, **sizes))
+    assert count_positions(model) == room
+    check_length(model, room or 1000, "acme/base")
+    if room:
+        with pytest.raises(RecipeError) as caught:
+            check_length(model, room + 1, "acme/base")
+        assert str(caught.value) == "model.max_length: must be at most 64, the positions that acme/base has, got 65."
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_a_triad_has_as_many_positions_as_its_family(position):
+    assert count_positions(build_triad(position)) == (64 if position == "learned" else None)
+    with torch.device("meta"):
+        roberta = TriadForSequenceClassification(convert_config(RobertaConfig(max_position_embeddings=66)))
+    assert count_positions(roberta) == 64
+
+
+@pytest.mark.parametrize("architecture", ["triad", "native"])
+def test_check_refuses_texts_longer_than_the_positions(command, write_recipe, tiny_base, tmp_path, architecture):
+    path = write_recipe(tmp_path / "in")
+    done = command("check", path, "--set", f"model={{base: {tiny_base}, max_length: 65, architecture: {architecture}}}")
+    assert done.code == 2
+    assert f"model.max_length: must be at most 64, the positions that {tiny_base} has, got 65." in done.err
 
 
 def test_computed_positions_have_no_end():

@@ -58,6 +58,11 @@ def test_recipes_are_listed_shown_and_copied(command, tmp_path):
     assert json.loads(command("recipes", "copy", "sentiment", tmp_path, "--json").out) == {
         "path": str(tmp_path / "sentiment.yaml")
     }
+    assert command("recipes", "copy", "sentiment", f"{tmp_path}/folder/").code == 0
+    assert (tmp_path / "folder" / "sentiment.yaml").read_text(encoding="utf-8") == source
+    refused = command("recipes", "copy", "sentiment", target / "below" / "mine.yaml")  # a file is no folder
+    assert refused.code == 5
+    assert f"{target / 'below'}: must be written (" in refused.err
 
 
 def test_methods_are_listed(command, monkeypatch):

@@ -25,6 +25,7 @@ def test_the_package_offers_what_it_lists():
     assert done.stdout == "[]\n"
     for name in finetune.__all__:
         assert callable(getattr(finetune, name))
+    assert set(finetune.__all__) <= set(dir(finetune))
     with pytest.raises(AttributeError, match="module 'finetune' has no attribute 'nothing'"):
         _ = finetune.nothing
 
@@ -48,6 +49,35 @@ def test_check_from_python(write_recipe, tmp_path):
     assert task["splits"]["train"]["rows"] == 63
     with pytest.raises(RecipeError, match=r"train\.epochs: must be at least 1, got 0"):
         finetune.check(write_recipe(tmp_path), ["train.epochs=0"])
+    assert finetune.check(write_recipe(tmp_path), "train.epochs=1")["steps"] == plan["steps"]
+    with pytest.raises(RecipeError, match=r"train\.epochs: must be at most 10000, got a very large number\."):
+        finetune.check(write_recipe(tmp_path), f"train.epochs={'9' * 23}")
+
+
+def test_a_folder_of_splits_keeps_them_to_the_end(write_recipe, tmp_path):
+    path = write_recipe(tmp_path / "in", tasks={"tone": {"data": "splits"}}, train={"epochs": 1})
+    header, *rows = (tmp_path / "in" / "rows.csv").read_bytes().splitlines(keepends=True)
+    (tmp_path / "in" / "splits").mkdir()
+    for name, part in (("train", rows[:70]), ("test", rows[70:])):
+        (tmp_path / "in" / "splits" / f"{name}.csv").write_bytes(header + b"".join(part))
+    run = finetune.run(path, runs=tmp_path / "runs", quiet=True)
+    ids = json.loads((run.folder.data / "ids.json").read_text())["tone"]
+    assert ids["test"] == [f"test:{number}" for number in range(1, 21)]
+    assert {row_id.partition(":")[0] for row_id in ids["train"] + ids["validation"]} == {"train"}
+    assert run.evaluate()["rows"] == 20, "read again from recipe.resolved.yaml"
+    said = {
+        "MODEL_CARD.md": "Split by `given`",
+        "evaluation/report.html": "by given",
+        "recipe.resolved.yaml": "by: given",
+    }
+    for name, words in said.items():
+        assert words in (run.folder.path / name).read_text(), name
+    (finding,) = [
+        found
+        for found in finetune.check(path, ["tasks.tone.split.by=random"])["findings"]
+        if found["kind"] == "given_test"
+    ]
+    assert f"{finding['count']} of 20 rows of the given test split are now in train" in finding["message"]
 
 
 def test_shots_shrink_train_and_validation_alone(write_recipe, tmp_path):

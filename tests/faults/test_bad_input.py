@@ -83,6 +83,21 @@ def test_unknown_metric_and_unknown_gate(refuse, write_recipe, tmp_path):
     refuse(path, 2, "'macro_f'", "macro_f1", "'acuracy'")
 
 
+def test_a_role_that_the_task_does_not_read(refuse, write_recipe, tmp_path):
+    path = write_recipe(tmp_path / "in", tasks={"tone": {"columns": {"lable": "intent"}}})
+    refuse(
+        path,
+        2,
+        "tasks.<name>.columns: must name what text_classification reads (text, label, context), got 'lable'. "
+        "Did you mean 'label'?",
+    )
+
+
+def test_slices_by_a_column_that_is_not_there(refuse, write_recipe, tmp_path):
+    path = write_recipe(tmp_path / "in", evaluate={"slices": ["length", "labl"]})
+    refuse(path, 3, "evaluate.slices: column 'labl' must exist, got columns label, text. Did you mean 'label'?")
+
+
 # The rows
 
 
@@ -156,7 +171,7 @@ def test_not_utf8(refuse, write_recipe, tmp_path):
 
 def test_nul_bytes(refuse, write_recipe, tmp_path):
     path = change_rows(write_recipe, tmp_path, lambda rows: rows.decode().encode("utf-16"))
-    refuse(path, 3, "rows.csv: line 1, byte 4: must be text, got a NUL byte.", "iconv -f UTF-16")
+    refuse(path, 3, "rows.csv: line 1, byte 1: must be UTF-8, got the mark of UTF-16.", "iconv -f UTF-16")
 
 
 def test_byte_order_mark_and_windows_line_ends_are_welcome(command, write_recipe, tmp_path):
@@ -431,6 +446,17 @@ def test_a_base_that_changed_between_stop_and_resume(command, stop_run, write_re
     assert read_files(folder / "checkpoints") == kept
     shutil.copy(tiny_base / "model.safetensors", base)
     assert command("resume", folder).code == 0
+
+
+def test_evaluation_on_rows_that_are_split_otherwise(command, own_run):
+    path = own_run / "data" / "ids.json"
+    ids = json.loads(path.read_text())
+    ids["tone"]["train"][0], ids["tone"]["test"][0] = ids["tone"]["test"][0], ids["tone"]["train"][0]
+    path.write_text(json.dumps(ids))
+    done = command("evaluate", own_run)
+    assert done.code == 3
+    assert f"must be split as when tiny/{own_run.name} was started (data/ids.json), got other splits: " in done.err
+    assert "test rows were learned from. Start a new run." in done.err
 
 
 def test_evaluation_on_rows_that_changed(command, own_run, finished_run, tmp_path):

@@ -30,7 +30,11 @@ def refuse(path, words, data=None, **options):
         ("a.txt", b"\n \r\n", r"must hold rows, is empty"),
         ("a.txt", b"\n\x0c\n\xe3\x80\x80\n", r"must hold rows, got only blank lines\. Write text into it, or name ano"),
         ("a.txt", b"one\n\ncaf\xe9\n", r"line 3, byte 9: must be UTF-8, got 0xe9\. Convert .*iconv -f WINDOWS-1252"),
-        ("a.txt", "one\n".encode("utf-16"), r"line 1, byte 4: must be text, got a NUL byte"),
+        (
+            "a.txt",
+            "one\n".encode("utf-16"),
+            r"line 1, byte 1: must be UTF-8, got the mark of UTF-16\. .*iconv -f UTF-16 ",
+        ),
         ("a.txt.gz", gzip.compress(b"one\n" * 99, mtime=0)[:-20], r"must be a whole gzip file, got"),
         ("a.csv", b"text,label\n", r"must hold rows, got only the header text, label\. Add rows"),
         (
@@ -41,8 +45,26 @@ def refuse(path, words, data=None, **options):
         (
             "a.csv",
             "text,label\nok,x\n".encode("utf-16"),
-            r"line 1, byte 4: must be text, got a NUL byte\. Convert .*: iconv -f UTF-16 -t UTF-8 a\.csv",
+            r"line 1, byte 1: must be UTF-8, got the mark of UTF-16\. Convert .*: iconv -f UTF-16 -t UTF-8 a\.csv",
         ),
+        # Few NUL bytes, and none at all: neither may be cut out, nor read as Western letters.
+        (
+            "a.csv",
+            "text,label\n这个产品很好,好\n".encode("utf-16"),
+            r"got the mark of UTF-16\. Convert .*iconv -f UTF-16 ",
+        ),
+        (
+            "a.txt",
+            "这个产品非常好用\u3000我很喜欢".encode("utf-16"),
+            r"got the mark of UTF-16\. Convert .*iconv -f UTF-16 ",
+        ),
+        (
+            "a.csv",
+            "text,label\n这个产品非常好用。我很喜欢,好\n".encode("gbk"),
+            r"must be UTF-8, got 0x.*iconv -f GB18030 ",
+        ),
+        ("a.txt", "d\xe9j\xe0 vu \xe0 No\xebl".encode("latin-1"), r"must be UTF-8, got 0xe9.*iconv -f WINDOWS-1252 "),
+        ("a.txt", "привет, как дела".encode("cp1251"), r"must be UTF-8, got 0x.*iconv -f WINDOWS-1252 "),
         ("a.csv", "text,label\nok,x\n".encode("utf-16-le"), r"line 1, byte 2: must be text, got a NUL byte"),
         (
             "a.csv",
@@ -58,6 +80,13 @@ def refuse(path, words, data=None, **options):
             "a.csv",
             b"text;label\none, two;x\n",
             r"line 2: must have 1 field like .* got 2\. Its .* parted by ';'",
+        ),
+        ("a.csv", b'text;label\n"one; two";x\n', r"line 2: must be CSV, got .*Its fields seem to be parted by ';'"),
+        ("a.csv", b'"text";"label"\none;x\n', r"line 1: must be CSV, got .*Its fields seem to be parted by ';'"),
+        (
+            "a.tsv",
+            b'text\tlabel\nok\tx\n"quoted\tx\nmore\ty\nan inch"\tx\n',
+            r'line 3: a field must end on its line, .* takes in all up to line 5\. Put .* each quote inside it as ""',
         ),
         ("a.tsv", b"text\tlabel\nok\n", r'line 2: must have 2 fields like the header, got 1\. Put .*a tab in "quotes"'),
         ("a.csv", b'text,label\n"two\nlines",x\nshort\n', r"line 4: must have 2 fields like the header, got 1"),
@@ -255,7 +284,7 @@ def test_public_set_without_folder_and_without_network(card, monkeypatch):
     def fail(*_args, **_options):
         raise ConnectionError("Couldn't reach the Hub.\nsecond line")
 
-    monkeypatch.setattr(sources.datasets, "load_dataset", fail)
+    monkeypatch.setattr(sources.datasets, "load_dataset_builder", fail)
     with pytest.raises(DataError) as caught:
         load_rows("tiny", {})
     assert str(caught.value) == (
@@ -263,7 +292,7 @@ def test_public_set_without_folder_and_without_network(card, monkeypatch):
         " 0123456789abcdef0123456789abcdef01234567 failed with ConnectionError (Couldn't reach the Hub)."
         " Set FINETUNE_DATA to a folder that holds elsewhere/ or connect to the Hub."
     )
-    with pytest.raises(DataError, match=r"Connect to the Hub, or check the name and the revision"):
+    with pytest.raises(DataError, match=r"Connect to the Hub, or check name and revision; of several conf"):
         load_rows("hub:org/tiny@main", {})
 
 
@@ -279,6 +308,7 @@ def test_splits_on_the_hub_must_have_known_names(card, monkeypatch):
     monkeypatch.setattr(
         sources.datasets, "load_dataset", lambda *_args, **_options: datasets.DatasetDict({"part": rows})
     )
+    monkeypatch.setattr(sources, "_choose_types", lambda *_: {})
     with pytest.raises(DataError, match=r"org/x: must have a split named train, validation or test, got part"):
         load_rows("hub:org/x@main", {})
     card("hub: {id: org/x, revision: 0123456789abcdef0123456789abcdef01234567, splits: {train: tarin}}")

@@ -108,7 +108,7 @@ def test_groups_stay_together(rows, section, seed):
         splits = split_rows(rows, section, seed=seed)
     except DataError:
         return
-    key = {"random": "text", "group": "who", "time": "when"}[section.by]
+    key = {"auto": "text", "group": "who", "time": "when"}[section.by]
     owners = {}
     for name, part in splits.items():
         for row in part:

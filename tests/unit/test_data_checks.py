@@ -52,6 +52,16 @@ def test_nothing_to_report():
     raise_on_errors(findings, "x")
 
 
+def test_classes_that_differ_by_case_alone():
+    _, findings = check(labels=("neg", "pos", "Neg", "not  now", "Not now"))
+    (finding,) = [finding for finding in findings if finding.kind == "similar_classes"]
+    assert (finding.severity, finding.split, finding.count) == ("warning", "all", 4)
+    assert finding.message == (
+        "Classes must differ by more than case and spaces, got 'neg', 'Neg'; 'not  now', 'Not now'. If they mean the "
+        "same, correct the rows, or name every label's class: tasks.<name>.labels: {'neg': 'neg', 'Neg': 'neg', ...}."
+    )
+
+
 def test_empty_text():
     _, findings = check(train=[(" \n", "pos")])
     finding = only(findings)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from finetune.data.knowledge import Entry, load_card_knowledge, load_knowledge, save_knowledge
+from finetune.data.sources import load_rows
 from finetune.errors import DataError
 from finetune.recipe import Card
 
@@ -34,6 +37,24 @@ def test_a_title_may_be_missing(tmp_path):
     assert (entry.id, entry.passage) == ("7", "We ship on Mondays.")
 
 
+def test_line_breaks_are_kept_in_what_is_said_and_not_in_what_is_searched(tmp_path):
+    (entry,) = load_knowledge(str(write(tmp_path / "faq.jsonl", RETURNS | {"text": " We do:\n\n-  a\n- b \n"})))
+    assert entry.text == "We do:\n\n- a\n- b"
+    assert entry.passage == "How long can I return things? We do: - a - b"
+
+
+def test_an_id_is_written_as_rows_name_it(tmp_path):
+    path = tmp_path / "faq.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1.0, 2.0], "text": ["a", "b"]}), path)
+    named = load_rows(str(path), {}, roles=("id",)).rows
+    assert [entry.id for entry in load_knowledge(str(path))] == [row.values["id"] for row in named] == ["1", "2"]
+
+
+def test_a_text_that_is_none(tmp_path):
+    path = write(tmp_path / "faq.jsonl", RETURNS | {"text": ["a"]})
+    refuse(path, r"entry 1: text: must hold text, got a list\. Choose another column\.")
+
+
 def test_a_relative_path_is_tried_beside_the_recipe(tmp_path):
     write(tmp_path / "faq.jsonl", RETURNS)
     assert load_knowledge("faq.jsonl", tmp_path)[0].id == "returns"
@@ -57,7 +78,7 @@ def test_all_problems_are_counted_and_three_shown(tmp_path):
 
 def test_a_text_has_a_limit(tmp_path):
     path = write(tmp_path / "faq.jsonl", {"id": "long", "text": "a" * 100_001})
-    refuse(path, "text must have at most 100,000 characters, got 100,001. Cut it")
+    refuse(path, r"entry 1: text: must have at most 100,000 characters, got 100,001\. Split or cut the text\.")
 
 
 def test_the_columns_must_be_there(tmp_path):

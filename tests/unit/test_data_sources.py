@@ -71,6 +71,11 @@ def test_types_of_jsonl_become_text_in_roles_only(tmp_path):
     ]
 
 
+def test_spaces_around_a_label_are_no_part_of_it(tmp_path):
+    rows = load_rows(str(write(tmp_path / "a.csv", "text,label\n a , pos\nb,pos \nc,  \n")), {}).rows
+    assert [(row.values["text"], row.values["label"]) for row in rows] == [(" a ", "pos"), ("b", "pos"), ("c", None)]
+
+
 def test_missing_labels_become_none_and_missing_texts_empty(tmp_path):
     rows = load_rows(str(write(tmp_path / "a.csv", 'text,label\na,\n"",NA\n')), {}).rows
     assert [(row.values["text"], row.values["label"]) for row in rows] == [("a", None), ("", "NA")]
@@ -142,6 +147,35 @@ def test_folder_of_splits(tmp_path):
     rows = load_rows(str(tmp_path), {}).rows
     assert [row.id for row in rows] == ["train:1", "train:2", "validation:1", "test:1", "test:2"]
     assert [row.split for row in rows] == ["train", "train", "validation", "test", "test"]
+
+
+def test_half_a_character_is_named_with_its_line(tmp_path):
+    whole = json.dumps({"text": "half \U0001f600 pair", "label": "a"})
+    assert load_rows(str(write(tmp_path / "a.jsonl", whole)), {}).rows[0].values["text"] == "half \U0001f600 pair"
+    for cut in (r"\ud83d", r"\uDE00"):
+        write(tmp_path / "a.jsonl", f'{whole}\n{{"text": "x", "label": "b", "note": ["{cut}"]}}')
+        with pytest.raises(DataError) as caught:
+            load_rows(str(tmp_path / "a.jsonl"), {})
+        assert str(caught.value) == (
+            f"{tmp_path / 'a.jsonl'}: line 2: must hold whole characters, got '{cut.lower()}', half of one: a text was "
+            "cut inside an emoji. Remove it, or cut the text elsewhere."
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("test.xlsx", r"test\.xlsx: must end in one of .*got '\.xlsx'\. Save its sheet as CSV"),
+        ("dev.json", r"dev\.json: .*name it \.jsonl"),
+    ],
+)
+def test_folder_with_a_split_that_cannot_be_read(tmp_path, name, words):
+    write(tmp_path / "train.csv", CSV)
+    write(tmp_path / "notes.md", "no split")
+    assert len(load_rows(str(tmp_path), {}).rows) == 2
+    write(tmp_path / name, "x")
+    with pytest.raises(DataError, match=words):
+        load_rows(str(tmp_path), {})
 
 
 def test_folder_of_plain_texts(tmp_path):
@@ -263,6 +297,7 @@ def hub(monkeypatch):
         return datasets.DatasetDict({"train": rows, "valid": rows, "extra": rows})
 
     monkeypatch.setattr(sources.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "_choose_types", lambda *_: {})
     return calls
 
 
@@ -271,7 +306,7 @@ def test_hub_reference(hub):
     assert [row.id for row in loaded.rows] == ["train:1", "train:2", "validation:1", "validation:2"]
     assert [row.values["label"] for row in loaded.rows[:2]] == ["yes", None]
     assert (loaded.name, loaded.origin) == ("news", "Hub acme/news@v1.0")
-    assert hub == [("acme/news", {"name": None, "revision": "v1.0", "data_files": None})]
+    assert hub == [("hf://datasets/acme/news", {"name": None, "revision": "v1.0", "data_files": None})]
 
 
 def test_card_on_the_hub_maps_splits_and_columns(shipped, hub):
@@ -287,9 +322,51 @@ def test_card_on_the_hub_maps_splits_and_columns(shipped, hub):
     assert hub[0][1] == {"name": "plus", "revision": revision, "data_files": None}
 
 
-def test_csv_files_on_the_hub_are_read_without_guessing_missing_values(shipped, hub):
+@pytest.fixture
+def mirror(monkeypatch, tmp_path):
+    """A Hub whose repositories are folders, read by the library's own readers."""
+    for name in ("load_dataset", "load_dataset_builder"):
+        own = getattr(datasets, name)
+
+        def load(path, own=own, **options):
+            if path.startswith("hf://datasets/"):
+                path = str(tmp_path / "mirror" / path.removeprefix("hf://datasets/"))
+                options |= {"revision": None, "cache_dir": str(tmp_path / "cache")}
+            return own(path, **options)
+
+        monkeypatch.setattr(sources.datasets, name, load)
+    return tmp_path / "mirror"
+
+
+WRITTEN = "text,label\nNA,01\nnull,1\n 7,None\n"
+
+
+def test_csv_on_the_hub_is_read_as_local_csv_is(shipped, mirror, tmp_path):
+    write(mirror / "acme" / "news" / "train.csv", WRITTEN)
+    local = load_rows(str(write(tmp_path / "train.csv", WRITTEN)), {})
+    there = load_rows("hub:acme/news@v1", {})
     revision = "0123456789abcdef0123456789abcdef01234567"
-    add_card(shipped, f"hub: {{id: acme/news, revision: {revision}, files: {{train: a.csv}}}}\n")
-    load_rows("tiny", {})
-    assert hub[0][1]["data_files"] == {"train": "a.csv"}
-    assert hub[0][1]["keep_default_na"] is False
+    add_card(shipped, f"hub: {{id: acme/news, revision: {revision}, files: {{train: train.csv}}}}\n")
+    for loaded in (there, load_rows("tiny", {})):
+        assert [dict(row.values) for row in loaded.rows] == [dict(row.values) for row in local.rows]
+        assert loaded.fingerprint == local.fingerprint
+    assert [row.values["label"] for row in local.rows] == ["01", "1", "None"]
+
+
+def test_a_configuration_on_the_hub(mirror):
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.csv\n" for name in ("en", "de"))
+    write(mirror / "acme" / "news" / "README.md", f"---\nconfigs:\n{configs}---\n")
+    for name in ("en", "de"):
+        write(mirror / "acme" / "news" / f"{name}.csv", f"text,label\n{name},a\n")
+    loaded = load_rows("hub:acme/news:de@v1", {})
+    assert (loaded.name, loaded.origin) == ("news", "Hub acme/news:de@v1")
+    assert [row.values["text"] for row in loaded.rows] == ["de"]
+    with pytest.raises(DataError, match=r"Config name is missing(.|\n)*name one: hub:org/name:config@rev\."):
+        load_rows("hub:acme/news@v1", {})
+
+
+def test_a_folder_with_the_name_of_a_repository_is_not_read(tmp_path, monkeypatch):
+    write(tmp_path / "acme" / "news" / "train.csv", CSV)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"acme/news: must come from a folder or the Hub, got no folder"):
+        load_rows("hub:acme/news@v1", {})

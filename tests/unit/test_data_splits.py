@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
+from finetune.data.checks import check_given_test
 from finetune.data.rows import Row
-from finetune.data.splits import keep_shots, split_rows
+from finetune.data.splits import keep_shots, settle_split, split_rows
 from finetune.errors import DataError
 from finetune.recipe.schema import SplitSection
 
@@ -77,6 +78,25 @@ def test_group_split_keeps_groups_whole():
     assert not groups[0] & groups[2]
 
 
+def test_the_seed_decides_which_groups_are_in_test_and_sizes_stay_near_the_shares():
+    rows = make_rows([{"text": f"t{i}", "who": who} for who in range(12) for i in range(10 + 5 * who)])
+    parts = [split_rows(rows, SplitSection(by="group", column="who"), seed=seed) for seed in range(50)]
+    tested = [{row.values["who"] for row in part["test"]} for part in parts]
+    assert len({tuple(sorted(groups)) for groups in tested}) > 30, "large groups first would give one"
+    assert set.union(*tested) == set(range(12)), "the largest too"
+    assert max(len(part["test"]) for part in parts) <= 1.25 * 90
+    assert max(len(part["validation"]) for part in parts) <= 1.25 * 45
+    assert 80 < sum(len(part["test"]) for part in parts) / 50 < 100
+
+
+def test_one_group_of_nearly_all_rows_is_learned_from():
+    rows = make_rows([{"text": f"t{i}", "who": max(0, i - 95)} for i in range(100)])
+    for seed in range(20):
+        got = sizes(split_rows(rows, SplitSection(by="group", column="who"), seed=seed))
+        assert got["train"] >= 96
+        assert min(got.values()) >= 1
+
+
 def test_three_equal_groups_give_three_splits():
     rows = make_rows([{"text": f"t{i}", "who": i % 3} for i in range(30)])
     assert sizes(split_rows(rows, SplitSection(by="group", column="who"), seed=3)) == dict.fromkeys(
@@ -118,6 +138,30 @@ def test_given_splits_are_kept():
     splits = split_rows(rows, SplitSection(by="given"), seed=0)
     assert all(row.split == name for name, part in splits.items() for row in part)
     assert sizes(splits) == {"train": 5, "validation": 3, "test": 2}
+
+
+def test_rows_of_a_given_test_split_that_are_learned_from_are_counted():
+    rows = [*make_rows(labelled({"a": 4}), "train", "train"), *make_rows(labelled({"b": 3}), "test", "test")]
+    splits = {"train": rows[2:6], "validation": rows[:2], "test": rows[6:]}
+    (finding,) = check_given_test(splits)
+    assert (finding.severity, finding.count, finding.rows) == ("warning", 2, ("test:1", "test:2"))
+    assert finding.message == (
+        "train: 2 of 3 rows of the given test split are now in train (test:1, test:2). Set split: {by: given} to keep "
+        "that split."
+    )
+    assert check_given_test(splits | {"train": rows[2:4]}) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "by"),
+    [([None], "random"), (["train"], "random"), (["train", "test"], "given"), (["train", "validation"], "given")],
+)
+def test_rows_that_bring_a_split_keep_it_unasked(given, by):
+    rows = [row for split in given for row in make_rows(labelled({"a": 20}), split, split)]
+    assert settle_split(rows, SplitSection(shots=2)).by == by
+    assert settle_split(rows, SplitSection(by="order")).by == "order"
+    if by == "random" or "test" in given:
+        assert split_rows(rows, SplitSection(), seed=4) == split_rows(rows, SplitSection(by=by), seed=4)
 
 
 def test_missing_validation_is_cut_from_train_only():

@@ -24,6 +24,25 @@ def test_conditions(condition: str, passed: bool) -> None:
     assert check_gates({"macro_f1": condition}, make_scored(0.8, {}))["macro_f1"]["passed"] is passed
 
 
+@pytest.mark.parametrize(
+    ("gate", "kind", "problem"),
+    [
+        ({"macro_f1": ">= 80"}, "labels", "got '>= 80'. Did you mean '>= 0.8'?"),
+        ({"ece": "<= 5"}, "labels", "got '<= 5'. Did you mean '<= 0.05'?"),
+        ({"mrr": ">1.5"}, "ranking", "got '>1.5'. Did you mean '> 0.015'?"),
+        ({"macro_f1": ">= 1", "brier": "< 1.5", "log_loss": "< 2"}, "labels", None),
+        ({"bleu": ">= 30", "chrf": ">= 50", "loss": "<= 2"}, "texts", None),
+    ],
+)
+def test_shares_are_not_held_against_percents(gate: dict[str, str | bool], kind: str, problem: str | None) -> None:
+    if problem is None:
+        check_gate_names(gate, [], kind)
+        return
+    with pytest.raises(RecipeError) as caught:
+        check_gate_names(gate, [], kind)
+    assert str(caught.value) == f"evaluate.gates.{next(iter(gate))}: must compare with a number from 0 to 1, {problem}"
+
+
 def test_results_say_what_was_asked_and_found() -> None:
     assert check_gates({"accuracy": ">=0.80"}, make_scored(0.7, {})) == {
         "accuracy": {"condition": ">= 0.80", "value": 0.9, "passed": True}

@@ -16,6 +16,8 @@ from torch import nn
 from finetune.data.batches import collate, plan_batches
 from finetune.errors import DivergedError, ResourceError
 from finetune.models.prediction import compute_logits
+from finetune.recipe.schema import TrainSection
+from finetune.training import loop
 from finetune.training.checkpoint import load_checkpoint
 from finetune.training.events import load_events
 from finetune.training.loop import _describe_memory, derive_seed
@@ -179,6 +181,19 @@ def test_dropout_follows_from_the_step_alone(training, tiny_classifier):
     _, none = training.fit(tiny_classifier(), training.build_problem(compute_losses=compute_losses), "c")
     assert is_equal(plain, disturbed)
     assert not is_equal(plain, none)
+
+
+def test_steps_are_counted_up_to_the_last_that_is_made(monkeypatch):
+    planned = []
+
+    def plan(_train, _section, epoch):
+        planned.append(epoch)
+        return [None] * 3
+
+    monkeypatch.setattr(loop, "_plan", plan)
+    assert loop.count_steps(None, TrainSection(epochs=10_000, max_steps=7)) == 7
+    assert planned == [0, 1, 2]
+    assert loop.count_steps(None, TrainSection(epochs=2, max_steps=7)) == 6
 
 
 def test_seeds_differ_by_each_part():

@@ -18,7 +18,6 @@ from transformers import (
     MarianConfig,
     MarianMTModel,
     PreTrainedTokenizerFast,
-    RobertaConfig,
 )
 
 from finetune.errors import ModelError, RecipeError
@@ -365,21 +364,6 @@ def test_words_for_a_tokenizer_that_lacks_a_token(kind, name, token, bert, bases
     with pytest.raises(ModelError) as caught:
         build_language_config(kind, base, ModelSection(max_length=16), own)
     assert str(caught.value) == f"{name}: {kind} needs a tokenizer with a {token}, got none. Name another base."
-
-
-def test_words_for_texts_longer_than_the_positions(bases, tokenizer):
-    with pytest.raises(RecipeError) as caught:
-        build_language_config("causal_lm", bases["gpt2"], ModelSection(max_length=33), tokenizer)
-    assert str(caught.value) == "model.max_length: must be at most 32, the positions that gpt2 has, got 33."
-    build_language_config("causal_lm", bases["gpt2"], ModelSection(max_length=32), tokenizer)
-    build_language_config("seq2seq", bases["marian"], ModelSection(max_length=33), tokenizer)  # sines never end
-
-
-def test_positions_that_roberta_leaves_out_are_no_room(tmp_path, tokenizer):
-    RobertaConfig(vocab_size=270, max_position_embeddings=34, pad_token_id=1).save_pretrained(tmp_path)
-    base = BaseModel("acme/roberta", tmp_path, "local folder")
-    with pytest.raises(RecipeError, match=r"must be at most 32, the positions that acme/roberta has, got 33\.$"):
-        build_language_config("masked_lm", base, ModelSection(max_length=33), tokenizer)
 
 
 def test_a_bert_that_looks_back_only_is_a_decoder(tmp_path, tokenizer):

@@ -363,11 +363,6 @@ def test_broken_weights_are_an_error(base: BaseModel, tokenizer: Any) -> None:
 # Bases
 
 
-def test_windows_longer_than_the_base_are_refused(base: BaseModel) -> None:
-    with pytest.raises(RecipeError, match=r"model\.max_length: must be at most 64, the positions that .* got 65\."):
-        build_answerer_config(base, ModelSection(max_length=65))
-
-
 @pytest.mark.parametrize("architecture", ["triad", "native"])
 def test_a_decoder_is_refused(tmp_path: Path, architecture: str) -> None:
     from transformers import GPT2Config, T5Config

@@ -75,6 +75,11 @@ CASES: list[tuple[str, str]] = [
     ("tasks: {}", "tasks: must have at least 1 entry, got 0."),
     ("tasks: {'a b': 1}", "tasks.'a b': the key must be 1 to 64 letters, digits, "),
     (TASK % "columns: [a]", "tasks.s.columns: must be a mapping, got ['a']."),
+    (
+        TASK % "prompt: {text}",
+        'tasks.s.prompt: must be text, got {text: nothing}. Put it in quotes: "{text}"; behind --set, within those of '
+        "the shell.",
+    ),
     (TASK % "columns: {text: 1}", "tasks.s.columns.text: must be text, got 1. Put it in quotes."),
     # one sentence for values that may have several types
     (
