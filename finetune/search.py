@@ -151,7 +151,7 @@ def _check_optuna() -> None:
         import optuna
     except ImportError:
         raise ResourceError(
-            "sweep: optuna must be installed to search, got no such package. pip install 'finetune-toolkit[sweep]'"
+            "sweep: optuna must be installed to search, got no such package. pip install optuna"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -40,8 +40,7 @@ def check_cleanlab() -> None:
         import cleanlab  # noqa: F401
     except ImportError:
         raise ResourceError(
-            "data audit: cleanlab must be installed to look for label errors, got no such package. "
-            "pip install 'finetune-toolkit[audit]'"
+            "data audit: cleanlab must be installed to look for label errors, got no such package. pip install cleanlab"
         ) from None
 
 

@@ -27,7 +27,7 @@ def check_quantization(kind: str) -> None:
     if package and importlib.util.find_spec(package) is None:
         raise ResourceError(
             f"model.quantize: {kind} needs the package {package}, which is not installed. "
-            "pip install 'finetune-toolkit[quantize]', or set model.quantize: none."
+            f"pip install {package}, or set model.quantize: none."
         )
 
 

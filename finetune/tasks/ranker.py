@@ -364,8 +364,8 @@ def import_lightgbm() -> Any:
         import lightgbm
     except ImportError as error:
         raise ResourceError(
-            "rank: must have LightGBM, got no such package. Install it: pip install 'finetune-toolkit[recommend]', or "
-            "set rank: null for the sequence model alone."
+            "rank: must have LightGBM, got no such package. Install it: pip install lightgbm, or set rank: null for "
+            "the sequence model alone."
         ) from error
     return lightgbm
 

@@ -143,8 +143,7 @@ def build_session(section: TrainSection, folder: Path, precision: str) -> Sessio
     for name in section.trackers:
         if importlib.util.find_spec(name) is None:
             raise ResourceError(
-                f"train.trackers: {name} must be installed to be used, got no such package. "
-                f"pip install 'finetune-toolkit[{name}]'"
+                f"train.trackers: {name} must be installed to be used, got no such package. pip install {name}"
             )
     accelerator = Accelerator(
         cpu=is_cpu_only(),

@@ -154,7 +154,7 @@ def test_words_for_a_package_that_is_missing(write_recipe, tmp_path, monkeypatch
         finetune.check(write_recipe(tmp_path, model={"quantize": kind}))
     assert str(caught.value) == (
         f"model.quantize: {kind} needs the package {package}, which is not installed. "
-        "pip install 'finetune-toolkit[quantize]', or set model.quantize: none."
+        f"pip install {package}, or set model.quantize: none."
     )
 
 

@@ -98,5 +98,5 @@ def test_what_it_does_not_go_with_is_refused(shop_run, plain_run, monkeypatch):
     with pytest.raises(UsageError, match=r"--index: must be one of exact, faiss, got 'annoy'\."):
         load_recommender(shop_run, index="annoy")
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ResourceError, match=r"--index faiss: must have faiss.*pip install 'finetune-toolkit\[faiss\]'"):
+    with pytest.raises(ResourceError, match=r"--index faiss: must have faiss.*pip install faiss-cpu"):
         load_recommender(plain_run, index="faiss")

@@ -178,8 +178,7 @@ def test_without_cleanlab_the_message_says_what_to_install(monkeypatch) -> None:
     with pytest.raises(ResourceError) as caught:
         finetune.audit("nowhere")
     assert str(caught.value) == (
-        "data audit: cleanlab must be installed to look for label errors, got no such package. "
-        "pip install 'finetune-toolkit[audit]'"
+        "data audit: cleanlab must be installed to look for label errors, got no such package. pip install cleanlab"
     )
     assert caught.value.exit_code == 5
 

@@ -266,9 +266,7 @@ def test_without_optuna_the_message_says_what_to_install(monkeypatch, tmp_path) 
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ResourceError) as caught:
         finetune.sweep("sweep_sentiment", runs=tmp_path)
-    assert str(caught.value) == (
-        "sweep: optuna must be installed to search, got no such package. pip install 'finetune-toolkit[sweep]'"
-    )
+    assert str(caught.value) == ("sweep: optuna must be installed to search, got no such package. pip install optuna")
     assert caught.value.exit_code == 5
     assert list(tmp_path.iterdir()) == []
 

@@ -29,7 +29,7 @@ TEXTS = ["gains", "loss falls meeting " * 8, "shares names unchanged schedule be
 def skip_without(name):
     """Skip where the engine of a format is not installed."""
     for package in NEEDS.get(name, []):
-        pytest.importorskip(package, reason=f'needs pip install "finetune-toolkit[{name}]"')
+        pytest.importorskip(package, reason=f"needs the extra {name}")
 
 
 @pytest.mark.parametrize(("kind", "name"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)])
@@ -122,7 +122,7 @@ def test_thresholds_and_labels_come_along(export, find_run):
 
 def test_the_applications_read_through_an_engine(export, find_run):
     """The readers of the assistant and of the monitor, on an export and on the run: the same readings."""
-    pytest.importorskip("onnxruntime", reason='needs pip install "finetune-toolkit[onnx]"')
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
     from finetune.applications.monitor import reader as monitor
     from finetune.applications.support import trained as support
     from finetune.recipe.applications import MonitorSection

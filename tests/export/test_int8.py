@@ -28,8 +28,8 @@ def calibration(find_run):
 
 def test_static_ranges_keep_the_decisions(export, find_run):
     """Weights by channel, ranges as constants of the graph, the head in float, embeddings by row."""
-    onnx = pytest.importorskip("onnx", reason='needs pip install "finetune-toolkit[onnx]"')
-    pytest.importorskip("onnxruntime", reason='needs pip install "finetune-toolkit[onnx]"')
+    onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
     exported = export("text_classification", "onnx-int8")
     task = exported.parity["tasks"]["tone"]
     assert task["equal_decisions"] >= 0.95
@@ -48,8 +48,8 @@ def test_static_ranges_keep_the_decisions(export, find_run):
 
 
 def test_a_static_file_carries_its_ranges_and_a_dynamic_one_does_not(find_run, calibration, tmp_path):
-    onnx = pytest.importorskip("onnx", reason='needs pip install "finetune-toolkit[onnx]"')
-    pytest.importorskip("onnxruntime", reason='needs pip install "finetune-toolkit[onnx]"')
+    onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
     from finetune.artifact.export.graph import trace
     from finetune.artifact.export.onnx_format import quantize_onnx, write_onnx
 

@@ -6,8 +6,8 @@ import pytest
 
 import finetune
 
-pytest.importorskip("openvino", reason='needs pip install "finetune-toolkit[openvino]"')
-pytest.importorskip("nncf", reason='needs pip install "finetune-toolkit[openvino]"')
+pytest.importorskip("openvino", reason="needs the extra openvino")
+pytest.importorskip("nncf", reason="needs the extra openvino")
 TEXTS = ["gains", "loss falls meeting " * 8, "names unchanged schedule"]
 
 

@@ -344,6 +344,6 @@ def test_without_lightgbm_it_says_what_to_install(monkeypatch):
     with pytest.raises(ResourceError) as caught:
         import_lightgbm()
     assert str(caught.value) == (
-        "rank: must have LightGBM, got no such package. Install it: pip install 'finetune-toolkit[recommend]', or set "
+        "rank: must have LightGBM, got no such package. Install it: pip install lightgbm, or set "
         "rank: null for the sequence model alone."
     )

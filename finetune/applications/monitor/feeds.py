@@ -214,6 +214,6 @@ def import_feedparser() -> Any:
         import feedparser
     except ImportError:
         raise ResourceError(
-            "feedparser: must be installed to read feeds, got no such package. pip install 'finetune-toolkit[monitor]'"
+            "feedparser: must be installed to read feeds, got no such package. pip install feedparser"
         ) from None
     return feedparser

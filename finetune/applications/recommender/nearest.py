@@ -115,7 +115,7 @@ def import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise ResourceError(
-            "--index faiss: must have faiss, got no such package. Install it: pip install 'finetune-toolkit[faiss]', "
+            "--index faiss: must have faiss, got no such package. Install it: pip install faiss-cpu, "
             "or leave --index out to score every item."
         ) from error
     return faiss

@@ -22,7 +22,6 @@ class Format:
         name: what the command line and `finetune.load` call it.
         runtime: what computes its answers; `transformers`: a model as any other, which `load` reads itself.
         is_quantized: whether its matrix products are of 8-bit integers.
-        extra: of this package, which brings `writes` and `reads`; None where nothing is needed.
         writes: modules that an export needs.
         reads: modules that a prediction needs.
     """
@@ -30,7 +29,6 @@ class Format:
     name: str
     runtime: Runtime
     is_quantized: bool = False
-    extra: str | None = None
     writes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
 
@@ -41,10 +39,10 @@ FORMATS = {
     format_.name: format_
     for format_ in (
         Format("transformers", "transformers"),
-        Format("onnx", "onnxruntime", extra="onnx", writes=_ONNX, reads=("onnxruntime",)),
-        Format("onnx-int8", "onnxruntime", True, extra="onnx", writes=_ONNX, reads=("onnxruntime",)),
-        Format("openvino", "openvino", extra="openvino", writes=_OPENVINO, reads=("openvino",)),
-        Format("openvino-int8", "openvino", True, extra="openvino", writes=(*_OPENVINO, "nncf"), reads=("openvino",)),
+        Format("onnx", "onnxruntime", writes=_ONNX, reads=("onnxruntime",)),
+        Format("onnx-int8", "onnxruntime", True, writes=_ONNX, reads=("onnxruntime",)),
+        Format("openvino", "openvino", writes=_OPENVINO, reads=("openvino",)),
+        Format("openvino-int8", "openvino", True, writes=(*_OPENVINO, "nncf"), reads=("openvino",)),
         Format("torch-export", "torch"),
     )
 }
@@ -73,7 +71,7 @@ def check_installed(format_: Format, modules: tuple[str, ...]) -> None:
     if missing:
         raise ResourceError(
             f"{format_.name}: {', '.join(missing)} must be installed, got no such package. Install "
-            f'{"it" if len(missing) == 1 else "them"}: pip install "finetune-toolkit[{format_.extra}]"'
+            f"{'it' if len(missing) == 1 else 'them'}: pip install {' '.join(missing)}"
         )
 
 
