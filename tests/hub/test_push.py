@@ -210,6 +210,20 @@ def test_who_may_not_write_there_is_told_why(
     assert outcome.code in (2, 5)
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "tiny.Q4_1.gguf", "onnx/model.onnx", "vocab.txt"])
+def test_a_model_of_another_origin_stays_as_it_is(
+    hub: Any, waits: list[float], run: Path, command: Command, file: str
+) -> None:
+    repo = hub.create("acme/theirs", private=True, files={"README.md": b"# Theirs", file: b"theirs"})
+    refuse(hub, command("push", run, "acme/theirs"), 2, f"got a model of another origin ({file}). Choose another name.")
+    assert len(repo.commits) == 1
+
+
+def test_a_repository_that_its_page_made_is_empty(hub: Any, waits: list[float], run: Path, command: Command) -> None:
+    hub.create("acme/new", private=True, files={"README.md": b"---\nlicense: mit\n---\n"})
+    assert command("push", run, "acme/new").code == 0
+
+
 def test_a_narrow_token_may_push_where_it_may_write(
     hub: Any, waits: list[float], run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
