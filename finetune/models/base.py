@@ -23,6 +23,8 @@ from finetune.recipe.reference import SCRATCH_BASE, split_revision
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
+LOCAL = "local folder"
+"""Origin of a base that nobody else has."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.spm")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -97,7 +99,7 @@ def find_base(reference: str) -> BaseModel | None:
         return SCRATCH
     folder = Path(reference).expanduser()
     if folder.is_dir():
-        return BaseModel(reference, _check_folder(folder), "local folder")
+        return BaseModel(reference, _check_folder(folder), LOCAL)
     hub_id, revision = split_revision(reference)
     try:
         cached = [try_to_load_from_cache(hub_id, name, revision=revision) for name in WEIGHTS]

@@ -102,6 +102,33 @@ def test_merged_weights_take_the_place_of_an_adapter_in_one_commit(
     assert b"base: base\n" in repo.files["recipe.yaml"]
 
 
+def test_a_folder_of_this_machine_is_no_base_of_the_hub(
+    hub: Any, waits: list[float], own_run: Path, tiny_base: Path, command: Command, rebase: Callable[..., None]
+) -> None:
+    """Named as the Hub names models, and pushed from another folder than it was trained in."""
+    rebase(own_run, str(tiny_base), "models/in-house", origin="local folder")
+    words = "adapter_config.json: its base must be on the Hub, got a folder of this machine, models/in-house."
+    refuse(hub, command("push", own_run, NAME), 2, words)
+
+
+def test_what_is_said_of_a_folder_is_its_name(
+    hub: Any, waits: list[float], own_run: Path, tiny_base: Path, command: Command
+) -> None:
+    path = own_run / "recipe.resolved.yaml"
+    path.write_text(path.read_text().replace("description: ''", f"description: On {tiny_base}"))
+    refuse(
+        hub,
+        command("push", own_run, NAME, "--merge"),
+        2,
+        f"recipe.resolved.yaml, line 3: must hold no path of this machine, got {tiny_base}.",
+    )
+    path.write_text(path.read_text().replace(f"On {tiny_base}", "On our base, and/or /more"))
+    assert command("push", own_run, NAME, "--merge").code == 0
+    files = hub.repos["model", NAME].files
+    assert not [name for name, content in files.items() if str(tiny_base).encode() in content]
+    assert b"On our base, and/or /more" in files["recipe.resolved.yaml"]
+
+
 def test_both_puts_the_adapter_into_a_folder_of_its_own(
     hub: Any, waits: list[float], run: Path, tiny_base: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
