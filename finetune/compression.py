@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune import fitting, layout, runner
 from finetune.artifact.assess import choose_evaluation
+from finetune.artifact.card import find_hub_base
 from finetune.artifact.export.parity import Answers, Judged, compare_answers, count_bytes
 from finetune.artifact.export.speed import Contender, describe_machine, measure
 from finetune.artifact.load import load
@@ -90,9 +91,7 @@ class _Work:
 
     def _describe_parent(self) -> dict[str, Any]:
         """The run, its weights, and the base on the Hub that all of them come from, where there is one."""
-        known = self.recipe.model.base
-        base = None if Path(known).is_dir() else known
-        base = load_json(self.run.lock).get("parent", {}).get("base", base)  # of a run that was made smaller itself
+        base = find_hub_base(load_json(self.run.lock))
         return {"run": self.run.name, "base": base, "sha256": compute_model_fingerprint(self.run.model)}
 
     def _build_recipe(self, size: Size, start: Path) -> Recipe:

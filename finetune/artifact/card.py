@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from finetune.adapters.methods import METHODS, describe
 from finetune.evaluation.wording import MEANINGS, OUTSIDE_SCORES, decimals_of, format_score
+from finetune.models.base import LOCAL, SCRATCH
 from finetune.recipe.card import Card
 from finetune.recipe.reference import SCRATCH_BASE, split_revision
 from finetune.recipe.schema import GenerateSection, Recipe, TaskSection
@@ -120,6 +121,16 @@ def warn_of_licences(recipe: Recipe, data: Mapping[str, Card | None]) -> list[st
     return list(dict.fromkeys(warnings))
 
 
+def find_hub_base(lock: Mapping[str, Any]) -> str | None:
+    """The base on the Hub, perhaps with its revision, that a run's model comes from; None where it was a folder of the
+    machine that the run was made on, or random weights."""
+    if "parent" in lock:  # a smaller model of another run
+        base: str | None = lock["parent"]["base"]
+        return base
+    base = lock["base"]["reference"]
+    return None if lock["base"]["origin"] in (LOCAL, SCRATCH.origin) else base
+
+
 @cache
 def _load_template() -> Template:
     environment = Environment(
@@ -150,12 +161,9 @@ def build_model_card(
     parts = [_Part(name, section, data[name], tests[name]) for name, section in recipe.tasks.items()]
     cards = [part.data for part in parts if part.data]
     kind = parts[0].section.type
-    base = split_revision(recipe.model.base)[0]
+    hub_base = find_hub_base(lock)
+    base, revision = split_revision(hub_base) if hub_base else (Path(recipe.model.base).name, None)
     is_scratch = recipe.model.base == SCRATCH_BASE
-    parent = lock.get("parent")
-    if parent:
-        base = parent["base"] or base
-    is_hub_base = not is_scratch and not Path(base).is_dir()
     is_translation = kind == "seq2seq" and bool(cards) and len(cards[0].language) > 1
     # The Hub has no task for other texts from texts: it counts them as text generation.
     pipeline_tag, head, shape = TRANSLATION if is_translation else SHAPES[kind]
@@ -167,7 +175,7 @@ def build_model_card(
     hub_sets = dict.fromkeys(card.hub.id for card in cards if card.hub)
     header = ModelCardData(
         model_name=recipe.name,
-        base_model=base if is_hub_base else None,
+        base_model=base if hub_base else None,
         language=list(dict.fromkeys(language for card in cards for language in card.language)) or None,
         datasets=list(hub_sets) or None,
         library_name="peft" if is_peft else "transformers",
@@ -190,11 +198,12 @@ def build_model_card(
         licence_warnings=warn_of_licences(recipe, data) if publication else [],
         description=description if description.endswith(".") else f"{description}.",
         scratch=recipe.model.scratch if is_scratch else None,
-        base=base if is_hub_base else Path(base).name,
+        base=base,
+        revision=revision,
         meanings={name: MEANINGS[name] for name in names if name in MEANINGS},
         training=status["training"],
         lock=lock,
-        parent=parent,
+        parent=lock.get("parent"),
         tuning=describe(recipe.adapter),
         peft=is_peft,
         triad=recipe.model.architecture == "triad",

@@ -21,6 +21,8 @@ STALE = (
     *("adapter_config.json", "*.safetensors", "*.safetensors.index.json", "generation_config.json"),
     *("modeling_*.py", "configuration_*.py", "chat_template.jinja"),
 )
+EMPTY = (".gitattributes", "README.md")
+"""What a repository that holds no model has: its page makes them."""
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 REASONS = {
     401: "the token is not valid (401)",
@@ -111,7 +113,7 @@ def look_up(api: HfApi, repo: str) -> tuple[Repository, list[str]]:
         ]
     files = [file.rfilename for file in info.siblings or []]
     found = Repository(info.sha, bool(info.private), files)
-    others = [name for name in files if is_stale(name, set())]
+    others = [name for name in files if name not in EMPTY]
     if others and SETTINGS not in files:
         return found, [
             f"{repo}: must be new, empty or pushed by this toolkit, got a model of another origin ({others[0]}). "

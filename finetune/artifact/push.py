@@ -18,10 +18,11 @@ from finetune.artifact.load import load
 from finetune.artifact.run_folder import RunFolder, find_run, load_json, now, save_json
 from finetune.artifact.save import save_model
 from finetune.artifact.saved import Saved, open_saved
-from finetune.artifact.scan import scan_file, shorten_paths
+from finetune.artifact.scan import list_paths, scan_file, shorten_paths
 from finetune.data.catalog import card_names, load_card
 from finetune.errors import FinetuneError, GateError, ModelError, ResourceError, UsageError
 from finetune.evaluation.gates import join_gates, list_missed_gates
+from finetune.models.base import LOCAL
 from finetune.recipe import load_recipe
 from finetune.recipe.card import Card
 from finetune.recipe.schema import Recipe
@@ -43,6 +44,11 @@ class _Request:
     weights: Weights
     missed: list[str]
     """Gates, in words."""
+
+    @property
+    def has_local_base(self) -> bool:
+        """Whether it is an adapter on a folder of the machine that trained it: a Hub id may look the same."""
+        return self.saved.base is not None and load_json(self.run.lock)["base"]["origin"] == LOCAL
 
     @property
     def is_merging(self) -> bool:
@@ -139,7 +145,7 @@ def _check_request(request: _Request, *, force: bool) -> list[FinetuneError]:
                 "the card will say so."
             )
         )
-    if request.weights != "merged" and _is_local(request.saved.base):
+    if request.weights != "merged" and request.has_local_base:
         problems.append(
             UsageError(
                 f"adapter_config.json: its base must be on the Hub, got a folder of this machine, {request.saved.base}."
@@ -147,11 +153,6 @@ def _check_request(request: _Request, *, force: bool) -> list[FinetuneError]:
             )
         )
     return problems
-
-
-def _is_local(base: str | None) -> bool:
-    path = Path(base or "").expanduser()
-    return base is not None and (path.is_dir() or path.is_absolute())
 
 
 def _collect(request: _Request, temporary: Path) -> dict[str, Path]:
@@ -205,12 +206,12 @@ def _load_cards(recipe: Recipe) -> dict[str, Card | None]:
 def _scan(request: _Request, files: Mapping[str, Path]) -> list[str]:
     """What in the files must not be published."""
     places = [request.run.path.resolve(), request.run.recipe_folder.resolve(), Path.home(), Path.cwd()]
-    own = [*map(str, places), *([request.saved.base] if request.saved.base and _is_local(request.saved.base) else [])]
+    own = [*map(str, places), *list_paths(request.run.recipe.read_text(encoding="utf-8"))]
     return [
         problem
         for name, path in files.items()
         # An adapter of a local base was named already, with the way out.
-        if not (name.endswith("adapter_config.json") and _is_local(request.saved.base))
+        if not (name.endswith("adapter_config.json") and request.has_local_base)
         for problem in scan_file(name, path, own)
     ]
 

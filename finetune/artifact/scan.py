@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+
+from finetune.recipe.document import parse_yaml
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
@@ -24,8 +31,10 @@ SHORTEST_SECRET = 8
 """Characters under which the value of such a variable may be any word."""
 
 # A tokenizer may know the word "/root": what follows makes it a path.
-HOMES = r"(?:/home/[\w.-]+|/Users/[\w.-]+|/root|[A-Za-z]:[\\/]+Users[\\/]+[\w.-]+)[\\/]+\w"
-ABSOLUTE = re.compile(r"(?<![\w.:/$~-])(?:/|[A-Za-z]:[\\/]+)(?:[\w.@+~-]+[\\/]+)+([\w.@+~-]+)")
+HOMES = r"(?:/home/[\w.-]+|/Users/[\w.-]+|/root|[A-Za-z]:[\\/]+Users[\\/]+[\w. -]+)[\\/]+\w"
+PATH_KEYS = ("data", "knowledge", "file", "base", "adapters", "teacher", "templates", "writer", "reference")
+"""Keys of a recipe and of run.lock that name files and folders."""
+FILE_SCHEME = "file://"
 
 
 def scan_file(name: str, path: Path, own: Iterable[str] = ()) -> list[str]:
@@ -54,9 +63,50 @@ def read_text(path: Path) -> str:
         return ""
 
 
+def list_paths(text: str) -> list[str]:
+    """The absolute paths that a recipe or a run.lock names: values of `PATH_KEYS`."""
+    return [str(node.value) for node in _find_path_nodes(text)]
+
+
 def shorten_paths(text: str) -> str:
-    """Text whose absolute paths are cut to their last part."""
-    return ABSOLUTE.sub(r"\1", text)
+    """A recipe or a run.lock whose absolute paths are cut to their last part; all else stays letter by letter."""
+    for node in reversed(_find_path_nodes(text)):
+        last = _split_path(node.value)[-1]
+        is_plain = node.style is None and re.fullmatch(r"[\w.-]+", last) and parse_yaml(last).values == last
+        anchor = f"&{node.anchor} " if node.anchor else ""  # the node begins with it
+        written = anchor + (last if is_plain else json.dumps(last, ensure_ascii=False))
+        text = text[: node.start_mark.index] + written + text[node.end_mark.index :]
+    return text
+
+
+def _find_path_nodes(text: str) -> list[ScalarNode]:
+    """In the order of the text. JSON is YAML, too."""
+    found: dict[int, ScalarNode] = {}
+
+    def walk(node: Any, key: str) -> None:
+        if isinstance(node, MappingNode):
+            for name, value in node.value:
+                walk(name, key)  # run.lock has folders of adapters as keys
+                walk(value, str(name.value))
+        elif isinstance(node, SequenceNode):
+            for value in node.value:
+                walk(value, key)
+        elif isinstance(node, ScalarNode) and key in PATH_KEYS and _is_absolute(node.value):
+            found[node.start_mark.index] = node  # an alias leads to the same one again
+
+    walk(YAML(typ="safe", pure=True).compose(text), "")
+    return [found[index] for index in sorted(found)]
+
+
+def _is_absolute(path: str) -> bool:
+    if not path.isprintable() or not _split_path(path):
+        return False
+    return any(kind(path).is_absolute() for kind in (PurePosixPath, PureWindowsPath)) or path.startswith(FILE_SCHEME)
+
+
+def _split_path(path: str) -> list[str]:
+    """The names in a path of any system."""
+    return [part for part in re.split(r"[\\/]+", path.removeprefix(FILE_SCHEME)) if part]
 
 
 def _check_kind(name: str, path: Path) -> str | None:
@@ -106,8 +156,9 @@ def _list_secret_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _find_paths(name: str, text: str, own: Iterable[str]) -> Iterator[str]:
-    known = [rf"{re.escape(path)}(?![\w.-])" for path in own if len(Path(path).parts) > 2]
-    pattern = rf"(?<![\w.:/$~-])(?:{'|'.join([*known, HOMES])})[^\s\"',;`]*"
+    told = {form for path in own if len(_split_path(path)) > 1 for form in (path, json.dumps(path)[1:-1])}
+    known = [rf"{re.escape(path)}(?![\w.-])" for path in sorted(told)]
+    pattern = rf"(?<![\w.:/$~-])(?:{FILE_SCHEME})?(?:{'|'.join([*known, HOMES])})[^\s\"',;`]*"
     if match := re.search(pattern, text):  # the first leads to the others
         yield (
             f"{name}, line {_line_of(text, match)}: must hold no path of this machine, got {match.group()}. "

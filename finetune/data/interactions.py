@@ -32,7 +32,7 @@ from finetune.errors import DataError
 from finetune.recipe.card import Card, ItemsSection
 
 ROLES = ("user", "item", "time")
-"""What every event has; `weight` is optional."""
+"""What every event has."""
 
 NO_CATALOGUE = ItemsSection(file=None, text=[], categorical=[], numeric=[])
 """Of events only people, items and times are read: a run has its catalogue."""
@@ -70,8 +70,6 @@ class Interactions:
     """(E,) numbers of items."""
     time: Numbers
     """(E,) seconds since 1970 UTC."""
-    weight: npt.NDArray[np.float32]
-    """(E,) at least 0; 1 where the data names none."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,8 @@ def load_interactions(
 
     Args:
         reference: the name of a card, or a file of events: CSV, TSV, JSONL or Parquet.
-        columns: role (`user`, `item`, `time`, `weight`) -> column; the card's own roles fill in what is missing, then
-            the role's own name. Weights are read only where their column is named.
+        columns: role (`user`, `item`, `time`) -> column; the card's own roles fill in what is missing, then the role's
+            own name.
         items: the catalogue; its keys go before those of the card. Its file lies in the card's folder, or beside the
             events. Without a file, an item has the texts and values of its first event: later ones, a most frequent
             text or a mean price would tell of times that a split by time keeps from training.
@@ -113,15 +111,12 @@ def load_interactions(
 
     Raises:
         DataError: nothing of that name, a file that cannot be trusted, a missing column, an event without person, item
-            or time, a time that cannot be read, a weight that is no number or negative, or an item twice in the
-            catalogue.
+            or time, a time that cannot be read, or an item twice in the catalogue.
     """
     card = load_card(reference) if reference in card_names() else None
     section = settle_items(reference, items)
     named = (card.roles if card else {}) | dict(columns)
-    roles = {role: named.get(role, role) for role in ROLES} | {
-        role: named[role] for role in ("weight",) if role in named
-    }
+    roles = {role: named.get(role, role) for role in ROLES}
     if card is not None:
         name, origin, where = card.name, describe_location(card), card.name
         table, findings = read_card_events(card)
@@ -182,7 +177,6 @@ class _Reading:
         users, user = _number(user_ids)
         names, item = _number(item_ids)
         time = self._read_times(table)
-        weight = self._read_weights(table)
         order = np.lexsort((time, user))
         if catalogue is None:
             first = np.lexsort((time, item))
@@ -192,7 +186,7 @@ class _Reading:
             known = self.read_catalogue(catalogue, kind)
             known, item = self._join(known, names, item)
         kept = self._drop_repeated(order, user, item, time)
-        return Interactions(tuple(users), known, user[kept], item[kept], time[kept], weight[kept])
+        return Interactions(tuple(users), known, user[kept], item[kept], time[kept])
 
     def _column(self, table: pyarrow.Table, role: str) -> tuple[pyarrow.ChunkedArray, str]:
         column = self.columns[role]
@@ -212,20 +206,6 @@ class _Reading:
             message = f"times come in {len(forms)} forms, {found}; times without a zone are read as UTC."
             self._find("mixed_times", "warning", len(times), message)
         return times
-
-    def _read_weights(self, table: pyarrow.Table) -> npt.NDArray[np.float32]:
-        if "weight" not in self.columns:
-            return np.ones(table.num_rows, np.float32)
-        array, where = self._column(table, "weight")
-        weights = to_numbers(array, where)
-        refused = np.flatnonzero(~((weights >= 0) & (weights <= np.finfo(np.float32).max)))
-        if len(refused):
-            row = int(refused[0])
-            got = "nothing" if np.isnan(weights[row]) else f"{weights[row]:g}"
-            must = "must be a number of at least 0"
-            fix = "Correct it, or leave columns.weight out."
-            raise DataError(f"{where}: row {row + 1}: {must} ({len(refused):,} rows are not), got {got}. {fix}")
-        return weights.astype(np.float32)
 
     def read_catalogue(self, table: pyarrow.Table, kind_in_events: str | None = None) -> Catalogue:
         """The items of `table`, whose ids events hold as numbers or text."""
@@ -314,5 +294,6 @@ def _compute_fingerprint(interactions: Interactions) -> str:
     digest = hashlib.sha256(json.dumps([interactions.users, catalogue.ids, catalogue.texts, columns]).encode())
     for values in (interactions.user, interactions.item, interactions.time):
         digest.update(values.astype("<i8").tobytes())
-    digest.update(interactions.weight.astype("<f4").tobytes())
+    # Events had weights once: without, the data of older runs are still theirs.
+    digest.update(np.ones(len(interactions.user), "<f4").tobytes())
     return digest.hexdigest()

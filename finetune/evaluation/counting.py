@@ -29,6 +29,8 @@ KNOWN_EVENTS = 2
 """EASE leaves out items with fewer events: they have nothing to go with."""
 NEIGHBOURS = 200
 """Of each item, the strongest pairs that are kept for the ranker."""
+SORTED_ROWS = 1000
+"""Rows of a matrix whose entries are sorted at once."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,14 @@ def count_neighbours(events: Events, shrinkage: float, neighbours: int) -> Matri
     return keep_strongest(cosine.astype(np.float32), neighbours)
 
 
-def fit_ease(events: Events, penalty: float) -> Matrix:
+def fit_ease(events: Events, penalty: float) -> tuple[Numbers, Scores]:
     """EASE (arXiv:1905.03375): the linear model that best rebuilds who had what, with a zero diagonal.
 
     B = -P / diag(P), P the inverse of X'X + penalty.
 
     Returns:
-        Dense (I, I) float32; zeros for items with fewer than 2 events, and beyond the 12,000 most frequent.
+        The K items it is fitted on, (K,) ascending: those with at least 2 events, of the 12,000 most frequent; and
+        their weights, (K, K). All others are zero.
     """
     people = build_people(events)
     counts = np.asarray(people.sum(axis=0)).ravel()
@@ -167,20 +170,29 @@ def fit_ease(events: Events, penalty: float) -> Matrix:
     chosen = people[:, kept]
     gram = (chosen.T @ chosen).toarray().astype(np.float32)
     gram[np.diag_indices_from(gram)] += penalty
-    weights = np.zeros((events.items, events.items), np.float32)
     if not len(kept):
-        return weights
+        return kept, gram
     factor, _ = linalg.lapack.spotrf(gram, lower=0, overwrite_a=1)
     upper, _ = linalg.lapack.spotri(factor, lower=0, overwrite_c=1)
     inverse = np.triu(upper) + np.triu(upper, 1).T
     inverse /= -np.diag(inverse)
     inverse[np.diag_indices_from(inverse)] = 0
-    weights[np.ix_(kept, kept)] = inverse
-    return weights
+    return kept, inverse
+
+
+def count_ease(events: Events, penalty: float, neighbours: int) -> Matrix:
+    """EASE with the strongest weights of each item alone, CSR (I, I)."""
+    kept, weights = fit_ease(events, penalty)
+    strongest = keep_strongest(weights, neighbours).tocoo()
+    pairs = kept[strongest.row], kept[strongest.col]
+    return sparse.csr_matrix((strongest.data, pairs), shape=(events.items, events.items))
 
 
 def keep_strongest(matrix: Matrix, count: int) -> Matrix:
     """CSR with at most so many entries of each row, the largest by absolute value."""
+    if matrix.shape[0] > SORTED_ROWS:
+        parts = [matrix[start : start + SORTED_ROWS] for start in range(0, matrix.shape[0], SORTED_ROWS)]
+        return sparse.vstack([keep_strongest(part, count) for part in parts], format="csr")
     matrix = sparse.csr_matrix(matrix)
     matrix.sum_duplicates()
     rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
@@ -259,6 +271,13 @@ def _score_linear(matrix: Matrix, events: Events, histories: Histories, decay: f
     return apply(histories.weigh(events.items, decay), matrix)
 
 
+def _score_ease(fitted: tuple[Numbers, Scores], events: Events, histories: Histories, decay: float) -> Scores:
+    kept, weights = fitted
+    scores = np.zeros((len(histories), events.items), np.float32)
+    scores[:, kept] = apply(histories.weigh(events.items, decay)[:, kept], weights)
+    return scores
+
+
 def _score_own(_none: None, events: Events, histories: Histories, decay: float) -> Scores:
     return np.asarray(histories.weigh(events.items, decay).toarray(), dtype=np.float32)
 
@@ -274,7 +293,7 @@ COUNTINGS: dict[str, Counting] = {
         {"shrinkage": (0.0, 10.0, 50.0), "neighbours": (50, 200)},
         {"decay": DECAYS},
     ),
-    "ease": Counting(fit_ease, _score_linear, {"penalty": (50.0, 200.0, 500.0)}, {"decay": DECAYS}),
+    "ease": Counting(fit_ease, _score_ease, {"penalty": (50.0, 200.0, 500.0)}, {"decay": DECAYS}),
     "co_occurrence": Counting(
         lambda events, window: count_following(events, int(window)),
         _score_linear,

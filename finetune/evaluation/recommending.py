@@ -129,7 +129,8 @@ class Ranked:
 
 def find_first(scores: npt.NDArray[np.floating[Any]], count: int) -> Numbers:
     """The items with the largest scores, best first; of equal ones the first of the catalogue, and none at minus
-    infinity. (count or fewer,)."""
+    infinity, which nan counts as. (count or fewer,)."""
+    scores = np.where(np.isnan(scores), -np.inf, scores)  # below all for any comparison
     count = min(count, len(scores))
     blocks = len(scores) // BLOCK
     chosen = np.arange(len(scores))

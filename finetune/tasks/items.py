@@ -21,9 +21,9 @@ from finetune.evaluation.counting import (
     Events,
     Matrix,
     Scores,
+    count_ease,
     count_following,
     count_preceding,
-    fit_ease,
     keep_strongest,
 )
 
@@ -51,15 +51,16 @@ class Counts:
     @classmethod
     def fit(cls, events: Events) -> Counts:
         """Count events that all lie before `events.now`."""
-        matrices = {f"follows {window}": count_following(events, window) for window in WINDOWS}
-        matrices["precedes"] = count_preceding(events, WINDOWS[1])
-        matrices["ease"] = fit_ease(events, EASE_PENALTY)
+        followed = {f"follows {window}": count_following(events, window) for window in WINDOWS}
+        followed["precedes"] = count_preceding(events, WINDOWS[1])
+        matrices = {name: keep_strongest(matrix, NEIGHBOURS) for name, matrix in followed.items()}
+        matrices["ease"] = count_ease(events, EASE_PENALTY, NEIGHBOURS)
         first = np.full(events.items, np.inf)
         np.minimum.at(first, events.item, events.time)
         age = np.where(np.isfinite(first), (events.now - first) / DAY, np.nan)
         vectors = {"popularity": events.count(), "age": age.astype(np.float32), "again": _count_again(events)}
         vectors |= {f"popularity {days}": events.count(events.now - days * DAY) for days in RECENT_DAYS}
-        return cls({name: keep_strongest(matrix, NEIGHBOURS) for name, matrix in matrices.items()}, vectors)
+        return cls(matrices, vectors)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """As named arrays, for a safetensors file."""

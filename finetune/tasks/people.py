@@ -96,7 +96,7 @@ def load_others(
         loaded = replace(
             loaded, findings=(*loaded.findings, Finding("unknown_item", "warning", "test", unknown, message))
         )
-    log = Interactions(log.users, task.catalogue, log.user[known], numbers[known], log.time[known], log.weight[known])
+    log = Interactions(log.users, task.catalogue, log.user[known], numbers[known], log.time[known])
     cuts, most = record.cuts, task.section.requests
     asked = split_leave_one_out(log)["test"] if cuts is None else ask_since(log, cuts[1], most, seed)
     record = replace(record, others=(log, asked))

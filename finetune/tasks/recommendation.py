@@ -106,7 +106,7 @@ class Recommendation:
 
     type: ClassVar[str] = "recommendation"
     roles: ClassVar[tuple[str, ...]] = ("user", "item", "time")
-    optional_roles: ClassVar[tuple[str, ...]] = ("weight",)
+    optional_roles: ClassVar[tuple[str, ...]] = ()
     scored_by: ClassVar[str] = "next_items"
     peft_type: ClassVar[str] = "FEATURE_EXTRACTION"
     cuts_rows: ClassVar[bool] = False

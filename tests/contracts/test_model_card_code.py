@@ -41,7 +41,11 @@ STATUS = {
         "parameters": {"trained": 1, "total": 1},
     }
 }
-LOCK = {"precision": "float32", "versions": {"torch": "2", "transformers": "5", "peft": "0"}}
+LOCK = {
+    "precision": "float32",
+    "versions": {"torch": "2", "transformers": "5", "peft": "0"},
+    "base": {"reference": "base", "origin": "local folder"},
+}
 TEST = {
     "rows": 3,
     "confidence": 0.95,

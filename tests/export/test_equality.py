@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import finetune
+from finetune.artifact.export.export_run import export_run
 from finetune.artifact.run_folder import RunFolder
 
 TOLERANCE = 1e-4
@@ -99,6 +100,32 @@ def test_the_folder_of_transformers_loads_without_this_package(export, find_run)
     np.testing.assert_allclose(found, run.compute_logits(run.clean(TEXTS)), atol=1e-5)
     again = finetune.load(find_run("text_classification"), engine="transformers")
     assert [one.label for one in again.predict(TEXTS)] == [one.label for one in run.predict(TEXTS)]
+
+
+@pytest.mark.parametrize(
+    "name", ["onnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("onnx-int8", "openvino"))]
+)
+def test_weights_that_are_too_large_for_one_file_are_counted_and_not_left_behind(
+    find_run, brief_speed, tmp_path, monkeypatch, name
+):
+    """As above 1.5 GB, where torch puts them beside the graph."""
+    skip_without(name.removesuffix("-int8"))
+    from torch.onnx._internal.exporter import _onnx_program
+
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 1000)
+    run = find_run("text_classification")
+    exported = export_run(run, name, tmp_path / name)
+    names = {path.name for path in exported.folder.iterdir()}
+    assert {found for found in names if found.endswith((".onnx", ".data", ".xml", ".bin"))} == {
+        "onnx": {"model.onnx", "model.onnx.data"},
+        "onnx-int8": {"model.onnx"},
+        "openvino": {"model.xml", "model.bin"},
+    }[name]
+    assert not [found for found in names if found.startswith(".")]
+    size = exported.parity["bytes"]
+    assert size["after"] > (0.2 if name == "onnx-int8" else 0.9) * size["before"]
+    answers = [finetune.load(one).predict(TEXTS) for one in (run, exported.folder)]
+    assert [one.label for one in answers[0]] == [one.label for one in answers[1]]
 
 
 def test_no_file_says_where_it_was_made(export):

@@ -91,6 +91,16 @@ def test_a_folder_that_is_something_else(own_run, tmp_path):
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 
+def test_the_folder_that_one_is_in(command, own_run, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for output in (".", "../empty"):
+        done = command("export", own_run, "--format", "torch-export", "--output", output)
+        assert done.code == 2
+        words = "must be another folder than the one that you are in, got that one. Choose another --output."
+        assert f"{tmp_path / 'empty'}: {words}" in done.err
+
+
 def test_a_metric_that_the_run_does_not_have(command, own_run):
     done = command("export", own_run, "--format", "torch-export", "--set", "export.max_drop={mrr: 0.1}")
     assert done.code == 2

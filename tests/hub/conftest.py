@@ -57,12 +57,18 @@ def waits(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     _http.close_session()
 
 
-def put_on_hub_base(run: Path, base: str, folder: str = BASE) -> None:
+def put_on_hub_base(run: Path, base: str, folder: str = BASE, origin: str = "Hub cache") -> None:
     """Rewrite a run as if its base had come from the Hub."""
     for name in ("model/adapter_config.json", "recipe.yaml", "recipe.resolved.yaml", "run.lock"):
         path = run / name
-        path.write_text(path.read_text().replace(base, folder))
+        path.write_text(path.read_text().replace(base, folder).replace("local folder", origin))
     reseal(run)
+
+
+@pytest.fixture
+def rebase() -> Callable[..., None]:
+    """`put_on_hub_base`, for tests."""
+    return put_on_hub_base
 
 
 def reseal(run: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import finetune
+from finetune.models.base import find_base, resolve_base
 
 ADAPTER, WHOLE, BASE = "acme/tone", "acme/whole", "acme/tiny-base"
 TEXTS = ["profit falls on loss", "the board names a new chair", "acme wins and raises its forecast after strong sales"]
@@ -141,6 +142,16 @@ def test_an_adapter_trains_on_from_it(
     recipe = write_recipe(tmp_path / "on", model={"base": BASE, "adapters": [adapter]}, train={"epochs": 1})
     done = command("run", recipe, "--runs", tmp_path / "on" / "runs", "--json")
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "config.json"])
+def test_a_half_filled_cache_is_completed(pulled: Path, tiny_base: Path, missing: str) -> None:
+    folder = resolve_base(BASE).folder
+    (folder / missing).unlink()
+    assert find_base(BASE) is None
+    assert resolve_base(BASE).folder == folder
+    assert (folder / missing).read_bytes() == (tiny_base / missing).read_bytes()
+    assert find_base(BASE) is not None
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,33 @@ def test_merged_weights_take_the_place_of_an_adapter_in_one_commit(
     assert b"base: base\n" in repo.files["recipe.yaml"]
 
 
+def test_a_folder_of_this_machine_is_no_base_of_the_hub(
+    hub: Any, waits: list[float], own_run: Path, tiny_base: Path, command: Command, rebase: Callable[..., None]
+) -> None:
+    """Named as the Hub names models, and pushed from another folder than it was trained in."""
+    rebase(own_run, str(tiny_base), "models/in-house", origin="local folder")
+    words = "adapter_config.json: its base must be on the Hub, got a folder of this machine, models/in-house."
+    refuse(hub, command("push", own_run, NAME), 2, words)
+
+
+def test_what_is_said_of_a_folder_is_its_name(
+    hub: Any, waits: list[float], own_run: Path, tiny_base: Path, command: Command
+) -> None:
+    path = own_run / "recipe.resolved.yaml"
+    path.write_text(path.read_text().replace("description: ''", f"description: On {tiny_base}"))
+    refuse(
+        hub,
+        command("push", own_run, NAME, "--merge"),
+        2,
+        f"recipe.resolved.yaml, line 3: must hold no path of this machine, got {tiny_base}.",
+    )
+    path.write_text(path.read_text().replace(f"On {tiny_base}", "On our base, and/or /more"))
+    assert command("push", own_run, NAME, "--merge").code == 0
+    files = hub.repos["model", NAME].files
+    assert not [name for name, content in files.items() if str(tiny_base).encode() in content]
+    assert b"On our base, and/or /more" in files["recipe.resolved.yaml"]
+
+
 def test_both_puts_the_adapter_into_a_folder_of_its_own(
     hub: Any, waits: list[float], run: Path, tiny_base: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +235,20 @@ def test_who_may_not_write_there_is_told_why(
     outcome = command("push", run, name)
     refuse(hub, outcome, outcome.code, words)
     assert outcome.code in (2, 5)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "tiny.Q4_1.gguf", "onnx/model.onnx", "vocab.txt"])
+def test_a_model_of_another_origin_stays_as_it_is(
+    hub: Any, waits: list[float], run: Path, command: Command, file: str
+) -> None:
+    repo = hub.create("acme/theirs", private=True, files={"README.md": b"# Theirs", file: b"theirs"})
+    refuse(hub, command("push", run, "acme/theirs"), 2, f"got a model of another origin ({file}). Choose another name.")
+    assert len(repo.commits) == 1
+
+
+def test_a_repository_that_its_page_made_is_empty(hub: Any, waits: list[float], run: Path, command: Command) -> None:
+    hub.create("acme/new", private=True, files={"README.md": b"---\nlicense: mit\n---\n"})
+    assert command("push", run, "acme/new").code == 0
 
 
 def test_a_narrow_token_may_push_where_it_may_write(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from finetune.artifact.scan import scan_file, shorten_paths
+from finetune.artifact.scan import list_paths, scan_file, shorten_paths
 
 # Put together here, so that no file of the project looks as if it held one.
 SECRETS = {
@@ -71,7 +72,33 @@ def test_words_of_a_tokenizer_are_left_alone(tmp_path: Path) -> None:
         (r"data: D:\sets\rows.csv", "data: rows.csv"),
         ("data: ../sets/rows.csv", "data: ../sets/rows.csv"),
         ("base: acme/tiny # https://a.org/b/c", "base: acme/tiny # https://a.org/b/c"),
+        ("data: /srv/our sets/rows of may.csv # all", 'data: "rows of may.csv" # all'),
+        (r"data: \\server\share\rows.csv", "data: rows.csv"),
+        ("data: file:///srv/sets/rows.csv", "data: rows.csv"),
+        (r'model: {base: "D:\\our sets\\tiny", max_length: 8}', 'model: {base: "tiny", max_length: 8}'),
+        ("model:\n  adapters: [/a/b, acme/c, '/d/true']", 'model:\n  adapters: [b, acme/c, "true"]'),
+        (
+            '{"adapters": {"/a/b/c": "12"}, "base": {"reference": "/d/e"}}',
+            '{"adapters": {"c": "12"}, "base": {"reference": "e"}}',
+        ),
+        ("prompt: 'a/b /x/y {text}' # \n", "prompt: 'a/b /x/y {text}' # \n"),
+        (
+            "prompt: /sum/up {text}\ndata: &d /a/b.csv\nknowledge: *d",
+            "prompt: /sum/up {text}\ndata: &d b.csv\nknowledge: *d",
+        ),
     ],
 )
 def test_absolute_paths_are_cut_and_others_kept(text: str, short: str) -> None:
     assert shorten_paths(text) == short
+    assert list_paths(short) == []
+
+
+def test_paths_that_a_recipe_names_are_found_wherever_else_they_stand(tmp_path: Path) -> None:
+    paths = list_paths("data: /srv/our sets/rows.csv\nmodel: {base: '\\\\server\\share\\tiny'}")
+    assert paths == ["/srv/our sets/rows.csv", r"\\server\share\tiny"]
+    path = tmp_path / "notes.json"
+    for found in paths:
+        path.write_text(json.dumps({"made of": found}))
+        assert "must hold no path of this machine, got " in scan_file(path.name, path, paths)[0]
+    path.write_text("file:///home/ann/rows.csv")
+    assert "got file:///home/ann/rows.csv. Write" in scan_file(path.name, path)[0]

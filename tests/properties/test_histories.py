@@ -20,9 +20,8 @@ def make(events):
     order = np.lexsort((time, user))
     items = tuple(f"i{number}" for number in range(int(item.max()) + 1))
     users = tuple(f"u{number}" for number in range(int(user.max()) + 1))
-    weight = np.ones(len(order), np.float32)
     known = Catalogue(items, items, {})
-    return Interactions(users, known, user[order], item[order], time[order], weight)
+    return Interactions(users, known, user[order], item[order], time[order])
 
 
 def show(data, requests):

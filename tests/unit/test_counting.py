@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,9 @@ from finetune.evaluation.counting import (
     DAY,
     Events,
     Histories,
+    apply,
     build_people,
+    count_ease,
     count_following,
     count_neighbours,
     count_preceding,
@@ -41,6 +45,13 @@ def draw_events(seed, people=30, items=12):
     # The last item has no event, and the one before it one.
     had = [generator.integers(0, items - 2, generator.integers(1, 9)) for _ in range(people)]
     return make_events(*had, np.array([items - 2]), items=items)
+
+
+def fill(kept, weights, items):
+    """A matrix of some items as that of all."""
+    dense = np.zeros((items, items), np.float32)
+    dense[np.ix_(kept, kept)] = weights
+    return dense
 
 
 # Histories
@@ -126,7 +137,7 @@ def test_ease_is_its_closed_form(seed, penalty):
     inverse = np.linalg.inv(people[:, kept].T @ people[:, kept] + penalty * np.eye(len(kept)))
     expected = np.zeros((events.items, events.items))
     expected[np.ix_(kept, kept)] = np.eye(len(kept)) - inverse / np.diag(inverse)
-    found = fit_ease(events, penalty)
+    found = fill(*fit_ease(events, penalty), events.items)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     assert (np.diag(found) == 0).all(), "no item predicts itself"
 
@@ -134,7 +145,7 @@ def test_ease_is_its_closed_form(seed, penalty):
 def test_ease_rebuilds_better_than_any_matrix_near_it():
     events = draw_events(1)
     people = build_people(events).toarray().astype(np.float64)
-    best = fit_ease(events, 5.0).astype(np.float64)
+    best = fill(*fit_ease(events, 5.0), events.items).astype(np.float64)
 
     def measure(weights):
         return ((people - people @ weights) ** 2).sum() + 5.0 * (weights**2).sum()
@@ -147,13 +158,46 @@ def test_ease_rebuilds_better_than_any_matrix_near_it():
 
 
 def test_ease_of_events_that_nothing_is_shared_by_is_nothing():
-    assert not fit_ease(make_events([0], [1]), 50.0).any()
+    events = make_events([0], [1])
+    assert not fill(*fit_ease(events, 50.0), events.items).any()
+    assert not count_ease(events, 50.0, 2).nnz
+    scores = fit("ease", events, penalty=50.0)(make_histories([0], []))
+    assert scores.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0]], "the popular, where it says nothing"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ease_among_its_own_items_is_ease_among_all(seed):
+    """Bit for bit: what is zero adds nothing."""
+    events = draw_events(seed)
+    dense = fill(*fit_ease(events, 5.0), events.items)
+    np.testing.assert_array_equal(count_ease(events, 5.0, 3).toarray(), keep_strongest(dense, 3).toarray())
+    histories = make_histories([0, 3, 10, 3], [], [11], [5, 10, 1])
+    popular = events.count() / events.count().max()
+    for decay in (0.5, 1.0):
+        scores = apply(histories.weigh(events.items, decay), dense)
+        largest = np.abs(scores).max(axis=1, keepdims=True)
+        wanted = scores + np.where(largest > 0, 1e-5 * largest, 1.0).astype(np.float32) * popular
+        np.testing.assert_array_equal(fit("ease", events, penalty=5.0, decay=decay)(histories), wanted)
+
+
+def test_ease_of_a_catalogue_of_which_little_is_bought_needs_no_room_for_the_rest():
+    events = make_events(*[[0, 7, 99_999], [0, 99_999], [7, 0]] * 20, items=100_000)
+    tracemalloc.start()
+    scores = fit("ease", events)(make_histories([0]))
+    strongest = count_ease(events, 50.0, 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6, "all of the items by all of the items are 40 GB"
+    assert set(np.argsort(-scores[0])[:3].tolist()) == {0, 7, 99_999}
+    assert strongest.nnz == 6
 
 
 def test_the_strongest_of_each_row_stay():
     matrix = np.array([[1.0, -3.0, 2.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0]], np.float32)
     assert keep_strongest(matrix, 2).toarray().tolist() == [[0, -3, 2], [0, 0.5, 0], [0, 0, 0]]
     assert keep_strongest(matrix, 9).toarray().tolist() == matrix.tolist()
+    many = np.tile(matrix, (700, 1))
+    assert keep_strongest(many, 1).toarray().tolist() == [[0, -3, 0], [0, 0.5, 0], [0, 0, 0]] * 700
 
 
 # Baselines

@@ -64,10 +64,10 @@ def write(path, content):
 
 
 def list_events(loaded):
-    """(user, item, time, weight) by name, in order."""
+    """(user, item, time) by name, in order."""
     data = loaded.interactions
-    rows = zip(data.user.tolist(), data.item.tolist(), data.time.tolist(), data.weight.tolist(), strict=True)
-    return [(data.users[user], data.catalogue.ids[item], time, weight) for user, item, time, weight in rows]
+    rows = zip(data.user.tolist(), data.item.tolist(), data.time.tolist(), strict=True)
+    return [(data.users[user], data.catalogue.ids[item], time) for user, item, time in rows]
 
 
 def find(loaded, kind):
@@ -78,20 +78,20 @@ def find(loaded, kind):
 
 MAY_1 = 1714521600
 EXPECTED = [
-    ("ann", "b3", MAY_1 + 9 * 3600, 0.5),
-    ("ann", "b1", MAY_1 + 10 * 3600, 5.0),
-    ("ben", "b2", MAY_1 + 86400, 4.0),  # before b1, as in the file
-    ("ben", "b1", MAY_1 + 86400, 3.0),
+    ("ann", "b3", MAY_1 + 9 * 3600),
+    ("ann", "b1", MAY_1 + 10 * 3600),
+    ("ben", "b2", MAY_1 + 86400),  # before b1, as in the file
+    ("ben", "b1", MAY_1 + 86400),
 ]
 
 
 def test_events_are_sorted_by_person_time_and_order_in_the_file(load):
-    loaded = load(weight="stars")
+    loaded = load()
     assert list_events(loaded) == EXPECTED
     data = loaded.interactions
-    assert [array.dtype for array in (data.user, data.item, data.time, data.weight)] == [np.int64] * 3 + [np.float32]
+    assert [array.dtype for array in (data.user, data.item, data.time)] == [np.int64] * 3
     assert (loaded.name, loaded.origin, loaded.card) == ("events", "events.csv", None)
-    assert loaded.columns == {"user": "user", "item": "item", "time": "time", "weight": "stars"}
+    assert loaded.columns == {"user": "user", "item": "item", "time": "time"}
 
 
 def test_catalogue_keeps_its_order_and_items_without_events(load):
@@ -102,13 +102,9 @@ def test_catalogue_keeps_its_order_and_items_without_events(load):
     assert known.numbers == {"b1": 0, "b2": 1, "b3": 2, "b9": 3}
 
 
-def test_weights_are_read_only_where_they_are_named(load):
-    assert load().interactions.weight.tolist() == [1, 1, 1, 1]
-
-
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".tsv"])
 def test_formats_give_the_same_events(load, ending):
-    expected = load(weight="stars")
+    expected = load()
     head, *lines = [line.split(",") for line in EVENTS.splitlines()]
     columns = {name: list(values) for name, values in zip(head, zip(*lines, strict=True), strict=True)}
     columns["stars"] = list(map(float, columns["stars"]))
@@ -122,24 +118,27 @@ def test_formats_give_the_same_events(load, ending):
         events = "\n".join(map(json.dumps, rows))
     else:
         events = EVENTS.replace(",", "\t")
-    loaded = load(events, name=f"other{ending}", weight="stars")
+    loaded = load(events, name=f"other{ending}")
     assert list_events(loaded) == EXPECTED
     assert loaded.fingerprint == expected.fingerprint
 
 
 def test_fingerprint_is_of_what_the_data_says(load):
-    first = load(weight="stars").fingerprint
+    first = load().fingerprint
     swapped = EVENTS.splitlines()
     swapped[2:4] = swapped[3:1:-1]
-    assert load("\n".join(swapped), weight="stars").fingerprint == first
-    assert load(EVENTS.replace(",0.5", ",0.6"), weight="stars").fingerprint != first
-    assert load(items=ITEMS.replace("Quiet", "Loud"), weight="stars").fingerprint != first
-    assert load(items=ITEMS.replace("12.5", "12.6"), weight="stars").fingerprint != first
+    assert load("\n".join(swapped)).fingerprint == first
+    assert load(EVENTS.replace("b3,2024", "b2,2024")).fingerprint != first
+    assert load(EVENTS.replace(",0.5", ",0.6")).fingerprint == first
+    # Of an earlier version, for the same events.
+    assert first == "0e25703a12d7781f8c67857f9d0c5d3fd54eee1ca6870655920b51b58088a5e7"
+    assert load(items=ITEMS.replace("Quiet", "Loud")).fingerprint != first
+    assert load(items=ITEMS.replace("12.5", "12.6")).fingerprint != first
 
 
 def test_repeated_events_are_dropped_and_counted(load):
-    loaded = load(EVENTS + "ben,b2,2024-05-02,1\nben,b2,2024-05-03,1\nben,b2,2024-05-02,2\n", weight="stars")
-    assert list_events(loaded) == [*EXPECTED, ("ben", "b2", MAY_1 + 2 * 86400, 1.0)]
+    loaded = load(EVENTS + "ben,b2,2024-05-02,1\nben,b2,2024-05-03,1\nben,b2,2024-05-02,2\n")
+    assert list_events(loaded) == [*EXPECTED, ("ben", "b2", MAY_1 + 2 * 86400)]
     found = find(loaded, "repeated_event")
     assert (found.count, found.message) == (2, "2 of 7 events repeat person, item and time of one before: dropped.")
 
@@ -249,23 +248,13 @@ def test_event_without_time_is_refused(refuse):
 def test_ids_of_mixed_types_in_jsonl_are_text(load):
     events = '{"user": 1, "item": "b1", "time": 3}\n{"user": "1", "item": 2, "time": 4}'
     loaded = load(events, None, name="events.jsonl")
-    assert list_events(loaded) == [("1", "b1", 3, 1.0), ("1", "2", 4, 1.0)]
-
-
-@pytest.mark.parametrize(
-    ("weight", "got"), [("five", None), ("-1", "-1"), ("", "nothing"), ("nan", "nothing"), ("1e39", "1e+39")]
-)
-def test_weight_that_is_no_number_or_negative_is_refused(refuse, weight, got):
-    where = "events.csv: column 'stars': row 3: "
-    must = f"must be a number of at least 0 (1 rows are not), got {got}. Correct it, or leave columns.weight out."
-    words = where + (must if got else "must be a number, got 'five'. Correct it.")
-    refuse(words, EVENTS.replace("0.5", weight), weight="stars")
+    assert list_events(loaded) == [("1", "b1", 3), ("1", "2", 4)]
 
 
 def test_column_that_is_not_there(refuse):
     there = "got columns user, item, time, stars."
     refuse(f"events.csv: column 'usr' must exist, {there} Did you mean 'user'? Set columns.user", user="usr")
-    refuse(f"events.csv: column 'rating' must exist, {there} Set columns.weight to the right one.", weight="rating")
+    refuse(f"events.csv: column 'rating' must exist, {there} Set columns.time to the right one.", time="rating")
     refuse("events.csv: items: column 'sku' must exist", section=SECTION.model_copy(update={"id": "sku"}))
     section = SECTION.model_copy(update={"numeric": ["prize"]})
     refuse(
@@ -339,7 +328,7 @@ def test_without_a_catalogue_an_item_is_what_its_first_event_says(load, tmp_path
     known = loaded.interactions.catalogue
     assert (known.ids, known.texts) == (("w", "x"), ("", "first"))
     assert known.columns == {"price": (None, 2.0)}
-    assert list_events(loaded)[1] == ("a", "x", 30, 1.0)
+    assert list_events(loaded)[1] == ("a", "x", 30)
 
 
 def test_history_of_100_000_events(load):
@@ -373,7 +362,7 @@ def card(tmp_path, monkeypatch):
 FILMS = """
 files: {all: ratings.csv}
 format: movielens
-roles: {user: userId, item: movieId, time: timestamp, weight: rating}
+roles: {user: userId, item: movieId, time: timestamp}
 items: {file: movies.csv, id: movieId, text: [title, genres], categorical: [genres], numeric: [year]}
 rows: {all: 3}
 """
@@ -386,7 +375,7 @@ def test_movielens(card):
     films += '2,"Two, The (1990\u20131999) ",(no genres listed)\n3,None,Comedy\n'
     write(folder / "movies.csv", films)
     loaded = load_interactions("tiny", {})
-    assert list_events(loaded) == [("10", "1", 964982703, 4.0), ("9", "3", 964981247, 0.5)]
+    assert list_events(loaded) == [("10", "1", 964982703), ("9", "3", 964981247)]
     known = loaded.interactions.catalogue
     assert known.texts == ("Dawn (1995). Drama, War", "Two, The (1990\u20131999)", "None. Comedy")
     assert known.columns == {"genres": ("Drama, War", None, "Comedy"), "year": (1995.0, 1990.0, None)}

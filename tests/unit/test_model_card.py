@@ -42,7 +42,7 @@ PAIRS = Card(
 )
 
 
-def write_card(kind: str, data: Card | None = None, **recipe: Any) -> ModelCard:
+def write_card(kind: str, data: Card | None = None, origin: str = "download", **recipe: Any) -> ModelCard:
     """The card of a run of that task type, with intervals of 1 % and a baseline that knows the first metric only."""
     metrics = {name: {"value": x, "low": 0.99 * x, "high": 1.01 * x} for name, x in SCORES[kind].items()}
     first = next(iter(metrics))
@@ -57,7 +57,10 @@ def write_card(kind: str, data: Card | None = None, **recipe: Any) -> ModelCard:
     if kind == "text_classification":
         test |= {"labels": ["bad", "good"], "temperature": 1.31}
     values = {"recipe": 1, "name": "card", "tasks": {"only": {"type": kind, "data": "rows.csv"}}} | recipe
-    return ModelCard(build_model_card(Recipe.model_validate(values), {"only": data}, {"only": test}, STATUS, LOCK))
+    checked = Recipe.model_validate(values)
+    base = checked.model.base
+    lock = LOCK | {"base": {"reference": base, "origin": "random weights" if base == "scratch" else origin}}
+    return ModelCard(build_model_card(checked, {"only": data}, {"only": test}, STATUS, lock))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,24 @@ def test_a_base_of_the_hub_is_named() -> None:
     card = write_card("masked_lm", model={"base": "acme/base@v1"})
     assert card.data.base_model == "acme/base"
     assert "Base model `acme/base`, full tuning: 7,812,352 of 7,812,352 parameters were trained." in card.text
+
+
+@pytest.mark.parametrize("architecture", ["native", "triad"])
+def test_the_code_loads_the_revision_that_was_tuned(architecture: str) -> None:
+    lora = {"method": "lora"}
+    card = write_card("causal_lm", model={"base": "acme/base@v1", "architecture": architecture}, adapter=lora)
+    assert '.from_pretrained("acme/base", revision="v1", config=' in card.text
+    card = write_card("causal_lm", model={"base": "acme/base", "architecture": architecture}, adapter=lora)
+    assert '.from_pretrained("acme/base", config=' in card.text
+
+
+@pytest.mark.parametrize("base", ["/data/models/in-house", "models/in-house"])
+def test_a_folder_is_no_base_of_the_hub_wherever_the_card_is_written(base: str) -> None:
+    """Nothing of that name lies here, and on the Hub anybody may take it."""
+    card = write_card("causal_lm", model={"base": base}, adapter={"method": "full"}, origin="local folder")
+    assert card.data.base_model is None
+    assert "Base model `in-house`, full tuning" in card.text
+    assert base not in str(card)
 
 
 @pytest.mark.parametrize(

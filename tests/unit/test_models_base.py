@@ -9,6 +9,7 @@ import httpx
 import huggingface_hub.constants
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from finetune.errors import ModelError
 from finetune.models import base as base_module
@@ -61,6 +62,43 @@ def test_a_local_folder_comes_first(cache, wheel, tiny_base, tmp_path, monkeypat
 def test_then_the_cache(cache, wheel, tiny_base):
     snapshot = put_into_cache(cache, "acme/packed", tiny_base)
     assert resolve_base("acme/packed") == BaseModel("acme/packed", snapshot, "Hub cache")
+
+
+def split_weights(folder: Path) -> list[Path]:
+    """Put a model's weights into two files with an index, as large models have them."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
+    for file, own in shards.items():
+        save_file({name: weights[name] for name in own}, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, own in shards.items() for name in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return [folder / file for file in shards]
+
+
+def test_a_cached_model_of_which_files_are_missing_is_passed_over(cache, tiny_base, tmp_path):
+    source = Path(shutil.copytree(tiny_base, tmp_path / "split"))
+    split_weights(source)
+    snapshot = put_into_cache(cache, "acme/split", source)
+    assert resolve_base("acme/split") == BaseModel("acme/split", snapshot, "Hub cache")
+    (snapshot / "model-00002-of-00002.safetensors").unlink()
+    assert find_base("acme/split") is None
+    with pytest.raises(ModelError) as caught:  # the Hub cannot be asked
+        resolve_base("acme/split")
+    assert str(caught.value) == (
+        "acme/split: must hold every file that model.safetensors.index.json names, got no "
+        "model-00002-of-00002.safetensors (1 missing). Copy what is missing, or download the model anew."
+    )
+
+
+def test_a_cached_model_without_a_tokenizer_is_passed_over(cache, tiny_base):
+    snapshot = put_into_cache(cache, "acme/bare", tiny_base)
+    for name in ("tokenizer.json", "vocab.txt"):
+        (snapshot / name).unlink(missing_ok=True)
+    assert find_base("acme/bare") is None
+    with pytest.raises(ModelError, match="acme/bare: must hold a tokenizer, got none"):
+        load_tokenizer(resolve_base("acme/bare"))
 
 
 def test_then_the_wheel(cache, wheel):

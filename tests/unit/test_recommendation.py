@@ -54,8 +54,7 @@ def make_log(events, items=6):
     order = np.lexsort((time, user))
     ids = tuple(f"i{number}" for number in range(items))
     users = tuple(f"u{number}" for number in range(int(user.max()) + 1))
-    log = user[order], item[order], time[order], np.ones(len(order), np.float32)
-    return Interactions(users, Catalogue(ids, ids, {}), *log)
+    return Interactions(users, Catalogue(ids, ids, {}), user[order], item[order], time[order])
 
 
 def draw_events(seed=0, people=40, items=ITEMS):

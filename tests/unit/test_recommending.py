@@ -152,6 +152,14 @@ def test_the_first_are_those_of_a_stable_sort(values, count):
     assert find_first(scores, count).tolist() == np.argsort(-scores, kind="stable")[:count].tolist()
 
 
+@pytest.mark.parametrize("size", [30, 7000])
+def test_what_has_no_score_is_not_in_a_list(size):
+    scores = np.full(size, np.nan, np.float32)
+    assert find_first(scores, 100).tolist() == []
+    scores[[3, 20]] = -1, 2
+    assert find_first(scores, 100).tolist() == [20, 3]
+
+
 def test_some_questions_are_drawn_and_keep_their_order():
     questions = make_questions(*((row // 3, [row], [row + 1]) for row in range(30)), exclude_seen=False)
     few = questions.draw(12, seed=1)

@@ -113,6 +113,7 @@ def write_card(**task: Any) -> ModelCard:
         "training": {"steps": 30, "seconds": 3, "device": "cpu", "rows": 344, "parameters": {"trained": 9, "total": 9}}
     }
     lock = {"precision": "float32", "versions": {"torch": "2", "transformers": "5", "peft": "0"}}
+    lock["base"] = {"reference": "acme/base", "origin": "Hub cache"}
     section = {"type": "recommendation", "data": "events.csv", **task}
     recipe = Recipe.model_validate(
         {"recipe": 1, "name": "shop", "tasks": {"next": section}, "model": {"base": "acme/base"}}

@@ -47,6 +47,8 @@ from finetune.recipe.loading import load_recipe
 from finetune.recipe.schema import Recipe
 
 PARITY = "parity.json"
+FLOATS = ".float"
+"""Where the ONNX file lies that other formats are made of, with its weights."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def export_run(
     """
     format_ = get_format(name)
     run = find_run(reference)
-    folder = Path(output) if output is not None else run.export(name)
+    folder = Path(output).resolve() if output is not None else run.export(name)
     _check_output(folder)
     saved = open_saved(run.model)
     check_task(saved.task.type)
@@ -135,6 +137,10 @@ def export_run(
 
 
 def _check_output(folder: Path) -> None:
+    if folder == Path.cwd():  # it is replaced as a whole, and who stands in it would see the old one
+        raise UsageError(
+            f"{folder}: must be another folder than the one that you are in, got that one. Choose another --output."
+        )
     if folder.exists() and not (folder / PARITY).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
             f"{folder}: must be a new folder or an older export, got something else. Choose another --output."
@@ -207,7 +213,9 @@ def _write(
 
 
 def _list_weights(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.suffix in (".onnx", ".xml", ".bin", ".pt2", ".safetensors")]
+    # torch puts large weights beside the graph of an ONNX file, into model.onnx.data.
+    kinds = (".onnx", ".data", ".xml", ".bin", ".pt2", ".safetensors")
+    return [path for path in folder.iterdir() if path.suffix in kinds]
 
 
 def _write_graph(
@@ -222,12 +230,15 @@ def _write_graph(
     if format_.runtime == "torch":
         write_torch(graph, folder)
         return []
-    plain = folder / onnx_format.FILE
+    is_kept = format_.runtime == "onnxruntime" and not format_.is_quantized
+    floats = folder if is_kept else folder / FLOATS
+    floats.mkdir(exist_ok=True)
+    plain = floats / onnx_format.FILE
     onnx_format.write_onnx(graph, plain)
     if not format_.is_quantized:
         if format_.runtime == "openvino":
             openvino_format.write_openvino(plain, folder)
-            plain.unlink()
+            shutil.rmtree(floats)
         return []
     pad_token_id = int(source.tokenizer.pad_token_id)
     seed = next(iter(source.judged.values())).seed
@@ -253,9 +264,7 @@ def _write_graph(
         tasks = source.compare(model)
         return tasks, list_excesses(tasks, source.max_drop)
 
-    float_file = folder / f".{onnx_format.FILE}"
-    plain = plain.rename(float_file)
     schemes: tuple[Scheme, ...] = ("static", "dynamic") if format_.runtime == "onnxruntime" else ("static",)
     candidates = choose_quantization(schemes, ranked, write, read, judge, calibration, folder)
-    float_file.unlink()
+    shutil.rmtree(floats)
     return candidates

@@ -57,7 +57,7 @@ class OnnxEngine:
 
 
 def write_onnx(graph: Graph, path: Path) -> None:
-    """Write a graph as one ONNX file.
+    """Write a graph as an ONNX file; above 1.5 GB its weights lie beside it, in `<file>.data`.
 
     Raises:
         ModelError: an operator that ONNX does not have.
