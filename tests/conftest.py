@@ -158,7 +158,6 @@ def write_recipe(tiny_base: Path) -> Callable[..., Path]:
                 "tone": {
                     "type": "text_classification",
                     "data": "rows.csv",
-                    "columns": {"text": "text", "label": "label"},
                     "labels": list(KEYWORDS),
                 }
             },

@@ -186,7 +186,7 @@ def test_the_truth_of_a_backtest_is_that_of_the_labels(run, monitor, history, te
     """A reader that knows every label makes no error, so all that is left is none."""
 
     class Oracle:
-        topics = monitor.reader.topics
+        topics, fingerprint = monitor.reader.topics, monitor.reader.fingerprint
 
         def read(self, asked):
             known = {text: (label, topic) for text, label, topic in texts}

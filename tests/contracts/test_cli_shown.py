@@ -15,6 +15,7 @@ from finetune.recipe import list_recipes
 from finetune.recipe.adapter import ADAPTER_KEYS
 from finetune.recipe.comparison import list_comparisons
 from finetune.recipe.loading import recipe_json_schema
+from finetune.recipe.sweep import list_sweeps
 from finetune.training import precision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,8 @@ def test_what_only_shows_speaks_json(command, words):
 
 def test_recipes_are_listed_shown_and_copied(command, tmp_path):
     listed = json.loads(command("recipes", "list", "--json").out)
-    known = [("recipe", one) for one in list_recipes()] + [("comparison", one) for one in list_comparisons()]
+    kinds = {"recipe": list_recipes(), "comparison": list_comparisons(), "sweep": list_sweeps()}
+    known = [(kind, one) for kind, found in kinds.items() for one in found]
     assert listed == [{"name": one.name, "kind": kind, "description": one.description} for kind, one in known]
     assert {"recipe", "comparison"} == {one["kind"] for one in listed}
     assert all(one["name"] in command("recipes", "list").out for one in (listed[0], listed[-1]))

@@ -241,7 +241,7 @@ def test_classes_that_are_not_those_of_the_data(
             ["run", "--labels", "a,b"],
             "evaluate: --labels must come with --model, got a run, which knows its own. Leave it out.",
         ),
-        (["run", "--column", "text=t"], "evaluate: --column must come with --model, got a run, which knows its own."),
+        (["run", "--column", "text=t"], "evaluate: --column must come with --data, whose columns it names, got none."),
         (
             ["--model", "acme/tone", "--data", "x.csv", "--column", "label"],
             "--column: must have the form ROLE=NAME, such as label=intent, got 'label'.",

@@ -76,7 +76,7 @@ tasks = st.fixed_dictionaries(
 trains = st.fixed_dictionaries(
     {},
     optional={
-        "epochs": st.integers(1, 10**12),
+        "epochs": st.integers(1, 10_000),
         "learning_rate": st.floats(0, 1, exclude_min=True),
         "head_learning_rate": st.none() | st.floats(0, 1, exclude_min=True),
         "warmup_ratio": ratios,
