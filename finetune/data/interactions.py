@@ -56,6 +56,13 @@ class Catalogue:
         """Id -> number of the item."""
         return {item: number for number, item in enumerate(self.ids)}
 
+    @cached_property
+    def numeric(self) -> frozenset[str]:
+        """The columns of numbers: those without a text."""
+        return frozenset(
+            name for name, values in self.columns.items() if not any(isinstance(value, str) for value in values)
+        )
+
 
 @dataclass(frozen=True)
 class Interactions:

@@ -135,7 +135,7 @@ class Items:
         return {
             name: np.array([np.nan if value is None else value for value in values], np.float32)
             for name, values in self.catalogue.columns.items()
-            if not any(isinstance(value, str) for value in values)
+            if name in self.catalogue.numeric
         }
 
     @cached_property

@@ -141,11 +141,7 @@ class _First:
 
     def score(self, questions: Questions) -> Scores:
         """(R, I)."""
-        return self.fill(self.compute(questions.histories))
-
-    def fill(self, scores: Scores) -> Scores:
-        """Popularity in the place of nan."""
-        return np.where(np.isnan(scores), self.popular, scores).astype(np.float32)
+        return fill_popular(self.compute(questions.histories), questions.histories, self.popular)
 
 
 class _Both:
@@ -158,7 +154,18 @@ class _Both:
         """(R, I)."""
         sequence = self.first.compute(questions.histories)
         table = self.ranker.build_table(questions.histories, sequence)
-        return place_candidates(self.first.fill(sequence), table, self.ranker.score(table), questions.histories)
+        filled = fill_popular(sequence, questions.histories, self.first.popular)
+        return place_candidates(filled, table, self.ranker.score(table), questions.histories)
+
+
+def fill_popular(scores: Scores, histories: Histories, popular: Scores) -> Scores:
+    """Popularity, (I,), in the place of the scores of the first stage, (R, I), where a history is empty."""
+    nobody = histories.lengths == 0
+    if not nobody.any():
+        return scores
+    filled = scores.copy()
+    filled[nobody] = popular
+    return filled
 
 
 def place_candidates(scores: Scores, table: Table, ranks: npt.NDArray[np.float64], histories: Histories) -> Scores:
@@ -211,7 +218,8 @@ def _fit_ranker(
         ranked[rounds] = Ranked()
         for rows, sequence, table, rank in zip(chunks, sequences, tables, found, strict=True):
             part = questions.take(rows)
-            ranked[rounds].add(place_candidates(first.fill(sequence), table, rank, part.histories), part, groups)
+            filled = fill_popular(sequence, part.histories, first.popular)
+            ranked[rounds].add(place_candidates(filled, table, rank, part.histories), part, groups)
         means = average_by_person(ranked[rounds].places, questions.person, [HEADLINE])[HEADLINE]
         scores[rounds] = float(means[:, 0].mean())
     best = max(scores, key=lambda rounds: scores[rounds])

@@ -349,7 +349,7 @@ def test_after_nothing_comes_what_was_popular_of_late(model):
     first = judge_lists._First(model, 20, Counts.fit(events).rank_popular(WEEK))
     histories = Histories(np.array([4, 5]), np.array([0, 0]), np.array([0, 2]))
     sequence = first.compute(histories)
-    filled = first.fill(sequence)
+    filled = judge_lists.fill_popular(sequence, histories, first.popular)
     # 2 and 3 are had twice in the week, 3 more often before.
     assert np.argsort(-filled[0], kind="stable")[:4].tolist() == [3, 2, 0, 1]
     np.testing.assert_array_equal(filled[1], sequence[1])

@@ -54,7 +54,7 @@ def _match(condition: str, catalogue: Catalogue) -> Mask:
         raise UsageError(f"{where}: must name a declared column ({names}), got {column!r}.{hint}")
     values = catalogue.columns[column]
     given = [_unquote(part) for part in form["value"].strip("()[]").split(",")] if sign == "in" else [form["value"]]
-    if any(isinstance(value, str) for value in values):
+    if column not in catalogue.numeric:
         return _match_kinds(values, sign, [_unquote(value) for value in given], where)
     return _match_numbers(values, sign, given, where)
 

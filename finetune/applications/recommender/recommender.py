@@ -23,7 +23,7 @@ from finetune.errors import UsageError
 from finetune.evaluation.counting import Histories, Numbers, Scores
 from finetune.evaluation.recommending import find_first
 from finetune.tasks.items import WEEK, Counts, normalize
-from finetune.tasks.judge_lists import place_candidates
+from finetune.tasks.judge_lists import fill_popular, place_candidates
 from finetune.tasks.ranker import Ranker, Table
 from finetune.tasks.recommendation import Recommendation, compute_sequence_scores, compute_states
 
@@ -132,11 +132,7 @@ class Recommender:
     def _score(self, histories: Histories, left_out: _LeftOut) -> _Scored:
         """As `tasks.judge_lists` does it, without what lists leave out."""
         sequence = compute_sequence_scores(self.model, histories, self.max_length, self._vectors)
-        nobody = histories.lengths == 0
-        first = sequence
-        if nobody.any():
-            first = sequence.copy()
-            first[nobody] = self._popular
+        first = fill_popular(sequence, histories, self._popular)
         ranker = self._get_ranker(exclude_seen=left_out.seen)
         if ranker is None:
             left_out.mark(first, histories)
