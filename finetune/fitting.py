@@ -69,9 +69,8 @@ def train(folder: RunFolder, *, quiet: bool = False, gives_up: GivesUp = never) 
             row_weights=task.compute_row_weights(train_rows, recipe.train.class_weights),
             compute_losses=add_penalty(compute_losses, budget),
             compute_metrics=partial(task.compute_metrics, names=_list_validation_metrics(recipe)),
-            is_larger_better=lambda name: is_larger_better(
-                name.rpartition(".")[2]
-            ),  # of several tasks, `<task>.<metric>`
+            # Of several tasks, `<task>.<metric>`.
+            is_larger_better=lambda name: is_larger_better(name.rpartition(".")[2]),
             compute_outputs=phase.compute_outputs if phase else task.compute_outputs,
             head=new,
             pad_token_id=pad_token_id,

@@ -173,7 +173,7 @@ def _prepare_part(
     relative_to: Path | None,
     tokenizer: Any,
 ) -> tuple[Part, Any]:
-    _check_roles(section)
+    _check_named_columns(section)
     if section.type == Recommendation.type:
         return _prepare_people(section, model, base, seed, relative_to, tokenizer)
     shape = TASKS[section.type]
@@ -218,7 +218,7 @@ def _prepare_part(
     return Part(section, task, source, splits, examples, findings, entries), tokenizer
 
 
-def _check_roles(section: TaskSection) -> None:
+def _check_named_columns(section: TaskSection) -> None:
     """A role that is misspelt would be read from the column of its own name, which may hold something else."""
     shape = TASKS[section.type]
     roles = [*shape.roles, *shape.optional_roles, *ALSO_NAMED.get(section.type, ())]

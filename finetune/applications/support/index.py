@@ -18,6 +18,7 @@ from finetune.applications.support.relevance import Relevance, collect_evidence,
 from finetune.artifact.run_folder import load_json, save_json
 from finetune.data.knowledge import Entry, load_knowledge, save_knowledge
 from finetune.data.ranking import LexicalIndex, fuse_rankings
+from finetune.data.turns import CUSTOMER
 from finetune.errors import ResourceError, UsageError
 from finetune.recipe.files import compute_sha256, write_file_atomically
 
@@ -29,8 +30,6 @@ FUSED = 100
 """How many entries each ranking puts forward."""
 
 _KNOWLEDGE, _FEATURES, _LINKS, _INDEX = "knowledge.jsonl", "features.safetensors", "links.json", "index.json"
-
-
 BUILD_AGAIN = "Build it in Python: finetune.applications.support.build.build_assistant(RUN)"
 
 
@@ -196,7 +195,7 @@ class KnowledgeIndex:
 
 def find_last_customer_turn(context: str) -> list[str]:
     """The newest of the customer's lines in a context, without the speaker; empty where there is none."""
-    lines = [line.removeprefix("Customer: ") for line in context.splitlines() if line.startswith("Customer: ")]
+    lines = [line.removeprefix(CUSTOMER) for line in context.splitlines() if line.startswith(CUSTOMER)]
     return lines[-1:]
 
 
