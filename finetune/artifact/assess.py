@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
 from finetune.adapters.methods import describe
 from finetune.artifact.card import build_model_card
 from finetune.artifact.load import list_predictors, load
+from finetune.artifact.predictions import GROUP
 from finetune.artifact.predictor import Predictor
 from finetune.artifact.run_folder import RunFolder, load_json, now, save_json
 from finetune.artifact.save import add_settings
 from finetune.data.checks import findings_to_json
-from finetune.data.rows import Row
+from finetune.data.rows import Row, number_groups
 from finetune.evaluation.report import ReportData, write_report
 from finetune.evaluation.scoring import choose_section
 from finetune.evaluation.slices import DERIVED
@@ -64,7 +67,8 @@ def assess(
         place.mkdir(exist_ok=True)
         for split, content in judgement.scored.items():
             save_json(place / f"{split}.json", content)
-        _save_predictions(place / "predictions.parquet", judgement.predictions)
+        groups = number_groups(part.splits["test"], part.group_column)
+        _save_predictions(place / "predictions.parquet", judgement.predictions, groups)
         _write_report(folder, recipe, prepared, name, judgement)
     fitted = {"temperature": next(iter(temperatures.values())), "temperatures": temperatures, "fitted": settings}
     add_settings(folder.model, fitted, files)
@@ -158,13 +162,15 @@ def _judge(  # noqa: PLR0913  (whom, on what, how)
             opened=opened,
             settings=settings,
             track=track,
+            group_column=part.group_column,
         )
     )
 
 
-def _save_predictions(path: Path, columns: Mapping[str, Any]) -> None:
+def _save_predictions(path: Path, columns: Mapping[str, Any], groups: npt.NDArray[np.int64] | None) -> None:
+    by_row = groups is not None and "id" in columns  # blocks of a text are no rows
     sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(pa.table(dict(columns)), sink)
+    pyarrow.parquet.write_table(pa.table(dict(columns) | ({GROUP: groups} if by_row else {})), sink)
     write_file_atomically(path, sink.getvalue().to_pybytes())
 
 

@@ -122,7 +122,9 @@ def _estimate(each: Sequence[Predictions], metrics: Sequence[str], resamples: in
     # Where all seeds have the same test rows, chance in those is one and the same; else each seed has its own.
     shared = all(one.keys == each[0].keys for one in each)
     by_seed = [
-        one.compute_estimates(metrics, resamples=resamples, seed=seed + (0 if shared else place))
+        one.compute_estimates(
+            metrics, each[0].resample(resamples, seed) if shared else one.resample(resamples, seed + place)
+        )
         for place, one in enumerate(each)
     ]
     return {name: average_over_seeds([found[name] for found in by_seed], seed) for name in metrics}

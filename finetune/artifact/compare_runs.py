@@ -41,16 +41,16 @@ def compare_runs(references: Sequence[str | Path], *, resamples: int = RESAMPLES
     if not metrics:
         known = "; ".join(f"{name}: {', '.join(one.test['metrics'])}" for name, one in loaded.items())
         raise UsageError(f"compare: the runs must share a metric that their predictions tell, got {known}.")
-    drawing = {"resamples": resamples, "seed": int(first.test["seed"])}
+    resampling = first.resample(resamples, int(first.test["seed"]))
     confidence = float(first.test["confidence"])
-    estimates = {name: one.compute_estimates(metrics, **drawing) for name, one in loaded.items()}
+    estimates = {name: one.compute_estimates(metrics, resampling) for name, one in loaded.items()}
     differences = _compute_differences(names, metrics, estimates, confidence)
     compared: dict[str, Any] = round_numbers(
         {
             "rows": first.count,
             "metric": metrics[0],
             "confidence": confidence,
-            **drawing,
+            **resampling.describe(),
             "runs": {
                 name: {
                     "folder": str(one.run.path),

@@ -21,7 +21,7 @@ from finetune.evaluation.corpus_metrics import (
     compute_text_statistics,
 )
 from finetune.evaluation.corpus_scoring import compute_corpus_estimates
-from finetune.evaluation.intervals import Estimate, compute_estimates
+from finetune.evaluation.intervals import Estimate, Resampling, compute_estimates
 from finetune.evaluation.metrics import METRICS, OUTSIDE_METRICS
 from finetune.evaluation.outside import OutsideScores, compute_outside_estimates
 from finetune.evaluation.recommending import average_by_person
@@ -30,6 +30,8 @@ SCORE = "score_"
 """What stands before a class in the name of the column with its scores."""
 PERSON = "user"
 """The column of whose request a row is, where scores are means over people."""
+GROUP = "group"
+"""The column of the number of a row's group, where rows were split by group."""
 COLUMNS = {"texts": "prediction", "ranks": "places", "likelihood": "nats"}
 """What a metric without classes needs -> a column that tells whether it is there."""
 
@@ -67,26 +69,29 @@ class Predictions:
         """The metrics of the run that can be computed again from its predictions, the headline first."""
         return [name for name in self.test["metrics"] if self._can_compute(name)]
 
-    def compute_estimates(self, names: Sequence[str], *, resamples: int, seed: int) -> dict[str, Estimate]:
-        """Value and resampled values of each metric; equal seeds and rows give equal resamples for every run."""
+    def resample(self, resamples: int, seed: int) -> Resampling:
+        """How its rows are drawn again; for runs that are compared, the first one's says it for all."""
+        return Resampling(resamples, seed, np.array(self.columns[GROUP]) if GROUP in self.columns else None)
+
+    def compute_estimates(self, names: Sequence[str], resampling: Resampling) -> dict[str, Estimate]:
+        """Value and resampled values of each metric."""
         if self._is_classifier:
             labels = list(self.test["labels"])
             index = {label: i for i, label in enumerate(labels)}
-            drawing = {"resamples": resamples, "seed": seed}
             found = np.array([index.get(label, -1) for label in self.columns["reference"]], dtype=np.int64)
             known = found >= 0  # the others belong to no class
             scores = np.column_stack([self.columns[f"{SCORE}{label}"] for label in labels]).astype(np.float64)
             own = [name for name in names if name not in OUTSIDE_METRICS]
-            estimates = compute_estimates(found[known], scores[known], own, **drawing)
+            estimates = compute_estimates(found[known], scores[known], own, resampling=resampling.take(known))
             if len(own) < len(names):
-                estimates |= compute_outside_estimates(~known, self._read_outside_scores(), **drawing)
+                estimates |= compute_outside_estimates(~known, self._read_outside_scores(), resampling)
             return {name: estimates[name] for name in names}
         if PERSON in self.columns:
             _, person = np.unique(self.columns[PERSON], return_inverse=True)
             tables = average_by_person(self.columns["places"], person, names)
         else:
             tables = {name: self._build_table(name) for name in names}
-        return compute_corpus_estimates(tables, resamples=resamples, seed=seed)
+        return compute_corpus_estimates(tables, resampling)
 
     @property
     def _is_classifier(self) -> bool:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from finetune.data.files import MAX_TEXT_CHARACTERS
 from finetune.errors import DataError
 
@@ -29,6 +32,13 @@ class Row:
 
 Splits: TypeAlias = dict[str, list[Row]]
 """Split name -> its rows; the keys are those of `SPLITS`, in that order."""
+
+
+def number_groups(rows: Sequence[Row], column: str | None) -> npt.NDArray[np.int64] | None:
+    """The number of each row's value in a column, (N,); None where there is no such column."""
+    if column is None or not all(column in row.values for row in rows):
+        return None
+    return np.unique([str(row.values[column]) for row in rows], return_inverse=True)[1].astype(np.int64)
 
 
 def build_name_rows(labels: Sequence[str]) -> list[Row]:

@@ -17,7 +17,7 @@ from finetune.evaluation.corpus_metrics import (
     compute_text_statistics,
 )
 from finetune.evaluation.gates import check_gates, select_gate_metrics
-from finetune.evaluation.intervals import Estimate, compute_interval, draw_weights
+from finetune.evaluation.intervals import Estimate, Resampling, compute_interval, draw_weights
 from finetune.evaluation.metrics import Ints
 from finetune.evaluation.scoring import compare_systems, round_numbers
 from finetune.evaluation.slices import score_slices
@@ -56,12 +56,13 @@ class CorpusSplit:
     """For the slice `length`."""
     values: Sequence[Mapping[str, Any]]
     """Column -> value of each row, for slices."""
+    resampling: Resampling
     baselines: Mapping[str, SystemOutput] = field(default_factory=dict)
     opened: int | None = None
     """How often the test split was opened."""
 
 
-def score_corpus(split: CorpusSplit, section: EvaluateSection, seed: int) -> dict[str, Any]:
+def score_corpus(split: CorpusSplit, section: EvaluateSection) -> dict[str, Any]:
     """Score a split: metrics with intervals, baselines, slices and, on test, the gates.
 
     Metrics are those of the recipe in its order, then those that only a gate names. All systems see the same resamples.
@@ -77,26 +78,27 @@ def score_corpus(split: CorpusSplit, section: EvaluateSection, seed: int) -> dic
     """
     _check_finite(split.name, split.model.likelihood)
     names = list(dict.fromkeys([*section.metrics, *select_gate_metrics(section.gates)]))
-    drawing = {"resamples": section.resamples, "seed": seed}
+    resampling = split.resampling
     tables = _build_tables(split.model, split.references, names)
-    nothing = Estimate(float("nan"), np.full(section.resamples, np.nan))
-    model = dict.fromkeys(names, nothing) | compute_corpus_estimates(tables, **drawing)
+    nothing = Estimate(float("nan"), np.full(resampling.resamples, np.nan))
+    model = dict.fromkeys(names, nothing) | compute_corpus_estimates(tables, resampling)
 
     def score_rows(rows: Ints) -> dict[str, Any]:
-        estimates = compute_corpus_estimates({name: table[rows] for name, table in tables.items()}, **drawing)
+        own = {name: table[rows] for name, table in tables.items()}
+        estimates = compute_corpus_estimates(own, resampling.take(rows))
         return {name: compute_interval(estimate, section.confidence) for name, estimate in estimates.items()}
 
     scored: dict[str, Any] = {
         "split": split.name,
         "rows": len(split.inputs),
         "confidence": section.confidence,
-        **drawing,
+        **resampling.describe(),
         **({} if split.opened is None else {"opened": split.opened}),
         "metrics": {name: compute_interval(estimate, section.confidence) for name, estimate in model.items()},
         "baselines": {
             name: compare_systems(
                 model,
-                compute_corpus_estimates(_build_tables(baseline, split.references, names), **drawing),
+                compute_corpus_estimates(_build_tables(baseline, split.references, names), resampling),
                 baseline.settings,
                 section.confidence,
             )
@@ -110,13 +112,13 @@ def score_corpus(split: CorpusSplit, section: EvaluateSection, seed: int) -> dic
     return scored
 
 
-def compute_corpus_estimates(tables: Tables, *, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Value and resampled values of each metric; equal seeds and row counts give equal resamples for every system."""
+def compute_corpus_estimates(tables: Tables, resampling: Resampling) -> dict[str, Estimate]:
+    """Value and resampled values of each metric."""
     values = {name: compute_corpus_metric(name, table) for name, table in tables.items()}
-    samples = {name: np.full(resamples, np.nan) for name in tables}
+    samples = {name: np.full(resampling.resamples, np.nan) for name in tables}
     n_rows = len(next(iter(tables.values()), ()))
     start = 0
-    for weights in draw_weights(n_rows, resamples, seed):
+    for weights in draw_weights(n_rows, resampling):
         block = slice(start, start + weights.shape[1])
         for name, table in tables.items():
             samples[name][block] = CORPUS_METRICS[name].compute(table.T @ weights)

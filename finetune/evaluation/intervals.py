@@ -4,6 +4,9 @@ Percentile intervals over resampled rows (Efron & Tibshirani 1993, chapter 13). 
 row was drawn. Every metric but AUROC depends on few sums over rows (right rows, predictions and references of each
 class), so that one product of a sparse table with the draws gives all resamples at once.
 
+Rows of one group, such as the questions about one hotel, tend to be right or wrong together: whole groups are drawn
+(Davison & Hinkley 1997, section 3.8), because rows drawn one by one would make the interval too narrow.
+
 The calibration error has no interval: it adds up sizes of gaps, to which drawing again only adds, so that where
 confidence is honest no resample comes down to the truth.
 """
@@ -11,9 +14,10 @@ confidence is honest no resample comes down to the truth.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from scipy import sparse
 
 from finetune.evaluation.metrics import (
@@ -32,6 +36,25 @@ Interval = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
+class Resampling:
+    """How rows are drawn again. Equal draws for all systems make their differences paired."""
+
+    resamples: int
+    seed: int
+    groups: Ints | None = None
+    """The group of each row, (N,); None where each row is drawn by itself."""
+
+    def take(self, rows: Ints | npt.NDArray[np.bool_]) -> Resampling:
+        """The same for some of the rows."""
+        return self if self.groups is None else replace(self, groups=self.groups[rows])
+
+    def describe(self) -> dict[str, int]:
+        """What is written beside the intervals; `groups` is their number, where there are any."""
+        number = {} if self.groups is None else {"groups": len(np.unique(self.groups))}
+        return {"resamples": self.resamples, "seed": self.seed, **number}
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """A metric's value on the rows, and on each resample of them; nan where it is not defined."""
 
@@ -42,7 +65,7 @@ class Estimate:
 
 
 def compute_intervals(
-    references: Ints, scores: Floats, names: Sequence[str], *, confidence: float, resamples: int, seed: int
+    references: Ints, scores: Floats, names: Sequence[str], *, confidence: float, resampling: Resampling
 ) -> dict[str, Interval]:
     """Value and percentile interval of each metric.
 
@@ -51,13 +74,12 @@ def compute_intervals(
         scores: Probabilities, (N, K).
         names: Metrics.
         confidence: Level, such as 0.95.
-        resamples: Number of bootstrap resamples.
-        seed: Fixes the resamples; they depend on (N, resamples, seed) only.
+        resampling: Of the N rows.
 
     Returns:
         name -> {"value", "low", "high"}; nan where not defined.
     """
-    estimates = compute_estimates(references, scores, names, resamples=resamples, seed=seed)
+    estimates = compute_estimates(references, scores, names, resampling=resampling)
     return {name: compute_interval(estimate, confidence) for name, estimate in estimates.items()}
 
 
@@ -120,17 +142,17 @@ def adjust_p_values(p_values: Sequence[float]) -> list[float]:
 
 
 def compute_estimates(
-    references: Ints, scores: Floats, names: Sequence[str], *, resamples: int, seed: int
+    references: Ints, scores: Floats, names: Sequence[str], *, resampling: Resampling
 ) -> dict[str, Estimate]:
-    """Value and resampled values of each metric; equal seeds and row counts give equal resamples for every system."""
+    """Value and resampled values of each metric."""
     references, scores = np.asarray(references, dtype=np.int64), np.asarray(scores, dtype=np.float64)
     values = {name: compute_metric(name, references, scores) for name in names}
     fast = [name for name in values if name in _FORMULAS or name == "auroc"]
-    samples = {name: np.full(resamples, np.nan) for name in values}
+    samples = {name: np.full(resampling.resamples, np.nan) for name in values}
     if fast and len(references) and np.isfinite(scores).all():
         resample = build_resampler(references, scores, fast)
         start = 0
-        for weights in draw_weights(len(references), resamples, seed):
+        for weights in draw_weights(len(references), resampling):
             block = slice(start, start + weights.shape[1])
             for name, drawn in resample(weights).items():
                 samples[name][block] = drawn
@@ -138,20 +160,24 @@ def compute_estimates(
     return {name: Estimate(value, samples[name]) for name, value in values.items()}
 
 
-def draw_weights(n_rows: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """Blocks (N, B) of how often each row is drawn in each of B resamples; every column sums to N.
+def draw_weights(n_rows: int, resampling: Resampling) -> Iterator[Floats]:
+    """Blocks (N, B) of how often each row is drawn in each of B resamples: as many draws as there are groups, or rows.
 
-    One row gives none: all its resamples are that row, and an interval of no width would claim certainty.
+    One group, or one row, gives none: all its resamples are the same, and an interval of no width would claim
+    certainty.
     """
-    if n_rows < 2:
+    group = None if resampling.groups is None else np.unique(resampling.groups, return_inverse=True)[1]
+    n_drawn = n_rows if group is None else int(group.max(initial=-1)) + 1
+    if min(n_rows, n_drawn) < 2:
         return
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(resampling.seed)
     largest = max(1, BLOCK_CELLS // n_rows)
-    for start in range(0, resamples, largest):
-        size = min(largest, resamples - start)
-        drawn = generator.integers(0, n_rows, size=(size, n_rows))  # (B, N) row numbers
-        cells = drawn * size + np.arange(size)[:, None]  # position of (row, resample) in the block
-        yield np.bincount(cells.ravel(), minlength=n_rows * size).reshape(n_rows, size).astype(np.float64)
+    for start in range(0, resampling.resamples, largest):
+        size = min(largest, resampling.resamples - start)
+        drawn = generator.integers(0, n_drawn, size=(size, n_drawn))  # (B, groups) numbers of groups
+        cells = drawn * size + np.arange(size)[:, None]  # position of (group, resample) in the block
+        counts = np.bincount(cells.ravel(), minlength=n_drawn * size).reshape(n_drawn, size).astype(np.float64)
+        yield counts if group is None else counts[group]
 
 
 def build_resampler(references: Ints, scores: Floats, names: Sequence[str]) -> Callable[[Floats], dict[str, Floats]]:
@@ -190,7 +216,14 @@ def _class_sums(references: Ints, scores: Floats) -> sparse.csr_array:
 
 
 def _mean_of(rows: Callable[[Ints, Floats], Floats]) -> Callable[[Ints, Floats], sparse.csr_array]:
-    return lambda references, scores: _table(np.zeros_like(references), rows(references, scores) / len(references), 1)
+    """2 sums: of what each row gives, and of rows, whose number differs where groups are drawn."""
+    return lambda references, scores: sparse.vstack(
+        [
+            _table(np.zeros_like(references), values, 1)
+            for values in (rows(references, scores), np.ones(len(references)))
+        ],
+        format="csr",
+    )
 
 
 def _f1_by_class(sums: Floats) -> tuple[Floats, Floats, Floats]:
@@ -228,7 +261,7 @@ def _mcc(sums: Floats) -> Floats:
 
 
 def _mean(sums: Floats) -> Floats:
-    values: Floats = sums[0]
+    values: Floats = sums[0] / sums[1]
     return values
 
 

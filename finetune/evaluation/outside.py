@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logsumexp, softmax
 
-from finetune.evaluation.intervals import Estimate, compute_estimates
+from finetune.evaluation.intervals import Estimate, Resampling, compute_estimates
 from finetune.evaluation.metrics import KEPT_RATIO, Floats
 from finetune.recipe.schema import OutsideScore
 
@@ -100,9 +100,15 @@ class OutsideRows:
     """What the data call rows without a class."""
     is_outside: Bools
     """(N,)."""
+    resampling: Resampling
+    """Of the N rows."""
     score: OutsideScore
     model: OutsideScores
     baselines: Mapping[str, OutsideScores] = field(default_factory=dict)
+
+    def compute_estimates(self, system: OutsideScores) -> dict[str, Estimate]:
+        """The metrics of `OUTSIDE_METRICS`, of the model or of a baseline."""
+        return compute_outside_estimates(self.is_outside, system, self.resampling)
 
     def describe(self) -> dict[str, Any]:
         """What `<split>.json` says beside the metrics."""
@@ -116,16 +122,13 @@ class OutsideRows:
         }
 
 
-def compute_outside_estimates(
-    is_outside: Bools, system: OutsideScores, *, resamples: int, seed: int
-) -> dict[str, Estimate]:
-    """The metrics of `OUTSIDE_METRICS` for one system, paired with others' on the same rows as `intervals` does."""
-    drawing = {"resamples": resamples, "seed": seed}
+def compute_outside_estimates(is_outside: Bools, system: OutsideScores, resampling: Resampling) -> dict[str, Estimate]:
+    """The metrics of `OUTSIDE_METRICS` for one system on all rows of a split."""
     ranked = np.stack([-system.scores, system.scores], axis=1)
-    auroc = compute_estimates(is_outside.astype(np.int64), ranked, ["auroc"], **drawing)["auroc"]
+    auroc = compute_estimates(is_outside.astype(np.int64), ranked, ["auroc"], resampling=resampling)["auroc"]
     found = (system.scores[is_outside] > system.threshold).astype(np.float64)
     # The share of rows found is the accuracy of saying "outside" where that is always right.
-    recall = compute_estimates(
-        np.ones(len(found), dtype=np.int64), np.stack([1 - found, found], axis=1), ["accuracy"], **drawing
-    )["accuracy"]
+    right = np.ones(len(found), dtype=np.int64)
+    own = resampling.take(is_outside)
+    recall = compute_estimates(right, np.stack([1 - found, found], axis=1), ["accuracy"], resampling=own)["accuracy"]
     return {"outside_auroc": auroc, "outside_recall_at_95": recall}

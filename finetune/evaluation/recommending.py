@@ -16,7 +16,7 @@ import numpy.typing as npt
 from finetune.evaluation.corpus_metrics import Floats, compute_rank_statistics
 from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, compute_corpus_estimates, score_corpus
 from finetune.evaluation.counting import Counting, Events, Fitted, Histories, Numbers, Scores
-from finetune.evaluation.intervals import compute_interval
+from finetune.evaluation.intervals import Resampling, compute_interval
 from finetune.evaluation.ranking_baselines import find_places
 from finetune.evaluation.scoring import round_numbers
 from finetune.recipe.schema import EvaluateSection
@@ -306,10 +306,10 @@ def score_lists(
             baselines={
                 name: ranked.to_output(questions.person, names) for name, ranked in systems.items() if name != model
             },
+            resampling=Resampling(section.resamples, judging.seed),
             opened=judging.opened,
         ),
         replace_slices(section, values),
-        judging.seed,
     )
     headline = names[0]
     groups = {name: _score_group(name, questions, systems, headline, judging) for name in group_items(counts)}
@@ -360,6 +360,6 @@ def _score_group(
         tables = average_by_person(ranked.by_group.get(name, []), questions.person, [metric])
         found["people"] = len(tables[metric])
         if found["people"]:
-            estimates = compute_corpus_estimates(tables, resamples=judging.section.resamples, seed=judging.seed)
+            estimates = compute_corpus_estimates(tables, Resampling(judging.section.resamples, judging.seed))
             found["systems"][system] = compute_interval(estimates[metric], judging.section.confidence)
     return found

@@ -14,7 +14,7 @@ from finetune.evaluation.baselines import BaselineResult
 from finetune.evaluation.calibration import apply_temperature, compute_reliability
 from finetune.evaluation.corpus_metrics import CORPUS_METRICS
 from finetune.evaluation.gates import BEATS_BASELINES, check_gate_names, check_gates, select_gate_metrics
-from finetune.evaluation.intervals import Estimate, compute_difference, compute_estimates, compute_interval
+from finetune.evaluation.intervals import Estimate, Resampling, compute_difference, compute_estimates, compute_interval
 from finetune.evaluation.metrics import (
     KINDS,
     OUTSIDE_METRICS,
@@ -26,7 +26,7 @@ from finetune.evaluation.metrics import (
     compute_predictions,
     list_foreign_names,
 )
-from finetune.evaluation.outside import OutsideRows, compute_outside_estimates
+from finetune.evaluation.outside import OutsideRows
 from finetune.evaluation.selective import compute_selective_accuracy
 from finetune.evaluation.slices import SliceRows, compute_slices
 from finetune.recipe.schema import EvaluateSection
@@ -51,6 +51,7 @@ class ScoredSplit:
     texts: Sequence[str]
     values: Sequence[Mapping[str, Any]]
     """Column -> value of each row, for slices."""
+    resampling: Resampling
     temperature: float = 1.0
     """Fitted on validation; 1 where nothing was fitted."""
     baselines: Mapping[str, BaselineResult] = field(default_factory=dict)
@@ -132,7 +133,7 @@ def check_early_stop(metric: str, kinds: Mapping[str, str]) -> None:
         raise RecipeError(f"{key}: must be computed while training, got {metric!r}. Use loss.")
 
 
-def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict[str, Any]:
+def score_split(split: ScoredSplit, section: EvaluateSection) -> dict[str, Any]:
     """Score a split: metrics with intervals, baselines, classes, calibration, slices and, on test, the gates.
 
     Metrics are those of the recipe in its order, then those that only a gate names, all on scores at the split's
@@ -151,12 +152,11 @@ def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict
     _check_finite(split.name, logits)
     named = dict.fromkeys([*section.metrics, *select_gate_metrics(section.gates)])
     names = [name for name in named if name not in OUTSIDE_METRICS]
-    drawing = {"resamples": section.resamples, "seed": seed}
-    outside = split.outside
+    resampling, outside = split.resampling, split.outside
     before, scores = apply_temperature(logits, 1.0), apply_temperature(logits, split.temperature)
-    model = compute_estimates(references, scores, names, **drawing)
+    model = compute_estimates(references, scores, names, resampling=resampling)
     if outside:
-        model |= compute_outside_estimates(outside.is_outside, outside.model, **drawing)
+        model |= outside.compute_estimates(outside.model)
     predictions, n_labels = compute_predictions(scores), len(split.labels)
     per_class = compute_per_class(references, predictions, n_labels)
     rows = SliceRows(references, scores, split.texts, split.values)
@@ -165,16 +165,14 @@ def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict
         "rows": len(references),
         "labels": list(split.labels),
         "confidence": section.confidence,
-        **drawing,
+        **resampling.describe(),
         **({} if split.opened is None else {"opened": split.opened}),
         "metrics": {name: compute_interval(estimate, section.confidence) for name, estimate in model.items()},
         "baselines": {
             name: compare_systems(
                 model,
-                compute_estimates(references, baseline.scores[split.name], names, **drawing)
-                | (
-                    compute_outside_estimates(outside.is_outside, outside.baselines[name], **drawing) if outside else {}
-                ),
+                compute_estimates(references, baseline.scores[split.name], names, resampling=resampling)
+                | (outside.compute_estimates(outside.baselines[name]) if outside else {}),
                 baseline.settings,
                 section.confidence,
             )
@@ -192,7 +190,7 @@ def score_split(split: ScoredSplit, section: EvaluateSection, seed: int) -> dict
         },
         "selective": compute_selective_accuracy(references, scores),
         **({"outside": outside.describe()} if outside else {}),
-        "slices": compute_slices(rows, section.slices, names, confidence=section.confidence, **drawing),
+        "slices": compute_slices(rows, section.slices, names, confidence=section.confidence, resampling=resampling),
     }
     scored = round_numbers(scored)
     # After rounding, so that a reader of the file comes to the same verdict.

@@ -14,7 +14,7 @@ import numpy as np
 
 from finetune.data.cleaning import SPACED_WORD
 from finetune.errors import DataError
-from finetune.evaluation.intervals import Interval, compute_intervals
+from finetune.evaluation.intervals import Interval, Resampling, compute_intervals
 from finetune.evaluation.metrics import Floats, Ints
 
 LENGTH = "length"  # the number of words, not a column
@@ -66,7 +66,7 @@ def check_slice_columns(columns: Sequence[str], available: Sequence[str]) -> Non
 
 
 def compute_slices(
-    rows: SliceRows, columns: Sequence[str], names: Sequence[str], *, confidence: float, resamples: int, seed: int
+    rows: SliceRows, columns: Sequence[str], names: Sequence[str], *, confidence: float, resampling: Resampling
 ) -> dict[str, list[dict[str, Any]]]:
     """Metrics with intervals for each value of each column.
 
@@ -79,8 +79,7 @@ def compute_slices(
         columns: Of `evaluate.slices`.
         names: Metrics.
         confidence: Level of the intervals.
-        resamples: Bootstrap resamples of each slice.
-        seed: Of the resamples.
+        resampling: Of the split's rows.
 
     Returns:
         column -> [{"value", "rows", "metrics": name -> {"value", "low", "high"}}].
@@ -90,8 +89,9 @@ def compute_slices(
     """
 
     def score(chosen: Ints) -> dict[str, Interval]:
+        own = resampling.take(chosen)
         return compute_intervals(
-            rows.references[chosen], rows.scores[chosen], names, confidence=confidence, resamples=resamples, seed=seed
+            rows.references[chosen], rows.scores[chosen], names, confidence=confidence, resampling=own
         )
 
     return score_slices(rows.texts, rows.values, columns, score)

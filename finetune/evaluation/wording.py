@@ -205,10 +205,11 @@ def quoted(text: str) -> str:
 
 
 def describe_tested(test: Mapping[str, Any]) -> str:
-    """What a score is over: `18 rows`; of lists `1,119 requests of 182 people`."""
+    """What a score is over: `18 rows`, `106 rows in 12 groups`; of lists `1,119 requests of 182 people`."""
     lists = part_of(test, "lists")
     if not lists.get("requests"):
-        return count_of(test["rows"], "row")
+        groups = f" in {count_of(test['groups'], 'group')}" if test.get("groups") else ""
+        return count_of(test["rows"], "row") + groups
     people = "1 person" if lists["people"] == 1 else f"{lists['people']:,} people"
     return f"{count_of(lists['requests'], 'request')} of {people}"
 

@@ -96,10 +96,10 @@ class CausalLM(OnLanguageModel):
                     inputs=inputs[name],
                     values=[{}] * len(inputs[name]),
                     baselines=baselines[name],
+                    resampling=held_out.resample(),
                     opened=held_out.opened if name == "test" else None,
                 ),
                 held_out.section,
-                held_out.seed,
             )
             for name in likelihoods
         }

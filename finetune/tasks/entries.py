@@ -189,9 +189,10 @@ class Library:
                     system: SystemOutput(places=self._find_places(rows, other), settings=settings)
                     for system, (other, settings) in baselines[name].items()
                 },
+                resampling=held_out.resample(name),
                 opened=held_out.opened if name == "test" else None,
             )
-            scored[name] = score_corpus(split, held_out.section, held_out.seed) | {"entries": len(self.entries)}
+            scored[name] = score_corpus(split, held_out.section) | {"entries": len(self.entries)}
         rows, scores = held_out.rows["test"], rankings["test"]
         first, places = scores.argmax(axis=1), self._find_places(rows, scores)
         return Judgement(

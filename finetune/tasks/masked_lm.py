@@ -178,9 +178,10 @@ class MaskedLM(OnLanguageModel):
                 inputs=shown[name],
                 values=[{}] * len(examples),
                 baselines=self._compute_baselines(held_out, examples),
+                resampling=held_out.resample(),
                 opened=held_out.opened if name == "test" else None,
             )
-            scored[name] = score_corpus(split, held_out.section, held_out.seed)
+            scored[name] = score_corpus(split, held_out.section)
         nats, tokens, right, _ = likelihoods["test"].T
         return Judgement(
             scored=scored,

@@ -77,6 +77,11 @@ class Part:
     entries: Sequence[Entry] = ()
 
     @property
+    def group_column(self) -> str | None:
+        """The column whose values were split as wholes."""
+        return self.section.split.column if self.section.split.by == "group" else None
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over rows and entries, as they were read."""
         if not self.entries:

@@ -294,10 +294,10 @@ class QuestionAnswering(OnBase):
                     inputs=questions[name].passages,
                     values=[row.values for row in rows[name]],
                     baselines=baselines[name],
+                    resampling=held_out.resample(name),
                     opened=held_out.opened if name == "test" else None,
                 ),
                 held_out.section,
-                held_out.seed,
             )
             for name, said in answers.items()
         }

@@ -14,7 +14,8 @@ from torch import nn
 
 from finetune.data.batches import Batch, Examples
 from finetune.data.knowledge import Entry
-from finetune.data.rows import Row, Splits
+from finetune.data.rows import Row, Splits, number_groups
+from finetune.evaluation.intervals import Resampling
 from finetune.models.base import BaseModel
 from finetune.recipe.schema import EvaluateSection, ModelSection, TaskSection
 
@@ -47,6 +48,7 @@ class HeldOut:
         section: the recipe's `evaluate`.
         max_length: tokens after which a text is cut.
         seed: the run's.
+        group_column: the column whose values were split as wholes; None where rows were split one by one.
         opened: how often the test split was opened; None for another held-out set in its place.
         settings: what was fitted on validation when the run was judged; None when that is still to do.
         track: for judging that takes long: says how far it is.
@@ -63,6 +65,17 @@ class HeldOut:
     opened: int | None
     settings: Mapping[str, Any] | None = None
     track: Track = keep_silent
+    group_column: str | None = None
+
+    def resample(self, name: str | None = None) -> Resampling:
+        """How a split's rows are drawn again for intervals: as wholes where they were split as wholes.
+
+        Args:
+            name: of the split; None for examples that are no rows, such as blocks of a text.
+        """
+        return Resampling(
+            self.section.resamples, self.seed, number_groups(self.rows[name], self.group_column) if name else None
+        )
 
     @property
     def judged(self) -> list[str]:

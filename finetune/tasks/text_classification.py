@@ -207,7 +207,6 @@ class TextClassification(OnBase):
             name: score_split(
                 self._select_split(held_out, name, logits[name], (temperature, rule), baselines),
                 held_out.section,
-                held_out.seed,
             )
             for name in logits
         }
@@ -262,6 +261,7 @@ class TextClassification(OnBase):
                 for baseline, result in baselines.items()
             },
             outside=self._select_outside(held_out, name, logits, rule, baselines) if rule else None,
+            resampling=held_out.resample(name).take(known),
             opened=held_out.opened if name == "test" else None,
         )
 
@@ -278,6 +278,7 @@ class TextClassification(OnBase):
         return OutsideRows(
             label=self.out_of_scope or "",
             is_outside=~self.has_class(held_out.examples[name].labels),
+            resampling=held_out.resample(name),
             score=rule.score,
             model=OutsideScores(compute_outside_scores(logits, rule.score), rule.threshold),
             baselines={

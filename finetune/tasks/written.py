@@ -52,9 +52,10 @@ def judge_written(task: Writes, held_out: HeldOut, title: str) -> Judgement:
             inputs=[row.values["text"] for row in rows],
             values=[row.values for row in rows],
             baselines=task.compute_baselines(held_out, rows),
+            resampling=held_out.resample(name),
             opened=held_out.opened if name == "test" else None,
         )
-        scored[name] = score_corpus(split, held_out.section, held_out.seed)
+        scored[name] = score_corpus(split, held_out.section)
     rows = held_out.rows["test"]
     return Judgement(
         scored=scored,

@@ -19,6 +19,7 @@ from finetune.artifact.predictor import Predictor
 from finetune.data.batches import Examples
 from finetune.data.sources import load_rows
 from finetune.errors import UsageError
+from finetune.evaluation.intervals import Resampling, compute_interval
 from finetune.fitting import read_validation
 from finetune.models.classifier import get_padding
 from finetune.recipe import load_recipe
@@ -148,9 +149,25 @@ def test_two_runs_are_compared_row_by_row(done: Run) -> None:
 
     predictions = load_predictions(done.folder)
     assert predictions.metrics == METRICS
-    found = predictions.compute_estimates(METRICS, resamples=100, seed=0)
+    resampling = predictions.resample(done.test["resamples"], done.test["seed"])
+    found = predictions.compute_estimates(METRICS, resampling)
     for name, estimate in found.items():
-        assert estimate.value == pytest.approx(done.test["metrics"][name]["value"], abs=1e-6)
+        assert compute_interval(estimate, 0.95) == pytest.approx(done.test["metrics"][name], abs=1e-6)
+
+
+def test_rows_that_were_split_as_groups_are_drawn_as_groups(done: Run) -> None:
+    from finetune.artifact.predictions import load_predictions
+
+    columns = load_predictions(done.folder).columns
+    places = {}  # all questions of a place have its passage
+    for group, row in zip(columns["group"], columns["id"], strict=True):
+        places.setdefault(group, []).append(row)
+    assert done.test["groups"] == len(places) > 1
+    assert len({len(rows) for rows in places.values()}) == 1
+    report = (done.folder.evaluation / "report.html").read_text(encoding="utf-8")
+    assert f"{done.test['rows']} rows in {len(places)} groups" in report
+    alone = load_predictions(done.folder).compute_estimates(METRICS, Resampling(100, 13))
+    assert compute_interval(alone["exact_match"], 0.95) != pytest.approx(done.test["metrics"]["exact_match"], abs=1e-6)
 
 
 def test_other_verbs_say_what_to_do(done: Run, finished_run: Path) -> None:

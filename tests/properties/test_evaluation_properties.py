@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.evaluation.calibration import apply_temperature, compute_reliability, fit_temperature
-from finetune.evaluation.intervals import build_resampler, compute_intervals
+from finetune.evaluation.intervals import Resampling, build_resampler, compute_intervals
 from finetune.evaluation.metrics import METRICS, compute_metric
 from finetune.evaluation.slices import group_rows
 
@@ -75,8 +75,8 @@ def test_counting_each_row_once_is_the_metric(split: tuple[np.ndarray, np.ndarra
 def test_intervals_are_ordered_and_in_range(split: tuple[np.ndarray, np.ndarray], seed: int) -> None:
     references, logits = split
     scores = apply_temperature(logits, 1.0)
-    wide = compute_intervals(references, scores, list(METRICS), confidence=0.99, resamples=100, seed=seed)
-    narrow = compute_intervals(references, scores, list(METRICS), confidence=0.8, resamples=100, seed=seed)
+    wide = compute_intervals(references, scores, list(METRICS), confidence=0.99, resampling=Resampling(100, seed))
+    narrow = compute_intervals(references, scores, list(METRICS), confidence=0.8, resampling=Resampling(100, seed))
     for name in METRICS:
         if not math.isnan(wide[name]["low"]):
             ends = [wide[name]["low"], narrow[name]["low"], narrow[name]["high"], wide[name]["high"]]

@@ -7,6 +7,7 @@ import pytest
 
 from finetune.evaluation.intervals import (
     Estimate,
+    Resampling,
     adjust_p_values,
     average_over_seeds,
     compute_estimates,
@@ -41,7 +42,9 @@ def test_rows_and_seeds_both_widen_the_interval() -> None:
         rows = generator.choice(400, wrong, replace=False)
         scores[rows] = scores[rows][:, ::-1]
         systems.append(scores)
-    each = [compute_estimates(references, s, ["accuracy"], resamples=20_000, seed=1)["accuracy"] for s in systems]
+    each = [
+        compute_estimates(references, s, ["accuracy"], resampling=Resampling(20_000, 1))["accuracy"] for s in systems
+    ]
     mean = average_over_seeds(each, seed=1)
     accuracies = np.array([0.9, 0.85, 0.8, 0.75])
     assert mean.value == pytest.approx(accuracies.mean())

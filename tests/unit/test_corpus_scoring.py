@@ -11,7 +11,7 @@ from sacrebleu.metrics import BLEU
 from finetune.errors import DataError, DivergedError, RecipeError
 from finetune.evaluation.corpus_metrics import compute_corpus_metric
 from finetune.evaluation.corpus_scoring import CorpusSplit, SystemOutput, compute_corpus_estimates, score_corpus
-from finetune.evaluation.intervals import draw_weights
+from finetune.evaluation.intervals import Resampling, draw_weights
 from finetune.evaluation.scoring import check_early_stop, check_section, choose_section
 from finetune.recipe.schema import EvaluateSection
 
@@ -40,6 +40,7 @@ def make_split(**changes: Any) -> CorpusSplit:
             "copy": SystemOutput(texts=[f"{text[:9]} x" for text in references], settings={"n": 1}),
             "unigram": SystemOutput(draw_likelihood(1, nats=2.0)),
         },
+        resampling=Resampling(100, 0),
         opened=1,
     )
     return dataclasses.replace(split, **changes)
@@ -51,7 +52,9 @@ def make_section(**changes: Any) -> EvaluateSection:
 
 
 def test_layout_is_that_of_a_classifier_without_its_parts() -> None:
-    scored = score_corpus(make_split(), make_section(gates={"perplexity": "< 9", "beats_baselines": True}), seed=13)
+    scored = score_corpus(
+        make_split(resampling=Resampling(100, 13)), make_section(gates={"perplexity": "< 9", "beats_baselines": True})
+    )
     assert list(scored) == [
         *("split", "rows", "confidence", "resamples", "seed", "opened", "metrics", "baselines", "slices", "gates")
     ]
@@ -68,18 +71,19 @@ def test_layout_is_that_of_a_classifier_without_its_parts() -> None:
 
 def test_values_are_those_of_sacrebleu_and_of_the_sums() -> None:
     split = make_split()
-    scored = score_corpus(split, make_section(), seed=0)
+    scored = score_corpus(split, make_section())
     expected = BLEU().corpus_score(split.model.texts, [split.references]).score
     assert scored["metrics"]["bleu"]["value"] == pytest.approx(expected, abs=1e-6)
     nats, tokens, *_ = split.model.likelihood.sum(axis=0)
     assert scored["metrics"]["loss"]["value"] == pytest.approx(nats / tokens, abs=1e-6)
 
 
-def test_intervals_are_those_of_corpora_drawn_row_by_row() -> None:
-    split = make_split()
-    scored = score_corpus(split, make_section(metrics=["bleu"]), seed=5)
+def test_intervals_are_those_of_corpora_drawn_group_by_group() -> None:
+    split = make_split(resampling=Resampling(100, 5, np.arange(N) // 4))
+    scored = score_corpus(split, make_section(metrics=["bleu"]))
+    assert scored["groups"] == N / 4
     drawn = []
-    for weights in draw_weights(N, 100, 5):
+    for weights in draw_weights(N, split.resampling):
         for column in weights.T.astype(int):
             rows = np.repeat(np.arange(N), column)
             texts = [split.model.texts[i] for i in rows]
@@ -91,9 +95,9 @@ def test_intervals_are_those_of_corpora_drawn_row_by_row() -> None:
 
 
 def test_systems_see_the_same_resamples() -> None:
-    scored = score_corpus(make_split(), make_section(metrics=["loss"]), seed=0)["baselines"]["unigram"]["difference"]
+    scored = score_corpus(make_split(), make_section(metrics=["loss"]))["baselines"]["unigram"]["difference"]
     # The baseline's nats are twice the model's in every row, so that the difference is minus the model's loss.
-    model = score_corpus(make_split(), make_section(metrics=["loss"]), seed=0)["metrics"]["loss"]
+    model = score_corpus(make_split(), make_section(metrics=["loss"]))["metrics"]["loss"]
     assert scored["loss"]["value"] == pytest.approx(-model["value"], abs=2e-6)
     assert scored["loss"]["low"] == pytest.approx(-model["high"], abs=2e-6)
     assert scored["loss"]["high"] == pytest.approx(-model["low"], abs=2e-6)
@@ -101,7 +105,7 @@ def test_systems_see_the_same_resamples() -> None:
 
 
 def test_a_baseline_lacks_what_it_says_nothing_about() -> None:
-    baselines = score_corpus(make_split(), make_section(), seed=0)["baselines"]
+    baselines = score_corpus(make_split(), make_section())["baselines"]
     for part in ("metrics", "difference"):
         assert list(baselines["copy"][part]) == ["bleu", "chrf"]
         assert list(baselines["unigram"][part]) == ["loss"]
@@ -109,12 +113,12 @@ def test_a_baseline_lacks_what_it_says_nothing_about() -> None:
 
 def test_gates_pass_over_baselines_without_the_headline() -> None:
     section = make_section(metrics=["loss", "bleu"], gates={"beats_baselines": True, "bleu": ">= 99"})
-    gates = score_corpus(make_split(), section, seed=0)["gates"]
+    gates = score_corpus(make_split(), section)["gates"]
     assert gates["beats_baselines"]["condition"].startswith("loss below unigram's ")
     assert gates["beats_baselines"]["passed"]
     assert not gates["bleu"]["passed"]
     without = make_split(baselines={"copy": make_split().baselines["copy"]})
-    assert score_corpus(without, section, seed=0)["gates"]["beats_baselines"] == {
+    assert score_corpus(without, section)["gates"]["beats_baselines"] == {
         "condition": "loss below every baseline, and there is none",
         "value": pytest.approx(1.0, abs=0.2),
         "passed": False,
@@ -123,7 +127,7 @@ def test_gates_pass_over_baselines_without_the_headline() -> None:
 
 def test_a_metric_that_the_model_says_nothing_about_has_no_value() -> None:
     split = make_split(model=SystemOutput(draw_likelihood(1, nats=1.0)), references=None)
-    scored = score_corpus(split, make_section(gates={"bleu": "> 1"}), seed=0)
+    scored = score_corpus(split, make_section(gates={"bleu": "> 1"}))
     assert list(scored["metrics"]) == ["bleu", "chrf", "loss"]  # the headline stays the headline
     assert scored["metrics"]["bleu"] == {"value": None, "low": None, "high": None}
     assert scored["gates"]["bleu"] == {"condition": "> 1", "value": None, "passed": False}
@@ -132,7 +136,7 @@ def test_a_metric_that_the_model_says_nothing_about_has_no_value() -> None:
 
 def test_slices_are_scored_by_their_rows() -> None:
     split = make_split()
-    scored = score_corpus(split, make_section(), seed=0)["slices"]
+    scored = score_corpus(split, make_section())["slices"]
     web = [i for i in range(N) if i % 3]
     assert (scored["source"][0]["value"], scored["source"][0]["rows"]) == ("web", len(web))
     expected = BLEU().corpus_score([split.model.texts[i] for i in web], [[split.references[i] for i in web]]).score
@@ -142,7 +146,7 @@ def test_slices_are_scored_by_their_rows() -> None:
 
 
 def test_validation_is_scored_without_gates() -> None:
-    scored = score_corpus(make_split(name="validation", opened=None), make_section(gates={"bleu": "> 0"}), seed=0)
+    scored = score_corpus(make_split(name="validation", opened=None), make_section(gates={"bleu": "> 0"}))
     assert scored["gates"] == {}
     assert "opened" not in scored
 
@@ -150,26 +154,44 @@ def test_validation_is_scored_without_gates() -> None:
 def test_result_is_strict_json_and_depends_on_the_seed_only() -> None:
     rows = make_split().model.likelihood * [1000, 1, 1, 0]  # perplexity beyond float64, no bytes
     section = make_section(metrics=["perplexity", "bits_per_byte", "token_accuracy"], slices=[])
-    one, two = (score_corpus(make_split(model=SystemOutput(rows)), section, seed=4) for _ in range(2))
+    one, two = (
+        score_corpus(make_split(model=SystemOutput(rows), resampling=Resampling(100, 4)), section) for _ in range(2)
+    )
     assert one == two == json.loads(json.dumps(one, allow_nan=False))
     assert one["metrics"]["perplexity"] == one["metrics"]["bits_per_byte"] == {"value": None, "low": None, "high": None}
-    other = score_corpus(make_split(model=SystemOutput(rows)), section, seed=5)
+    other = score_corpus(make_split(model=SystemOutput(rows), resampling=Resampling(100, 5)), section)
     assert other["metrics"]["token_accuracy"] != one["metrics"]["token_accuracy"]
 
 
 def test_no_rows() -> None:
     nothing = SystemOutput(np.zeros((0, 4)), [])
-    split = CorpusSplit("validation", nothing, references=[], inputs=[], values=[], baselines={"copy": nothing})
-    scored = score_corpus(split, make_section(slices=["length"]), seed=0)
+    split = CorpusSplit(
+        "validation",
+        nothing,
+        references=[],
+        inputs=[],
+        values=[],
+        resampling=Resampling(100, 0),
+        baselines={"copy": nothing},
+    )
+    scored = score_corpus(split, make_section(slices=["length"]))
     assert scored["rows"] == 0
     assert scored["metrics"]["bleu"] == scored["metrics"]["loss"] == {"value": None, "low": None, "high": None}
-    assert compute_corpus_estimates({}, resamples=100, seed=0) == {}
+    assert compute_corpus_estimates({}, Resampling(100, 0)) == {}
 
 
 def test_one_row_has_no_interval() -> None:
     one = SystemOutput(draw_likelihood(1, nats=1.0), ["a text"])
-    split = CorpusSplit("validation", one, references=["a text"], inputs=["x"], values=[{}], baselines={"copy": one})
-    scored = score_corpus(split, make_section(metrics=["bleu", "loss"], slices=[]), seed=0)
+    split = CorpusSplit(
+        "validation",
+        one,
+        references=["a text"],
+        inputs=["x"],
+        values=[{}],
+        resampling=Resampling(100, 0),
+        baselines={"copy": one},
+    )
+    scored = score_corpus(split, make_section(metrics=["bleu", "loss"], slices=[]))
     assert scored["metrics"]["loss"]["value"] is not None
     assert {(found["low"], found["high"]) for found in scored["metrics"].values()} == {(None, None)}
     assert scored["baselines"]["copy"]["difference"]["loss"] == {"value": 0, "low": None, "high": None, "p_value": None}
@@ -181,17 +203,17 @@ def test_likelihoods_that_are_not_finite() -> None:
     with pytest.raises(
         DivergedError, match=r"test: the model's loss must be finite, got nan or infinity in 2 of 60 rows\. Lower"
     ):
-        score_corpus(make_split(model=SystemOutput(rows)), make_section(metrics=["loss"]), seed=0)
+        score_corpus(make_split(model=SystemOutput(rows)), make_section(metrics=["loss"]))
 
 
 def test_a_slice_over_a_column_that_is_not_there() -> None:
     with pytest.raises(DataError, match=r"column 'sorce' must exist, got columns source\. Did you mean 'source'"):
-        score_corpus(make_split(), make_section(slices=["sorce"]), seed=0)
+        score_corpus(make_split(), make_section(slices=["sorce"]))
 
 
 def test_estimates_are_metrics_of_the_sums() -> None:
     tables = {"loss": draw_likelihood(3, nats=1.5), "token_accuracy": draw_likelihood(3, nats=1.5)}
-    estimates = compute_corpus_estimates(tables, resamples=150, seed=2)
+    estimates = compute_corpus_estimates(tables, Resampling(150, 2))
     for name, table in tables.items():
         assert estimates[name].value == compute_corpus_metric(name, table)
         assert estimates[name].samples.shape == (150,)

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from finetune.errors import RecipeError
 from finetune.evaluation.gates import check_gate_names
-from finetune.evaluation.intervals import compute_interval
+from finetune.evaluation.intervals import Resampling, compute_interval
 from finetune.evaluation.metrics import check_metric_names
 from finetune.evaluation.outside import (
     OutsideRule,
@@ -36,7 +36,7 @@ def draw(n_inside: int, n_outside: int, seed: int = 0):
 
 
 def estimate(is_outside, scores, threshold=0.0, resamples=200, seed=3):
-    return compute_outside_estimates(is_outside, OutsideScores(scores, threshold), resamples=resamples, seed=seed)
+    return compute_outside_estimates(is_outside, OutsideScores(scores, threshold), Resampling(resamples, seed))
 
 
 def test_scores_of_a_row_worked_by_hand():

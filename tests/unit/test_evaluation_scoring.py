@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 from finetune.errors import DataError, DivergedError, RecipeError
 from finetune.evaluation.baselines import BaselineData, compute_baselines
 from finetune.evaluation.calibration import apply_temperature
+from finetune.evaluation.intervals import Resampling
 from finetune.evaluation.scoring import ScoredSplit, check_section, score_split
 from finetune.recipe.schema import EvaluateSection
 
@@ -34,6 +35,7 @@ def make_split(**changes: Any) -> ScoredSplit:
         values=[{"channel": "web" if i % 3 else "app"} for i in range(N)],
         temperature=2.0,
         baselines=compute_baselines(["majority", "tfidf_logreg"], data, data, data, 3, 0),
+        resampling=Resampling(100, 0),
         opened=1,
     )
     return dataclasses.replace(split, **changes)
@@ -44,7 +46,9 @@ def make_section(**changes: Any) -> EvaluateSection:
 
 
 def test_layout_is_the_documented_one() -> None:
-    scored = score_split(make_split(), make_section(gates={"mcc": "> 0", "beats_baselines": True}), seed=13)
+    scored = score_split(
+        make_split(resampling=Resampling(100, 13)), make_section(gates={"mcc": "> 0", "beats_baselines": True})
+    )
     assert list(scored) == [
         *("split", "rows", "labels", "confidence", "resamples", "seed", "opened", "metrics", "baselines", "per_class"),
         *("confusion", "temperature", "reliability", "selective", "slices", "gates"),
@@ -74,7 +78,7 @@ def test_layout_is_the_documented_one() -> None:
 
 def test_numbers_agree_with_scikit_learn() -> None:
     split = make_split()
-    scored = score_split(split, make_section(), seed=0)
+    scored = score_split(split, make_section())
     predictions = split.logits.argmax(axis=1)
     report = sk.classification_report(split.references, predictions, target_names=LABELS, output_dict=True)
     assert scored["metrics"]["accuracy"]["value"] == pytest.approx(report["accuracy"], abs=1e-6)
@@ -89,7 +93,7 @@ def test_numbers_agree_with_scikit_learn() -> None:
 
 def test_scores_are_taken_at_the_temperature() -> None:
     split = make_split()
-    scored = score_split(split, make_section(metrics=["log_loss"]), seed=0)
+    scored = score_split(split, make_section(metrics=["log_loss"]))
     expected = sk.log_loss(split.references, apply_temperature(split.logits, 2.0))
     assert scored["metrics"]["log_loss"]["value"] == pytest.approx(expected, abs=1e-6)
     assert scored["temperature"] == 2.0
@@ -97,7 +101,7 @@ def test_scores_are_taken_at_the_temperature() -> None:
 
 
 def test_difference_is_model_minus_baseline() -> None:
-    scored = score_split(make_split(), make_section(), seed=0)
+    scored = score_split(make_split(), make_section())
     for baseline in scored["baselines"].values():
         for name, difference in baseline["difference"].items():
             expected = scored["metrics"][name]["value"] - baseline["metrics"][name]["value"]
@@ -108,7 +112,7 @@ def test_difference_is_model_minus_baseline() -> None:
 
 def test_result_is_strict_json_with_six_digits() -> None:
     section = make_section(metrics=["auroc", "macro_f1"])
-    scored = score_split(make_split(references=np.zeros(N, dtype=np.int64)), section, seed=0)
+    scored = score_split(make_split(references=np.zeros(N, dtype=np.int64)), section)
     assert json.loads(json.dumps(scored, allow_nan=False)) == scored
     assert scored["metrics"]["auroc"] == {"value": None, "low": None, "high": None}
     assert scored["per_class"]["neutral"]["recall"] is None
@@ -117,21 +121,21 @@ def test_result_is_strict_json_with_six_digits() -> None:
 
 
 def test_equal_inputs_give_equal_results() -> None:
-    one, two = (score_split(make_split(), make_section(), seed=4) for _ in range(2))
+    one, two = (score_split(make_split(resampling=Resampling(100, 4)), make_section()) for _ in range(2))
     assert one == two
-    assert score_split(make_split(), make_section(), seed=5)["metrics"] != one["metrics"]
+    assert score_split(make_split(resampling=Resampling(100, 5)), make_section())["metrics"] != one["metrics"]
 
 
 def test_validation_is_scored_without_gates() -> None:
     section = make_section(gates={"accuracy": "> 0.99"})
-    scored = score_split(make_split(name="validation", opened=None), section, seed=0)
+    scored = score_split(make_split(name="validation", opened=None), section)
     assert scored["gates"] == {}
     assert "opened" not in scored
-    assert not score_split(make_split(), section, seed=0)["gates"]["accuracy"]["passed"]
+    assert not score_split(make_split(), section)["gates"]["accuracy"]["passed"]
 
 
 def test_no_baselines_no_slices() -> None:
-    scored = score_split(make_split(baselines={}), EvaluateSection(resamples=100, baselines=[], slices=[]), seed=0)
+    scored = score_split(make_split(baselines={}), EvaluateSection(resamples=100, baselines=[], slices=[]))
     assert scored["baselines"] == {}
     assert scored["slices"] == {}
 
@@ -142,12 +146,12 @@ def test_logits_that_are_not_finite() -> None:
     with pytest.raises(
         DivergedError, match="test: the model's logits must be finite, got nan or infinity in 2 of 90 rows"
     ):
-        score_split(make_split(logits=logits), make_section(), seed=0)
+        score_split(make_split(logits=logits), make_section())
 
 
 def test_a_slice_over_a_column_that_is_not_there() -> None:
     with pytest.raises(DataError, match=r"column 'chanel' must exist, got columns channel\. Did you mean 'channel'"):
-        score_split(make_split(), EvaluateSection(resamples=100, slices=["chanel"]), seed=0)
+        score_split(make_split(), EvaluateSection(resamples=100, slices=["chanel"]))
 
 
 def test_a_section_is_checked_before_training() -> None:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from finetune.errors import DataError
+from finetune.evaluation.intervals import Resampling
 from finetune.evaluation.metrics import compute_metric
 from finetune.evaluation.slices import SliceRows, check_slice_columns, compute_slices, group_rows
 
-OPTIONS: dict[str, Any] = {"confidence": 0.95, "resamples": 100, "seed": 0}
+OPTIONS: dict[str, Any] = {"confidence": 0.95, "resampling": Resampling(100, 0)}
 
 
 def make_rows(column: str, values: list[Any], texts: list[str] | None = None) -> SliceRows:

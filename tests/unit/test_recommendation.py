@@ -21,6 +21,7 @@ from finetune.data.histories import split_by_time, split_leave_one_out
 from finetune.data.interactions import Catalogue, Interactions
 from finetune.errors import DataError, Interrupted, RecipeError, ResourceError, UsageError
 from finetune.evaluation.counting import COUNTINGS, DAY, Events, Histories
+from finetune.evaluation.intervals import Resampling
 from finetune.evaluation.ranking_baselines import find_places
 from finetune.evaluation.recommending import CHUNK
 from finetune.fitting import search
@@ -257,7 +258,7 @@ def test_both_stages_are_judged_beside_each_alone(judged):
         if places[0] <= 10:
             assert set(shown) & set(rows["reference"][row])
     saved = Predictions(RunFolder(Path("run")), scored, rows)
-    again = saved.compute_estimates(["ndcg_at_10", "mrr"], resamples=10, seed=0)
+    again = saved.compute_estimates(["ndcg_at_10", "mrr"], Resampling(10, 0))
     for name, estimate in again.items():
         assert estimate.value == pytest.approx(scored["metrics"][name]["value"], abs=1e-6)
     assert saved.count == scored["lists"]["people"] < len(asked)

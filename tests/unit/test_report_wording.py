@@ -68,6 +68,7 @@ def test_a_score_has_the_decimals_of_its_metric(metric: str, written: str) -> No
     [
         ({"rows": 1}, "1 row"),
         ({"rows": 1800}, "1,800 rows"),
+        ({"rows": 106, "groups": 12}, "106 rows in 12 groups"),
         ({"rows": 182, "lists": {"requests": 1119, "people": 182}}, "1,119 requests of 182 people"),
         ({"rows": 1, "lists": {"requests": 1, "people": 1}}, "1 request of 1 person"),
     ],

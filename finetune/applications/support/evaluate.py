@@ -27,7 +27,7 @@ from finetune.applications.support.dialogue import Dialogue, Session, Turn
 from finetune.applications.support.index import Found, KnowledgeIndex
 from finetune.applications.support.reader import Reader, Reading
 from finetune.errors import DataError
-from finetune.evaluation.intervals import Estimate, Interval, compute_interval, draw_weights
+from finetune.evaluation.intervals import Estimate, Interval, Resampling, compute_interval, draw_weights
 from finetune.evaluation.scoring import round_numbers
 
 OUT_OF_SCOPE = "out_of_scope"
@@ -260,13 +260,11 @@ def _compute_shares(
 ) -> dict[str, Interval]:
     """The share of each outcome; a resample draws as many clusters as there are, each with all of its questions."""
     _, clusters = np.unique([each.question.cluster for each in answered], return_inverse=True)
-    sizes = np.bincount(clusters).astype(np.float64)
-    counts = np.stack(
-        [np.bincount(clusters, [each == outcome for each in judged], len(sizes)) for outcome in OUTCOMES]
-    )  # (4, clusters)
-    drawn = [counts @ weights / (sizes @ weights) for weights in draw_weights(len(sizes), resamples, seed)]
+    found = np.array([[each == outcome for each in judged] for outcome in OUTCOMES], dtype=np.float64)  # (4, N)
+    weights = draw_weights(len(answered), Resampling(resamples, seed, clusters))
+    drawn = [found @ block / block.sum(axis=0) for block in weights]
     samples: Numbers = np.concatenate([np.empty((len(OUTCOMES), 0)), *drawn], axis=1)  # none of one cluster
-    values = counts.sum(axis=1) / len(answered)
+    values = found.mean(axis=1)
     return {
         outcome: compute_interval(Estimate(float(value), own), confidence)
         for outcome, value, own in zip(OUTCOMES, values, samples, strict=True)

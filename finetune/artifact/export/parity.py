@@ -14,7 +14,7 @@ from torch import nn
 from finetune.data.batches import Examples
 from finetune.errors import GateError, UsageError
 from finetune.evaluation.calibration import apply_temperature
-from finetune.evaluation.intervals import compute_difference, compute_estimates, compute_interval
+from finetune.evaluation.intervals import Resampling, compute_difference, compute_estimates, compute_interval
 from finetune.evaluation.metrics import METRICS, is_larger_better
 from finetune.evaluation.scoring import round_numbers
 from finetune.models.classifier import get_padding
@@ -134,11 +134,11 @@ def compare_answers(judged: Judged, before: Answers, after: Answers) -> dict[str
 def _compare_classes(judged: Judged, task: TextClassification, before: Answers, after: Answers) -> dict[str, Any]:
     section, known = judged.section, task.has_class(before.references)
     names = [name for name in section.metrics if name in METRICS]
-    drawing = {"resamples": section.resamples, "seed": judged.seed}
+    resampling = Resampling(section.resamples, judged.seed)
 
     def estimate(answers: Answers) -> Any:
         scores = apply_temperature(answers.outputs[known].astype(np.float64), judged.temperature)
-        return compute_estimates(answers.references[known], scores, names, **drawing)
+        return compute_estimates(answers.references[known], scores, names, resampling=resampling)
 
     old, new = estimate(before), estimate(after)
     found = {}
