@@ -84,8 +84,14 @@ def compute_intervals(
 
 
 def compute_interval(estimate: Estimate, confidence: float) -> Interval:
-    """{"value", "low", "high"} of an estimate; resamples without a value are left out."""
+    """{"value", "low", "high"} of an estimate; resamples without a value are left out.
+
+    Where both ends meet, as where no row is wrong, they are nan: drawing the same rows again cannot show how many
+    others would be wrong, and an interval of no width would claim that none.
+    """
     low, high = _percentiles(estimate.samples, confidence)
+    if low == high:
+        low = high = float("nan")
     return {"value": estimate.value, "low": low, "high": high}
 
 
@@ -108,7 +114,8 @@ def compute_ratio(estimate: Estimate, other: Estimate, confidence: float) -> Int
     """Paired ratio `estimate / other`, of two systems' estimates on the same rows, resamples and seed."""
     with np.errstate(divide="ignore", invalid="ignore"):
         samples, value = estimate.samples / other.samples, np.float64(estimate.value) / other.value
-    return compute_interval(Estimate(float(value), samples), confidence)
+    low, high = _percentiles(samples, confidence)
+    return {"value": float(value), "low": low, "high": high}
 
 
 def average_over_seeds(estimates: Sequence[Estimate], seed: int) -> Estimate:
@@ -163,8 +170,7 @@ def compute_estimates(
 def draw_weights(n_rows: int, resampling: Resampling) -> Iterator[Floats]:
     """Blocks (N, B) of how often each row is drawn in each of B resamples: as many draws as there are groups, or rows.
 
-    One group, or one row, gives none: all its resamples are the same, and an interval of no width would claim
-    certainty.
+    One group, or one row, gives none: all its resamples are the same.
     """
     group = None if resampling.groups is None else np.unique(resampling.groups, return_inverse=True)[1]
     n_drawn = n_rows if group is None else int(group.max(initial=-1)) + 1

@@ -33,6 +33,8 @@ WIDE_INTERVAL = 0.10
 RELATIVE = ("bleu", "bleu_zh", "chrf", "perplexity")
 """Metrics whose interval counts as a share of their value: 3 points are much at BLEU 10 and little at BLEU 40. A share
 of a perplexity is a difference in nats of the loss, which is why a loss is not among them."""
+NO_MISTAKE = ("accuracy", "macro_f1", "weighted_f1", "mcc", "mrr", "recall_at_1", "exact_match")
+"""Metrics that are 1 where every answer is right, and only there."""
 LOOSE_CALIBRATION = 0.05
 """A confidence further from accuracy than this, beyond chance, is not read as a probability."""
 
@@ -88,13 +90,23 @@ def _judge_score(test: Mapping[str, Any], primary: str | None) -> Evidence:
     text = f"Its {name_of(primary)} is {format_number(value, digits)}{rows}{better}."
     interval = format_interval(score, digits)
     if not interval:
-        why = ": one row shows nothing of chance. Test on more" if test.get("rows") == 1 else ""
-        return Evidence("Score", "care", f"{text} It has no interval{why}.", "the score has no interval")
+        text += f" It has no interval{_explain_no_interval(test, primary, value)}."
+        return Evidence("Score", "care", text, "the score has no interval")
     level = test.get("confidence")
     text += f" The {f'{100 * level:g}% ' if is_number(level) else ''}interval is {interval}."
     if score["high"] - score["low"] > WIDE_INTERVAL * (value if primary in RELATIVE else 1):
         return Evidence("Score", "care", f"{text} It is wide: more test rows would tell more.", "the interval is wide")
     return Evidence("Score", "good", text)
+
+
+def _explain_no_interval(test: Mapping[str, Any], primary: str, value: float) -> str:
+    if test.get("rows") == 1:
+        return ": one row shows nothing of chance. Test on more"
+    drawn = test.get("groups") or test.get("rows")
+    if primary not in NO_MISTAKE or value != 1 or not drawn:
+        return ""
+    share = 1 - 0.05 ** (1 / drawn)  # Clopper & Pearson 1934, one-sided, for no mistake at all
+    return f": no answer was wrong, and so few tests cannot rule out that {100 * share:.1f}% of others are"
 
 
 def _judge_baselines(test: Mapping[str, Any], primary: str | None) -> Evidence:

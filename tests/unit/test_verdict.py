@@ -36,10 +36,16 @@ def test_good_model_gets_a_yes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"), [(1, "It has no interval: one row shows nothing of chance. Test on more."), (9, "no interval.")]
+    ("rows", "value", "words"),
+    [
+        (1, 1.0, "It has no interval: one row shows nothing of chance. Test on more."),
+        (9, 0.0, "It has no interval."),
+        # 1 - .05^(1/60): where 4.87 % are wrong, 60 rows hold no mistake in one of twenty tests.
+        (60, 1.0, "no answer was wrong, and so few tests cannot rule out that 4.9% of others are."),
+    ],
 )
-def test_a_score_without_an_interval_is_a_caution(rows: int, words: str) -> None:
-    metrics = {"macro_f1": {"value": 1.0, "low": None, "high": None}}
+def test_a_score_without_an_interval_is_a_caution(rows: int, value: float, words: str) -> None:
+    metrics = {"macro_f1": {"value": value, "low": None, "high": None}}
     line = judge("Score", metrics=metrics, rows=rows)
     assert line.state == "care"
     assert line.text.endswith(words)
