@@ -55,7 +55,7 @@ class Run:
         return str(load_json(self.folder.data / "task.json")["type"])
 
     def evaluate(
-        self, data: str | None = None, task: str | None = None, columns: Mapping[str, str] | None = None
+        self, data: str | Path | None = None, task: str | None = None, columns: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
         """Score the test splits again (counted), or another held-out set."""
         return evaluate(self.folder.path, data, task, columns)
@@ -150,7 +150,10 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def evaluate(
-    reference: str | Path, data: str | None = None, task: str | None = None, columns: Mapping[str, str] | None = None
+    reference: str | Path,
+    data: str | Path | None = None,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score a finished run again: on its test split (the opening is counted), or on another held-out set.
 
@@ -173,7 +176,7 @@ def evaluate(
         base, prepared = prepare_again(folder, recipe)
         if data is None:
             return take_only(assess(folder, recipe, prepared, base))
-        return assess_held_out(folder, recipe, prepared, base, _settle_task(folder, task), data, columns or {})
+        return assess_held_out(folder, recipe, prepared, base, _settle_task(folder, task), str(data), columns or {})
     finally:
         lock.release()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -62,7 +62,7 @@ class AdapterPool:
         self._check_names([name])
         return self._members[name].labels
 
-    def predict(self, texts: Sequence[str], adapters: str | Sequence[str]) -> list[Prediction]:
+    def predict(self, texts: Iterable[str], adapters: str | Sequence[str]) -> list[Prediction]:
         """Score texts, in order.
 
         Args:
@@ -72,15 +72,16 @@ class AdapterPool:
         Raises:
             UsageError: an unknown name, another number of names than of texts, or an empty text.
         """
+        texts = check_texts(texts)
         names = self._name_rows(texts, adapters)
-        check_texts(texts)
         answers: dict[int, Prediction] = {}
         for member, rows, logits in self._answer(texts, names):
             answers.update(zip(rows, member.build_predictions(logits), strict=True))
         return [answers[i] for i in range(len(texts))]
 
-    def compute_scores(self, texts: Sequence[str], adapters: str | Sequence[str]) -> list[npt.NDArray[np.float64]]:
+    def compute_scores(self, texts: Iterable[str], adapters: str | Sequence[str]) -> list[npt.NDArray[np.float64]]:
         """Calibrated probabilities of each text, (K,) with the K of its adapter; arguments as in `predict`."""
+        texts = check_texts(texts)
         scores: dict[int, npt.NDArray[np.float64]] = {}
         for member, rows, logits in self._answer(texts, self._name_rows(texts, adapters)):
             scores.update(zip(rows, member.calibrate(logits), strict=True))
@@ -125,8 +126,6 @@ class AdapterPool:
         return {name: logits[owners == name, : len(self._members[name].labels)] for name in examples}
 
     def _name_rows(self, texts: Sequence[str], adapters: str | Sequence[str]) -> list[str]:
-        if isinstance(texts, str):
-            raise UsageError("predict: texts must be a list of texts, got one text. Write predict([text], ...).")
         names = [adapters] * len(texts) if isinstance(adapters, str) else list(adapters)
         self._check_names([adapters] if isinstance(adapters, str) else names)
         if len(names) != len(texts):

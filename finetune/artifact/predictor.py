@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -105,7 +105,7 @@ class Predictor:
         """The classes, in the order of the logits; UsageError where the task gives none."""
         return self._classify().labels
 
-    def predict(self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None) -> list[Prediction]:
+    def predict(self, texts: Iterable[str], *, advance: Callable[[int], None] = lambda _rows: None) -> list[Prediction]:
         """Score texts, in order.
 
         Args:
@@ -113,9 +113,9 @@ class Predictor:
             advance: called with the number of texts after each batch.
 
         Raises:
-            UsageError: one text in place of a list, an empty text, or a run that gives no labels.
+            UsageError: one text in place of a list, what is no text, an empty one, or a run that gives no labels.
         """
-        check_texts(texts)
+        texts = check_texts(texts)
         return self.build_predictions(self.compute_text_logits(texts, advance))
 
     def build_predictions(self, logits: npt.NDArray[np.floating[Any]]) -> list[Prediction]:
@@ -347,7 +347,7 @@ class MultiPredictor:
         return self.predictors[name]
 
     def predict(
-        self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _rows: None
+        self, texts: Iterable[str], *, advance: Callable[[int], None] = lambda _rows: None
     ) -> dict[str, list[Prediction]]:
         """Score texts, in order.
 
@@ -357,7 +357,7 @@ class MultiPredictor:
         Returns:
             Task name -> a prediction for each text.
         """
-        check_texts(texts)
+        texts = check_texts(texts)
         logits = self.compute_logits(texts, advance=advance)
         return {name: self[name].build_predictions(part) for name, part in logits.items()}
 
@@ -396,12 +396,25 @@ class MultiPredictor:
         return {name: part for name, part in self.task.split_outputs(outputs) if name in tasks}
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """Raise UsageError for one text in place of a list, or for empty texts, of which no class is true."""
+def check_texts(texts: Iterable[str]) -> list[str]:
+    """The texts as a list.
+
+    Raises:
+        UsageError: one text in place of a list; something that is no text, such as the nan of an empty cell; or empty
+            texts, of which no class is true.
+    """
     if isinstance(texts, str):
         raise UsageError("predict: texts must be a list of texts, got one text. Write predict([text]).")
+    texts = list(texts)
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise UsageError(
+                f"predict: every text must be a str, got {text!r:.80} as text {number:,}. Leave out what is missing, "
+                "and write numbers as text."
+            )
     if empty := describe_empty(texts, "text"):
         raise UsageError(f"predict: no text may be empty, got {empty}. Leave out what is empty.")
+    return texts
 
 
 def describe_empty(texts: Sequence[str], one: str) -> str:

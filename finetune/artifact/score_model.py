@@ -44,7 +44,7 @@ UNFITTED = ("copy", "no_answer", "bm25", "frozen", "fused")
 
 def score_model(  # noqa: PLR0913  (as the command takes them)
     reference: str,
-    data: str,
+    data: str | Path,
     *,
     columns: Mapping[str, str] | None = None,
     task: str | None = None,
@@ -80,7 +80,7 @@ def score_model(  # noqa: PLR0913  (as the command takes them)
     folder = _find_folder(reference)
     saved = open_saved(folder) if (folder / SETTINGS).exists() else None
     predictor = _load_ours(saved, task) if saved else load_plain(folder, reference, task)
-    source = _load_rows(reference, data, dict(columns or {}), predictor)
+    source = _load_rows(reference, str(data), dict(columns or {}), predictor)
     shape = _fit_to_data(predictor.task, source, reference, labels, knowledge, prompt)
     base = resolve_base(saved.base) if saved and saved.base else None  # as it was before training, where that is known
     if isinstance(shape, Retrieval | Reranking) and saved is None:

@@ -43,6 +43,12 @@ _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 Record: TypeAlias = dict[str, Any]
 
 
+def list_places(reference: str, relative_to: Path | None) -> list[Path]:
+    """Where a path of a recipe may lead: a relative one from the recipe's folder, then from the working folder."""
+    path = Path(reference).expanduser()
+    return [path] if path.is_absolute() or relative_to is None else [relative_to / path, path]
+
+
 def data_suffix(path: Path) -> str:
     """The readable ending of a file's name, such as `.csv.gz`.
 

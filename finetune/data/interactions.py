@@ -26,7 +26,7 @@ from finetune.data.event_files import (
     to_texts,
 )
 from finetune.data.files import list_names, read_columns
-from finetune.data.sources import find_path
+from finetune.data.sources import find_path, warn_of_namesake
 from finetune.data.times import parse_times
 from finetune.errors import DataError
 from finetune.recipe.card import Card, ItemsSection
@@ -129,7 +129,8 @@ def load_interactions(
         table, findings = read_card_events(card)
         catalogue = read_card_items(card, section.file) if section.file else None
     else:
-        path, findings = _find_file(reference, relative_to), []
+        path = _find_file(reference, relative_to)
+        findings = warn_of_namesake(reference, path, relative_to)
         name, origin, where = path.name.partition(".")[0], reference, str(path)
         table = read_columns(path)
         catalogue = read_columns(path.parent / section.file) if section.file else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune.data.card_files import read_card_entries
 from finetune.data.catalog import card_names, describe_location, find_card_folder, load_card
-from finetune.data.files import Record, list_names, read_table
+from finetune.data.files import Record, list_names, list_places, read_table
 from finetune.data.rows import to_text
 from finetune.errors import DataError
 from finetune.recipe.card import Card
@@ -44,16 +44,15 @@ def load_knowledge(reference: str, relative_to: Path | None = None) -> list[Entr
 
     Args:
         reference: a card with `knowledge`, or a file of `id`, `text` and perhaps `title` and `group`, such as .jsonl.
-        relative_to: tried for a relative path after the working folder.
+        relative_to: the folder of the recipe; a relative path is tried against it, then against the working folder.
 
     Raises:
         DataError: nothing of that name, a file that cannot be trusted, an entry without id or text, or an id twice.
     """
     if reference in card_names():
         return load_card_knowledge(load_card(reference))
-    path = Path(reference).expanduser()
-    if not path.exists() and relative_to is not None:
-        path = relative_to / path
+    places = list_places(reference, relative_to)
+    path = next((place for place in places if place.exists()), places[-1])
     return build_entries(read_table(path), str(path))
 
 

@@ -22,11 +22,13 @@ from finetune.data.catalog import (
     find_card_folder,
     load_card,
 )
+from finetune.data.checks import Finding
 from finetune.data.files import (
     Record,
     data_suffix,
     describe_columns,
     guess_delimiter,
+    list_places,
     read_table,
     to_records,
 )
@@ -57,8 +59,8 @@ class LoadedRows:
     """Where the rows came from, for a report."""
     fingerprint: str
     """SHA-256 over ids and values: the same rows give the same value on any machine."""
-    notes: tuple[str, ...] = ()
-    """What the card says that the files do not keep, such as a number of rows."""
+    findings: tuple[Finding, ...] = ()
+    """What the card says that the files do not keep, such as a number of rows; another file of the same name."""
 
 
 @dataclass
@@ -86,8 +88,8 @@ def load_rows(
     Args:
         reference: the name of a card; a file with one of the endings of `files.SUFFIXES`; a folder that holds train.*,
             validation.* and test.*; or `hub:org/name@revision`, with
-            `:config` behind the name where there are several. A relative path is tried against the working folder,
-            then against `relative_to`.
+            `:config` behind the name where there are several. A relative path is tried against `relative_to`, then
+            against the working folder.
         columns: role -> column; the card's own roles fill in what is missing, then the role's own name.
         roles: the roles that every row must have, such as `text` and `target` of a translation.
         optional: roles that are read only where `columns` or the card names their column.
@@ -97,15 +99,18 @@ def load_rows(
         DataError: nothing of that name, a file that cannot be trusted, a missing column, or a text that is too long.
     """
     card = load_card(reference) if reference in card_names() else None
+    findings: list[Finding] = []
     if card is not None:
         name, origin = card.name, describe_location(card)
         parts = _load_card_parts(card)
+        findings = _compare_with_card(card, parts)
     elif reference.startswith("hub:"):
         name, origin, parts = _load_hub_reference(reference)
     else:
         path = find_path(reference, relative_to)
         name, origin = (path.name if path.is_dir() else _stem(path)), reference
         parts = _load_folder(path) if path.is_dir() else [_Part(None, _stem(path), str(path), read_table(path))]
+        findings = warn_of_namesake(reference, path, relative_to)
     named = (card.roles if card else {}) | dict(columns)
     if card is not None and card.knowledge is not None and set(columns.values()) & set(ENTRY_COLUMNS):
         _add_entry_columns(parts, card, named.get("entry", "entry"))
@@ -113,7 +118,7 @@ def load_rows(
         role: named[role] for role in optional if role in named
     }
     rows = [row for number, part in enumerate(parts) for row in _build_rows(part, chosen, _count_before(parts, number))]
-    return LoadedRows(name, rows, card, chosen, origin, _compute_fingerprint(rows), _compare_with_card(card, parts))
+    return LoadedRows(name, rows, card, chosen, origin, _compute_fingerprint(rows), tuple(findings))
 
 
 def load_texts(path: Path, *columns: str) -> tuple[list[Record], list[str]]:
@@ -159,8 +164,7 @@ def find_path(reference: str, relative_to: Path | None) -> Path:
     Raises:
         DataError: nothing lies there.
     """
-    path = Path(reference).expanduser()
-    tried = [path] if path.is_absolute() or relative_to is None else [path, relative_to / path]
+    tried = list_places(reference, relative_to)
     for candidate in tried:
         if candidate.exists():
             return candidate
@@ -170,6 +174,13 @@ def find_path(reference: str, relative_to: Path | None) -> Path:
         f"data: must be a card, a file, a folder or hub:org/name@revision, got {reference!r}: no card has this name and"
         f" nothing lies at {places}.{suggest(reference, names)} Cards: {', '.join(names) or 'none'}."
     )
+
+
+def warn_of_namesake(reference: str, path: Path, relative_to: Path | None) -> list[Finding]:
+    """A warning where a recipe's relative path leads to another file from the working folder too."""
+    others = [other for other in list_places(reference, relative_to) if other.exists() and not path.samefile(other)]
+    message = f"data: {reference} is read from the recipe's folder; the working folder has another one."
+    return [Finding("namesake", "warning", "all", 1, message)] if others else []
 
 
 def _stem(path: Path) -> str:
@@ -222,13 +233,14 @@ def _load_card_from_hub(card: Card) -> list[_Part]:
     return _name_splits({ours: loaded[theirs] for ours, theirs in splits.items()}, card.name)
 
 
-def _compare_with_card(card: Card | None, parts: Sequence[_Part]) -> tuple[str, ...]:
-    notes = []
-    for key, expected in (card.rows if card else {}).items():
+def _compare_with_card(card: Card, parts: Sequence[_Part]) -> list[Finding]:
+    findings = []
+    for key, expected in card.rows.items():
         count = sum(len(part.records) for part in parts if key == (part.split or "all"))
         if count != expected:
-            notes.append(f"{key}: the card says {expected:,} rows, got {count:,}.")
-    return tuple(notes)
+            message = f"{key}: the card says {expected:,} rows, got {count:,}."
+            findings.append(Finding("row_count", "note", "all", 1, message))
+    return findings
 
 
 # The Hub

@@ -178,7 +178,8 @@ class TaskSection(Section):
     passage; the items that a person turns to next."""
     data: str = Field(min_length=1)
     """A card in the catalog or the samples, a path (file or folder of splits), or `hub:org/name@revision`
-    (of several configurations one: `hub:org/name:config@revision`)."""
+    (of several configurations one: `hub:org/name:config@revision`). A relative path leads from the recipe's folder, or,
+    where nothing lies there, from the working folder."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Role -> column of the data; roles are named by the task type: `text`, and `label`, `target` or `entry`; for
     question_answering `passage` and `answer`, and `answer_start` where there is one. `context`: what was said before a

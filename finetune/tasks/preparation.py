@@ -215,7 +215,7 @@ def _prepare_part(
         for name, rows in splits.items()
         if task.cuts_rows
     }
-    notes = [Finding("row_count", "note", "all", 1, note) for note in source.notes]
+    notes = list(source.findings)
     if left_out := len(source.rows) - len(rows):
         message = f"{left_out:,} of {len(source.rows):,} rows name no entry, and are left out of {section.type}."
         notes.append(Finding("no_entry", "note", "all", left_out, message))

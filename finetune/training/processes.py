@@ -21,6 +21,8 @@ from finetune.errors import FinetuneError, Interrupted
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 # From a signal until workers that still save are killed; torchrun's own 30 seconds are too few for a large checkpoint.
 STOP_TIMEOUT_SECONDS = 600
+# `python -m` looks for modules in the working folder first: a user's own datasets.py would stand in for the library.
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 
 
 def world_size() -> int:
@@ -88,6 +90,7 @@ def start_workers(module: str, arguments: Sequence[str], processes: int) -> int:
     environment = os.environ | {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_TIMEOUT_SECONDS),
+        **SAFE_PATH,
     }
     # A session of its own: a Ctrl-C in the terminal reaches the workers once, through us.
     launcher = subprocess.Popen([*command, "-m", module, *arguments], env=environment, start_new_session=True)
@@ -109,6 +112,7 @@ def run_command(arguments: Sequence[str]) -> tuple[int, str, str]:
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
+        env=os.environ | SAFE_PATH,
         start_new_session=True,
     )
     with _passing_signals_to(process) as passed:

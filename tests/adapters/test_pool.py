@@ -251,7 +251,7 @@ def pool(save_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
             ["a", "b"],
             "predict: adapters must be one name, or one for each of the 3 texts, got 2 names.",
         ),
-        ("x", "a", "predict: texts must be a list of texts, got one text. Write predict([text], ...)."),
+        ("x", "a", "predict: texts must be a list of texts, got one text. Write predict([text])."),
         (["x", ""], "a", "predict: no text may be empty, got 1 text (2). Leave out what is empty."),
     ],
 )

@@ -139,6 +139,19 @@ def test_an_empty_text_has_no_class(predictor):
         predictor.predict(["shares fall", "", " \n", "ok"])
 
 
+@pytest.mark.parametrize(("missing", "shown"), [(None, "None"), (float("nan"), "nan"), (3, "3")])
+def test_what_is_no_text_is_named(predictor, missing, shown):
+    """A column of a table with an empty cell holds nan."""
+    words = rf"^predict: every text must be a str, got {shown} as text 2\. Leave out what is missing, and write numbers"
+    with pytest.raises(UsageError, match=words):
+        predictor.predict(["shares fall", missing])
+
+
+def test_texts_may_come_from_a_generator(predictor):
+    texts = ["shares fall", "shares rise"]
+    assert predictor.predict(text for text in texts) == predictor.predict(texts)
+
+
 @pytest.mark.parametrize("part", ["", "model", ".."])
 def test_load_takes_a_run_its_model_folder_or_a_name(predictor, finished_run, part):
     loaded = finetune.load(finished_run / part)

@@ -209,7 +209,7 @@ def test_nothing_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         DataError,
-        match=r"got 'bankng77': no card has this name and nothing lies at bankng77 nor .*recipes.*banking77'\?",
+        match=r"got 'bankng77': no card has this name and nothing lies at .*recipes.bankng77 nor bankng77\..*'banking77'\?",
     ):
         load_rows("bankng77", {}, relative_to=tmp_path / "recipes")
 
@@ -319,3 +319,19 @@ def test_splits_on_the_hub_must_have_known_names(card, monkeypatch):
 def test_hub_reference_must_be_pinned():
     with pytest.raises(DataError, match=r"must be hub:org/name@revision, with a commit or a tag.*got 'hub:org/name'"):
         load_rows("hub:org/name", {})
+
+
+def test_the_recipes_folder_comes_before_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    for folder, text in ((tmp_path, "of the working folder"), (tmp_path / "recipes", "of the recipe")):
+        (folder / "rows.csv").write_text(f"text,label\n{text},a\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    loaded = load_rows("rows.csv", {}, relative_to=tmp_path / "recipes")
+    assert loaded.rows[0].values["text"] == "of the recipe"
+    words = "data: rows.csv is read from the recipe's folder; the working folder has another one."
+    assert [(finding.severity, finding.message) for finding in loaded.findings] == [("warning", words)]
+    (tmp_path / "recipes" / "rows.csv").unlink()
+    loaded = load_rows("rows.csv", {}, relative_to=tmp_path / "recipes")
+    assert (loaded.rows[0].values["text"], loaded.findings) == ("of the working folder", ())
+    monkeypatch.chdir(tmp_path)
+    assert load_rows("rows.csv", {}, relative_to=tmp_path).findings == ()

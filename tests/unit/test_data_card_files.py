@@ -194,7 +194,7 @@ def test_multi30k(public):
     assert [row.id for row in loaded.rows] == ids
     assert loaded.rows[-1].values == {"text": "In test_2016_flickr.", "target": "Der Teil test_2016_flickr."}
     assert loaded.columns == {"text": "en", "target": "de"}
-    assert loaded.notes[-1] == "test: the card says 1,000 rows, got 2."
+    assert loaded.findings[-1].message == "test: the card says 1,000 rows, got 2."
 
 
 def test_multi30k_names_both_files_in_a_message(public):

@@ -160,7 +160,7 @@ def test_shipped_cards_read_such_files(tmp_path, monkeypatch, both):
     columns = {"text": "title", "passage": "passage", "target": "response"}
     written = load_rows(card.name, columns, roles=("text", "target"), optional=("passage",)).rows[0].values
     assert (written["text"], written["passage"]) == ("H0: Is there wifi?", "H0: Is there wifi? Free wifi.")
-    assert source.notes == ("all: the card says 367 rows, got 30.",)
+    assert [found.message for found in source.findings] == ["all: the card says 367 rows, got 30."]
     section = SplitSection(by="group", column="entity")
     splits = split_rows(source.rows, section, seed=1, columns=source.columns)
     groups = [{row.values["entity"] for row in rows} for rows in splits.values()]

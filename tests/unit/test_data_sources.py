@@ -129,15 +129,6 @@ def test_fingerprint_does_not_depend_on_the_folder(tmp_path):
     assert len(one.fingerprint) == 64
 
 
-def test_relative_path_is_tried_here_then_beside_the_recipe(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    write(tmp_path / "recipes" / "a.csv", CSV)
-    assert len(load_rows("a.csv", {}, relative_to=tmp_path / "recipes").rows) == 2
-    write(tmp_path / "here" / "a.csv", "text,label\nhere,x\n")
-    assert len(load_rows("a.csv", {}, relative_to=tmp_path / "recipes").rows) == 1
-
-
 def test_folder_of_splits(tmp_path):
     for name in ("train.csv", "dev.jsonl", "test.csv.gz"):
         text = '{"text": "x", "label": "y"}' if "jsonl" in name else CSV
@@ -270,7 +261,7 @@ def test_card_with_several_files_per_split(shipped, tmp_path, monkeypatch):
     ]
     assert loaded.rows[2].values["label"] == "oos"
     assert loaded.origin == "folder $FINETUNE_DATA/tiny"
-    assert loaded.notes == ("test: the card says 2 rows, got 1.",)
+    assert [found.message for found in loaded.findings] == ["test: the card says 2 rows, got 1."]
 
 
 def test_unsplit_card_names_rows_after_the_file(shipped, tmp_path, monkeypatch):

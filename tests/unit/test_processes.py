@@ -99,6 +99,16 @@ def test_two_processes_hear_the_same(tmp_path, monkeypatch):
     assert main["patience"] == STOP_TIMEOUT_SECONDS  # until torchrun kills workers that save
 
 
+def test_files_of_the_working_folder_stand_in_for_no_library(tmp_path, monkeypatch):
+    (tmp_path / "typer.py").write_text("raise SystemExit('the file of the working folder')\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "shadow_worker.py").write_text("import typer\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"), prepend=os.pathsep)
+    assert start_workers("shadow_worker", [], 2) == 0
+    assert run_command(["recipes", "list", "--json"])[0] == 0
+
+
 def test_a_signal_that_workers_are_too_young_for_is_a_stop_and_no_failure(tmp_path, monkeypatch):
     script = "import os, signal, sys\nif os.environ['RANK'] == '0':\n    os.kill(int(sys.argv[1]), signal.SIGTERM)\n"
     (tmp_path / "young_worker.py").write_text(f"{script}signal.pause()\n")
