@@ -122,7 +122,12 @@ def test_then_the_hub(cache, tiny_base, monkeypatch):
     assert resolve_base("acme/far@v2").origin == "download"
     [(hub_id, revision, patterns)] = asked
     assert (hub_id, revision) == ("acme/far", "v2")
-    assert not any(Path(name).match(pattern) for pattern in patterns for name in ("model.py", "pytorch_model.bin"))
+    taken = [
+        name
+        for name in ("model.py", "pytorch_model.bin", "source.spm", "vocab.json")
+        if any(map(Path(name).match, patterns))
+    ]
+    assert taken == ["source.spm", "vocab.json"]  # Marian's vocabularies lie in .spm
 
 
 def test_a_revision_is_that_revision(cache, wheel, tiny_base):
