@@ -64,6 +64,10 @@ def monitor_command(
     backtest: Annotated[
         Path | None, typer.Option("--backtest", metavar="FILE", help="Replay labelled items, and judge the alerts.")
     ] = None,
+    close: Annotated[
+        bool,
+        typer.Option("--close", help="Nothing is missing: judge the last windows too, which may still take items."),
+    ] = False,
     engine: Engine = None,
     fail_on: Annotated[
         str | None, typer.Option("--fail-on", metavar="LEVEL", help="Exit with 4 if this run raised: warning, alarm.")
@@ -72,6 +76,9 @@ def monitor_command(
 ) -> None:
     """Watch a stream of texts: the negative share of each topic, and alerts when it or the volume changes.
 
+    At the end of the input, windows that may still take items stay open: a later call goes on with what was appended
+    since, as if all had been there at once. --close judges them, with or without more input.
+
     The same command goes on where it was stopped or killed; no item is lost, no alert raised twice. Of standard input
     a kill loses what was not read yet. --json prints one object a line: alerts as they are raised, a summary at the
     end.
@@ -79,13 +86,15 @@ def monitor_command(
     from finetune.errors import UsageError
 
     if backtest is not None:
-        others = (source, feeds, follow, alerts, webhook, metrics_port is not None, state, report, fail_on)
+        others = (source, feeds, follow, alerts, webhook, metrics_port is not None, state, report, fail_on, close)
         if any(others):
             raise UsageError("monitor: --backtest must come with --engine and --json at most, got more. Leave it out.")
         _replay(_build(run, engine), backtest, as_json)
         return
-    has_input = bool(source or feeds)
+    has_input = bool(source or feeds or close)  # closing raises alerts, too
     _check_options(has_input, follow, fail_on, alerts, report)
+    if close and follow:
+        raise UsageError("--close: must come without --follow, which never ends by itself. Leave one out.")
     place = _find_state(source, alerts, state, has_input=has_input)
     sources, sinks = _Sources(source, feeds or [], follow), _build_sinks(alerts, webhook)
     monitor = _build(run, engine)  # takes seconds: what can be refused has been
@@ -95,7 +104,7 @@ def monitor_command(
         store = opened.enter_context(Store(place))
         watching = _Watching(monitor, store, sources, sinks, as_json)
         if has_input:
-            watching.run(opened, metrics_port)
+            watching.run(opened, metrics_port, is_complete=close)
         if report is not None:
             _write_report(store, monitor, report)
         watching.end(fail_on)
@@ -194,7 +203,7 @@ class _Watching:
         self._is_finished, self._stopped_by = True, ""
         self._console = Console()  # one for both: an alert must not land in the line that changes
 
-    def run(self, opened: ExitStack, metrics_port: int | None) -> None:
+    def run(self, opened: ExitStack, metrics_port: int | None, *, is_complete: bool) -> None:
         """Watch until the source ends or somebody stops it."""
         from finetune.applications.monitor.metrics import MetricsServer, render_metrics
         from finetune.applications.monitor.watch import Options, watch
@@ -211,7 +220,9 @@ class _Watching:
                 if server:
                     server.publish(render_metrics(self._store, names))
 
-            options = Options(is_stopped=lambda: request.requested, on_alert=self._tell, on_batch=on_batch)
+            options = Options(
+                is_stopped=lambda: request.requested, on_alert=self._tell, on_batch=on_batch, is_complete=is_complete
+            )
             self._is_finished = watch(self._sources.open(self._store), self._monitor, self._store, self._sinks, options)
             self._stopped_by = request.signal_name or ""
 
@@ -273,15 +284,24 @@ class _Watching:
         return [*troubles, *(words for words in self._store.read_refusals() if words not in self._refused_before)]
 
     def _show_summary(self, counts: Mapping[str, int], troubles: list[str]) -> None:
+        from finetune.recipe.messages import count_of
+
         rejected = self._store.read_rejections() if any(name.startswith("rejected: ") for name in counts) else []
+        number_open = len(self._store.list_open_starts())
         if self._as_json:
-            _print_line({"event": "summary", "counts": counts, "rejected": rejected, "troubles": troubles})
+            found = {"counts": counts, "open": number_open, "rejected": rejected, "troubles": troubles}
+            _print_line({"event": "summary"} | found)
             return
         names = sorted(counts, key=lambda name: SUMMARY.index(name.partition(":")[0]))
         print_table(["in this run", ""], [[name, f"{counts[name]:,}"] for name in names if name[:6] != "note: "])
         for note, words in _list_notes().items():
             if number := counts.get(f"note: {note}", 0):
                 print_text(f"{number:,} {words}.")
+        if number_open and self._is_finished:
+            print_text(
+                f"{count_of(number_open, 'window')} may still take items, to be judged once later ones come. "
+                "If nothing is missing, --close judges now."
+            )
         if rejected:
             print_text("Rejected, the first of each kind:")
             for words in rejected:

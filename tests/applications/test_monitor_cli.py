@@ -56,7 +56,7 @@ def read_lines(text):
 
 
 def test_what_people_see(monitor, stream, tmp_path):
-    done = monitor("--input", stream)
+    done = monitor("--input", stream, "--close")
     assert (done.code, done.err) == (0, "")
     alert, *rest = done.out.splitlines()
     assert alert == (
@@ -72,12 +72,12 @@ def test_what_people_see(monitor, stream, tmp_path):
         f"  {stream}: line 14: must be a JSON object, got 'no JSON'.",
     ]
     assert [line["id"] for line in read_lines((tmp_path / "alerts.jsonl").read_text())] == ["acme:20200409T0010:alarm"]
-    again = monitor("--input", stream)
+    again = monitor("--input", stream, "--close")
     assert (again.code, "alarm" in again.out, "repeats" in again.out) == (0, False, False)
 
 
 def test_one_object_a_line_for_programs(monitor, stream):
-    alert, summary = read_lines(monitor("--input", stream, "--json").out)
+    alert, summary = read_lines(monitor("--input", stream, "--close", "--json").out)
     assert (alert["event"], alert["alert"]["level"], len(alert["alert"]["items"])) == ("alert", "alarm", 5)
     assert summary == {
         "event": "summary",
@@ -90,14 +90,53 @@ def test_one_object_a_line_for_programs(monitor, stream):
             "repeats": 1,
             "windows": 2,
         },
+        "open": 0,
         "rejected": [f"{stream}: line 14: must be a JSON object, got 'no JSON'."],
         "troubles": [],
     }
 
 
+def test_what_may_still_take_items_is_left_open_and_said(monitor, stream, tmp_path):
+    done = monitor("--input", stream)
+    assert (done.code, "alarm" in done.out) == (0, False)
+    words = (
+        "2 windows may still take items, to be judged once later ones come. If nothing is missing, --close judges now."
+    )
+    assert words in done.out.splitlines()
+    assert read_lines(monitor("--input", stream, "--json").out) == [
+        {"event": "summary", "counts": {}, "open": 2, "rejected": [], "troubles": []}
+    ]
+    alert, summary = read_lines(monitor("--close", "--json").out)
+    assert (alert["event"], summary["counts"], summary["open"]) == ("alert", {"alerts: alarm": 1, "windows": 2}, 0)
+    assert [line["id"] for line in read_lines((tmp_path / "alerts.jsonl").read_text())] == ["acme:20200409T0010:alarm"]
+    assert "may still take items" not in monitor("--input", stream).out
+
+
+def test_half_of_a_past_day_now_and_half_later_is_the_whole_day(monitor, words, tmp_path, monkeypatch):
+    """The day is long over by the clock, and its second half is as much in time as its first."""
+    section = words.MonitorSection(window_minutes=1440, lateness_minutes=720)
+    monkeypatch.setattr(loading, "load_monitor", lambda run, engine: words.WordMonitor(section=section))
+    path, done = tmp_path / "day.jsonl", []
+    lines = [{"id": n, "time": words.BEGIN + 1_800 * n, "text": f"acme report {n}"} for n in range(48)]
+    for end in (24, 48):
+        words.write_stream(path, lines[:end])
+        done.append(monitor("--input", path, "--json"))
+    counts = [read_lines(one.out)[-1]["counts"] for one in done]
+    assert [(found["items"], found.get("late", 0)) for found in counts] == [(24, 0), (24, 0)]
+
+
+def test_what_comes_behind_a_close_is_late_and_the_reason_is_said(monitor, words, stream):
+    monitor("--input", stream, "--close")
+    with stream.open("a") as file:
+        file.write(json.dumps({"id": "z", "time": words.BEGIN + 720, "text": "beta opens"}) + "\n")
+    assert monitor("--input", stream).out.splitlines()[-1] == (
+        "1 came within the lateness, for a window that --close or a silence had closed: late all the same."
+    )
+
+
 def test_standard_input(monitor, stream, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stream.read_bytes()), "utf-8"))
-    _, summary = read_lines(monitor("--input", "-", "--json").out)
+    _, summary = read_lines(monitor("--input", "-", "--close", "--json").out)
     assert (summary["counts"]["items"], summary["rejected"][0][:24]) == (13, "standard input: line 14:")
 
 
@@ -106,7 +145,7 @@ def test_a_named_pipe(monitor, stream, tmp_path):
     os.mkfifo(pipe)
     thread = threading.Thread(target=pipe.write_bytes, args=(stream.read_bytes(),))
     thread.start()
-    _, summary = read_lines(monitor("--input", pipe, "--json").out)
+    _, summary = read_lines(monitor("--input", pipe, "--close", "--json").out)
     thread.join()
     assert (summary["counts"]["items"], summary["rejected"][0]) == (
         13,
@@ -115,12 +154,12 @@ def test_a_named_pipe(monitor, stream, tmp_path):
 
 
 def test_a_file_that_is_gone_is_said(monitor, stream):
-    monitor("--input", stream)
+    monitor("--input", stream, "--close")
     stream.write_text("")
-    assert monitor("--input", stream).out.splitlines()[-1] == (
+    assert monitor("--input", stream, "--close").out.splitlines()[-1] == (
         "1 time the file of the last position was gone: what else it held was not read."
     )
-    assert "gone" not in monitor("--input", stream).out
+    assert "gone" not in monitor("--input", stream, "--close").out
 
 
 def test_a_line_whose_end_comes_late_is_one_item(monitor, stream):
@@ -136,7 +175,7 @@ def test_a_line_whose_end_comes_late_is_one_item(monitor, stream):
 def test_a_pause_of_a_year_is_passed_over_and_said(monitor, words, stream, tmp_path):
     with stream.open("a") as file:
         file.write(json.dumps({"id": "y", "time": words.BEGIN + 365 * 86_400, "text": "acme stays"}) + "\n")
-    done = monitor("--input", stream)
+    done = monitor("--input", stream, "--close")
     # Ten-minute windows 0 and 1 hold items, 2 to 52,559 none, of which four are judged: what is usual is not known yet.
     assert re.search(r"^windows passed over +52,554$", done.out, re.MULTILINE)
 
@@ -164,11 +203,11 @@ def test_no_number_is_made_up_where_there_are_no_items_and_no_test():
 
 @pytest.mark.parametrize(("level", "code"), [("alarm", 4), ("warning", 4), (None, 0)])
 def test_a_script_can_wait_for_an_alarm(monitor, stream, level, code):
-    done = monitor("--input", stream, *(["--fail-on", level] if level else []))
+    done = monitor("--input", stream, "--close", *(["--fail-on", level] if level else []))
     assert done.code == code
     if code:
         assert done.err == f"finetune: --fail-on {level}: this run must raise no such alert, got 1 of level alarm.\n"
-    assert monitor("--input", stream, "--fail-on", "warning").code == 0  # it was raised before
+    assert monitor("--input", stream, "--close", "--fail-on", "warning").code == 0  # it was raised before
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -183,7 +222,7 @@ def test_a_signal_ends_it_after_the_batch_and_it_can_go_on(monitor, words, strea
         done = monitor("--input", stream, "--follow")
     assert (done.code, done.err) == (75, f"finetune: stopped by {name}; the same command goes on where it was.\n")
     assert "items" in done.out
-    _, summary = read_lines(monitor("--input", stream, "--json").out)
+    _, summary = read_lines(monitor("--input", stream, "--close", "--json").out)
     assert summary["counts"] == {"alerts: alarm": 1, "windows": 2}
 
 
@@ -192,7 +231,7 @@ def test_a_feed_that_does_not_answer_exits_with_5_after_the_rest_was_read(monito
     monkeypatch.setattr(
         FeedSource.__init__, "__defaults__", (*FeedSource.__init__.__defaults__[:-1], lambda: next(ticks))
     )
-    done = monitor("--input", stream, "--feed", "http://127.0.0.1:1/rss")
+    done = monitor("--input", stream, "--close", "--feed", "http://127.0.0.1:1/rss")
     assert done.code == 5
     assert "finetune: http://127.0.0.1:1/rss: must answer with a feed, got Connection refused.\n" in done.err
     assert "alarm" in done.out
@@ -214,7 +253,7 @@ def test_an_alert_arrives_at_a_webhook_signed_and_one_that_is_down_exits_with_5(
     defaults = watching.Options.__init__.__defaults__
     monkeypatch.setattr(watching.Options.__init__, "__defaults__", (*defaults[:3], 0.0, *defaults[4:]))
     monkeypatch.setenv("FINETUNE_WEBHOOK_SECRET", "0123456789abcdef")
-    down = monitor("--input", stream, "--webhook", "http://127.0.0.1:1/")
+    down = monitor("--input", stream, "--close", "--webhook", "http://127.0.0.1:1/")
     assert down.code == 5
     assert "finetune: --webhook: must take every alert, got Connection refused; 1 wait in " in down.err
     assert down.err.endswith("alerts.db. The same command sends them.\n")
@@ -222,10 +261,10 @@ def test_an_alert_arrives_at_a_webhook_signed_and_one_that_is_down_exits_with_5(
     server.taken, server.status = [], 204
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     hook = ("--webhook", f"http://127.0.0.1:{server.server_address[1]}/")
-    done = monitor("--input", stream, *hook)
+    done = monitor("--input", stream, "--close", *hook)
     server.status = 422
     other = stream.with_name("other")
-    refused = [monitor("--input", stream, *hook, alerts=other) for _ in range(2)]
+    refused = [monitor("--input", stream, "--close", *hook, alerts=other) for _ in range(2)]
     server.shutdown()
     server.server_close()
     assert (done.code, done.err) == (0, "")
@@ -286,7 +325,15 @@ def test_a_backtest_comes_alone(monitor, stream, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "option", [["--follow"], ["--fail-on", "nonsense"], ["--metrics-port", "0"], ["--state", "a.db"], ["--report", "a"]]
+    "option",
+    [
+        ["--follow"],
+        ["--fail-on", "nonsense"],
+        ["--metrics-port", "0"],
+        ["--state", "a.db"],
+        ["--report", "a"],
+        ["--close"],
+    ],
 )
 def test_a_backtest_takes_none_of_the_other_options(monitor, stream, option):
     done = monitor("--backtest", stream, *option, alerts=None)
@@ -309,6 +356,11 @@ def test_a_backtest_takes_none_of_the_other_options(monitor, stream, option):
             ["--input", "a", "--alerts", "b", "--fail-on", "alarm", "--follow"],
             "--fail-on: must come without --follow, which never ends by itself. Leave one out.",
         ),
+        (
+            ["--input", "a", "--alerts", "b", "--close", "--follow"],
+            "--close: must come without --follow, which never ends by itself. Leave one out.",
+        ),
+        (["--close"], "monitor: must get --alerts FILE, got none. Add --alerts alerts.jsonl."),
         (
             ["--input", "gone", "--alerts", "b"],
             "gone: must be a file of JSON lines, got no file. Check the name, or add --follow to wait for it.",

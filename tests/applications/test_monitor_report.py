@@ -99,6 +99,23 @@ def test_the_page_says_what_the_store_holds(store, tmp_path):
     assert '<a href="https://news.example/a-1" rel="noopener noreferrer">Court fines Brakelund</a>' in page
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (0, ""),
+        (1, "The last window is not judged yet: it may still take items."),
+        (2, "The last 2 windows are not judged yet: they may still take items."),
+    ],
+)
+def test_what_is_not_judged_yet_is_said(store, number, said):
+    shares = [0.25] * 4
+    windows = [*make_windows(*shares), *make_windows(*shares, topic="debt")]
+    fill(store, [replace(one, is_closed=one.start < START + (4 - number) * DAY) for one in windows])
+    text = read_text(render_report(store, SECTION))
+    assert said in text
+    assert ("not judged" in text) == bool(number)
+
+
 def test_nothing_in_a_stream_acts_on_the_page(store):
     links = ["javascript:alert(1)", " JAVASCRIPT:alert(1)", "data:text/html,x", '" onclick="alert(1)', "//evil.example"]
     items = [make_item(text=EVIL, source=EVIL, id=EVIL, link=link) for link in links]

@@ -11,6 +11,7 @@ import tempfile
 import time
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -97,12 +98,26 @@ def test_a_stream_from_items_to_an_alert(words, store, options, tmp_path):
     assert json.loads((tmp_path / "a.jsonl").read_text())["id"] == alert.id == "acme:20200409T0010:alarm"
 
 
-def test_the_end_of_a_recording_closes_all_and_the_end_of_a_live_file_what_is_over(words, tmp_path):
+@pytest.mark.parametrize("now", [21, 30, 1e6])
+def test_the_end_of_the_input_closes_what_the_items_allow_and_the_rest_where_it_is_complete(words, store, now):
+    """The last item is of 21: only what ended by 11 misses nothing, whatever the clock says."""
     items = build_records(*(build_item(words, minutes, f"acme {minutes}") for minutes in (1, 11, 21)))
-    for now, closed in ((21, 1), (29.9, 1), (30, 2), (40, 3), (1e6, 3)):
-        with Store(tmp_path / f"{now}.db") as store:
-            watch(items, words.WordMonitor(), store, (), Options(clock=lambda now=now: words.BEGIN + 60 * now))
-            assert store.read_counts()["windows"] == closed, now
+    options = Options(clock=lambda: words.BEGIN + 60 * now)
+    watch(items, words.WordMonitor(), store, (), options)
+    assert (store.read_counts()["windows"], len(store.list_open_starts())) == (1, 2)
+    for _ in range(2):
+        watch([], words.WordMonitor(), store, (), replace(options, is_complete=True))
+        assert (store.read_counts()["windows"], store.list_open_starts()) == (3, [])
+
+
+def test_what_comes_in_time_for_a_window_that_was_closed_as_complete_is_late_and_named(words, store, options):
+    complete = replace(options, is_complete=True)
+    watch(build_records(build_item(words, 1, "acme a"), build_item(words, 31, "acme b")), words.WordMonitor(), store)
+    later = [build_item(words, 32, "in time"), build_item(words, 3, "too late"), build_item(words, 41, "acme c")]
+    for items in ([], later):
+        watch(build_records(*items), words.WordMonitor(), store, (), complete)
+    counts = store.read_counts()
+    assert (counts["items"], counts["late"], counts["note: closed early"]) == (3, 2, 1)
 
 
 def test_a_followed_stream_that_falls_silent_has_its_last_windows_judged(words, store):
@@ -251,7 +266,7 @@ def test_at_the_end_a_sink_that_is_down_gets_a_little_time(words, store, options
         *((11, f"acme falls {n}") for n in range(5)),
     ]
     records = build_records(*(build_item(words, *one) for one in texts))
-    waiting = Options(clock=options.clock, tick=lambda: ticks[0], sleep=sleep, idle_seconds=0.5, drain_seconds=20)
+    waiting = replace(options, tick=lambda: ticks[0], sleep=sleep, idle_seconds=0.5, drain_seconds=20, is_complete=True)
     sink = Sink()
     assert watch(records, words.WordMonitor(), store, [sink], waiting)
     assert (sink.attempts, ticks[0], store.count_outbox("webhook")) == (42, 20.0, 1)
@@ -281,6 +296,36 @@ def test_any_order_within_the_lateness_gives_the_same_shares(words, minutes, dra
     reading = {name: monitor.reader._read(name) for name in names}
     expected = Counter((reading[name].topic, at // 10) for at, name in zip(minutes, names, strict=True))
     assert sum(expected.values()) == int(seen[0][0][-1].split("'items': ")[1].split(",")[0].rstrip("}"))
+
+
+# Any cut into calls
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.floats(0, 1), min_size=1, max_size=5), st.booleans())
+def test_a_file_that_grows_from_call_to_call_comes_to_the_same_as_one_call(words, seed, cuts, is_complete):
+    """Wherever it is cut, within a line too: the same windows, counts, alerts and late items, years after its day."""
+    with tempfile.TemporaryDirectory() as name:
+        seen = []
+        for parts in ([], sorted(cuts)):
+            folder = Path(name) / str(len(seen))
+            folder.mkdir()
+            path = folder / "stream.jsonl"
+            words.write_stream(path, words.build_stream(120, seed))
+            content = path.read_bytes()
+            path.write_bytes(b"")
+            (folder / "alerts.jsonl").touch()
+            ends = [int(part * len(content)) for part in parts] + [len(content)]
+            for begin, end in zip([0, *ends], ends, strict=False):
+                with path.open("ab") as file:
+                    file.write(content[begin:end])
+                with Store(folder / "state.db") as store:
+                    store.connection.execute("PRAGMA synchronous = OFF")
+                    words.watch_file(folder, store, is_complete=is_complete and end == len(content))
+            with Store(folder / "state.db") as store:
+                seen.append((read_all(store), len(store.list_open_starts()), (folder / "alerts.jsonl").read_bytes()))
+        assert seen[0] == seen[1]
+        assert (seen[0][1] == 0) == is_complete
 
 
 # kill -9

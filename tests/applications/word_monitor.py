@@ -133,10 +133,12 @@ def write_stream(path: Path, lines: Iterator[dict | str]) -> None:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
 
 
-def watch_file(folder: Path, store: Store, batch_items: int = 16) -> None:
+def watch_file(folder: Path, store: Store, *, is_complete: bool = True) -> None:
     source = FileSource(folder / "stream.jsonl")
     source.go_on(store.read_positions().get(source.origin))
-    options = Options(batch_items=batch_items, batch_seconds=1e9, clock=lambda: NOW, sleep=lambda _: None)
+    options = Options(
+        batch_items=16, batch_seconds=1e9, clock=lambda: NOW, sleep=lambda _: None, is_complete=is_complete
+    )
     watch(source, WordMonitor(), store, [JsonlSink(folder / "alerts.jsonl")], options)
 
 

@@ -47,7 +47,10 @@ def run_backtest(run: Monitor | str | Path, path: Path) -> dict[str, Any]:
     history = _History(monitor, path)
     with TemporaryDirectory() as folder, Store(Path(folder) / "state.db") as store:
         watch(
-            history, Monitor(history, monitor.watcher, monitor.section), store, options=Options(clock=lambda: math.inf)
+            history,
+            Monitor(history, monitor.watcher, monitor.section),
+            store,
+            options=Options(clock=lambda: math.inf, is_complete=True),
         )
         windows = [window for window in store.read_windows() if window.is_closed]
         alerts, counts = store.read_alerts(), store.read_counts()

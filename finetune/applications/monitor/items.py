@@ -30,12 +30,13 @@ _NUMBER = re.compile(r"\d{9,}(?:\.\d+)?")  # eight digits are a date
 _RFC_2822 = re.compile(r"(?:[A-Za-z]{3},\s*)?\d{1,2}\s+[A-Za-z]{3}\s")
 
 Reason = Literal["no JSON", "too long", "no id", "no time", "bad time", "in the future", "no text", "bad labels"]
-Note = Literal["zone assumed", "text cut", "bytes replaced", "file gone"]
+Note = Literal["zone assumed", "text cut", "bytes replaced", "file gone", "closed early"]
 NOTES: Mapping[Note, str] = {
     "zone assumed": "had a time without a zone, which was taken as UTC",
     "text cut": f"had a text of which only the first {MAX_TEXT_CHARACTERS:,} characters were read",
     "bytes replaced": "had bytes that are no UTF-8, which were replaced",
     "file gone": "time the file of the last position was gone: what else it held was not read",
+    "closed early": "came within the lateness, for a window that --close or a silence had closed: late all the same",
 }
 
 

@@ -62,6 +62,7 @@ def render_report(store: Store, section: MonitorSection) -> str:
         "last": describe_time(max(window.end for window in windows)) if windows else "",
         "headline": describe_state(windows, alerts),
         "counts": counts,
+        "open": len({window.start for window in windows if not window.is_closed}),
         "topics": [topic for topic in topics if topic["chart"]],
         "few": [topic for topic in topics if not topic["chart"]],
         "alerts": told[:ALERTS_SHOWN],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,9 +51,10 @@ class Options:
         batch_seconds: how long the first of them waits for more; a source that has nothing ends the wait.
         idle_seconds: between two looks at sources that have nothing.
         drain_seconds: at the end of the input, how long alerts are tried that a sink has not taken.
-        clock: epoch seconds; only items from the future, silence and the end of the input depend on it.
+        clock: epoch seconds; only items from the future and silence depend on it.
         tick: seconds of a clock that never jumps.
         sleep: waits for so many seconds.
+        is_complete: whether nothing is to come behind the input: at its end, every window is closed.
         is_stopped: whether somebody wants the loop to end after this batch.
         on_alert: is given each new alert, once it is in the store.
         on_batch: is called after each batch.
@@ -65,6 +67,7 @@ class Options:
     clock: Callable[[], float] = time.time
     tick: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+    is_complete: bool = False
     is_stopped: Callable[[], bool] = bool
     on_alert: Callable[[Alert], None] = _nothing
     on_batch: Callable[[], None] = _nothing
@@ -75,9 +78,9 @@ def watch(
 ) -> bool:
     """Take in a source to its end, or until `options.is_stopped`.
 
-    At its end, windows are closed whose lateness is over by the clock: of a recording all of them, of a file that is
-    written today those that nothing can be missing from. The others stay open for the next call. So it is with a source
-    that falls silent, once it has been so for as long as the lateness: one that is behind the clock has items to come.
+    At its end, windows that may still take items stay open for the next call, unless `options.is_complete`: the input
+    may be one portion of several, and how it was cut into calls must change nothing. Of a source that falls silent for
+    as long as the lateness, windows are closed whose lateness is over by the clock.
 
     Returns:
         Whether it came to the end.
@@ -95,14 +98,15 @@ def watch(
         if any(record.content for record in batch):
             heard = options.tick()
         elif options.tick() - heard >= silence:
-            _tell(loop.close_over(), options)
+            _tell(loop.close(until=options.clock() - 60 * monitor.section.lateness_minutes), options)
         _deliver(sinks, store, options)
         if options.is_stopped():
             loop.look_at_open_windows()
             return False
         if not batch:
             options.sleep(options.idle_seconds)
-    _tell(loop.close_over(), options)
+    if options.is_complete:
+        _tell(loop.close(until=math.inf), options)
     loop.look_at_open_windows()
     _drain(sinks, store, options)
     return True
@@ -182,11 +186,10 @@ class _Loop:
             self._store.save_fact("plan", self._plan.to_state())
         return alerts
 
-    def close_over(self) -> list[Alert]:
-        """The source has ended, or is silent: close what nothing can be missing from by the clock."""
+    def close(self, until: float) -> list[Alert]:
+        """Close the windows that hold items and end by then, and those between them."""
         starts = self._store.list_open_starts()
-        ended = [at + self._plan.seconds for at in starts]
-        over = [end for end in ended if end + self._plan.lateness <= self._clock()]
+        over = [end for start in starts if (end := start + self._plan.seconds) <= until]
         if not over:
             return []
         with self._store.transaction():
@@ -227,6 +230,8 @@ class _Loop:
                 self._store.count("repeats")
             elif is_late:
                 self._store.count("late")
+                if self._plan.is_closed_early(seconds):
+                    self._store.count("note: closed early")
             else:
                 self._store.count("items")
                 yield read.item, self._plan.find_start(seconds)

@@ -1,8 +1,8 @@
 """Which window an item belongs to, and when a window is closed, by the items' own times.
 
-While items come, the clock of the machine plays no part: one that jumps changes nothing. All of it depends on the
-order in which items come and not on how they are batched, so that a stream that was cut off and goes on closes the same
-windows.
+While items come, and where they end, the clock of the machine plays no part: one that jumps changes nothing. All of it
+depends on the order in which items come and not on how they are batched or cut into files and calls, so that a stream
+that was cut off and goes on closes the same windows. Only silence and the word that nothing is to come close more.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ class WindowPlan:
         """Whether the window of an item is closed, or about to be."""
         start = self.find_start(time)
         return start + self.seconds <= self.watermark or (self.next_start is not None and start < self.next_start)
+
+    def is_closed_early(self, time: float) -> bool:
+        """Whether an item is late only because its window was closed before the watermark came to its end."""
+        return self.is_late(time) and self.find_start(time) + self.seconds > self.watermark
 
     def see(self, time: float) -> float:
         """The largest time, after an item that is not late."""
