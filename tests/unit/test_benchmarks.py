@@ -15,6 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
+from finetune.artifact.run_folder import RunFolder, save_json
+from finetune.recipe import load_recipe
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -25,8 +28,8 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-measuring, train_speed, predict_speed, attention_cost = map(
-    load, ["measuring", "train_speed", "predict_speed", "attention_cost"]
+measuring, train_speed, predict_speed, attention_cost, results_table = map(
+    load, ["measuring", "train_speed", "predict_speed", "attention_cost", "results_table"]
 )
 SCRIPTS = [train_speed, predict_speed, attention_cost]
 LENGTHS = [3, 5, 5, 8]
@@ -166,6 +169,30 @@ def test_percentiles_are_numpys():
 @pytest.mark.parametrize(("count", "expected"), [(3, [0, 4, 8]), (10, list(range(10))), (99, list(range(10)))])
 def test_single_rows_come_from_all_over_the_file(count: int, expected: list[int]):
     assert list(predict_speed.pick_single(list(range(10)), count)) == expected
+
+
+def test_an_assistant_has_a_row_of_what_became_of_the_questions_in_scope(tmp_path: Path):
+    """Two seeds: the mean of .80 and .86, and each with its interval."""
+    recipe = load_recipe(BENCHMARKS.parent / "recipes" / "support.yaml")
+    recipes, runs = [], []
+    for seed, right in ((13, 0.80), (17, 0.86)):
+        run = RunFolder(tmp_path / str(seed))
+        (run.path / "support").mkdir(parents=True)
+        save_json(run.status, {"training": {"parameters": {"trained": 3, "total": 100}, "seconds": 600}})
+        shares = {"right": right, "wrong": 0.05, "asked_back": 0.03, "handed_over": 0.92 - right}
+        found = {key: {"value": value, "low": value - 0.01, "high": value + 0.02} for key, value in shares.items()}
+        save_json(run.path / "support" / "test.json", {"all": {}, "in_scope": found})
+        runs.append(run)
+        recipes.append(recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})}))
+    name = "support, end to end in scope (illustrative sample)"
+    _, tuning, score, seeds, *rest = get_cells(results_table.build_assistant_row(runs, recipes), name)
+    assert (tuning, rest) == ("lora", ["", "3.0%", "10"])
+    assert score == "**0.830** right, 0.050 wrong, 0.030 asked back, 0.090 handed over"
+    both = "wrong 0.050 (0.040 to 0.070), asked back 0.030 (0.020 to 0.050)"
+    assert seeds == (
+        f"13: right 0.800 (0.790 to 0.820), {both}, handed over 0.120 (0.110 to 0.140); "
+        f"17: right 0.860 (0.850 to 0.880), {both}, handed over 0.060 (0.050 to 0.080)"
+    )
 
 
 # Attention
