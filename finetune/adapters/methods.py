@@ -20,6 +20,9 @@ from finetune.recipe.schema import AdapterSection
 WARM_UP_SHARE, SETTLED_SHARE = 0.1, 0.5
 ALLOCATIONS = 1000  # at most so many times
 
+IN_TREE = ("adapter", "bitfit", "head")
+"""What PEFT does not have: their code is saved beside their weights."""
+
 
 @dataclass(frozen=True)
 class Site:

@@ -7,6 +7,7 @@ the part of it that they train out of it); what they trained is written as the p
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+import finetune
+
 CHANGES_BASE = ("pissa", "olora")
 _PART = "default"  # the name of the only adapter
+OWN_CODE = ("adapters/frozen.py", "adapters/bias.py", "adapters/bottleneck.py", "adapters/targets.py", "errors.py")
+"""What makes PEFT know the in-tree methods: `register` in the first, and what it stands on; torch and PEFT besides."""
 
 
 def remember_start(model: Any) -> None:
@@ -39,6 +44,8 @@ def save_adapter(model: Any, folder: Path) -> None:
         model: a `PeftModel` from `attach_adapter`; unchanged.
         folder: made if missing.
     """
+    from finetune.adapters.frozen import InTreeType
+
     config = model.peft_config[_PART]
     before, state = copy.copy(config), model.state_dict()
     try:
@@ -60,6 +67,16 @@ def save_adapter(model: Any, folder: Path) -> None:
         vars(config).update(vars(before))
     # PEFT leaves a README with empty headings; the run has a card of its own.
     (folder / "README.md").unlink(missing_ok=True)
+    if isinstance(config.peft_type, InTreeType):
+        write_own_code(folder)
+
+
+def write_own_code(folder: Path) -> None:
+    """Put the code of the in-tree methods beside weights, as it stands here but for imports, which become relative."""
+    for place in OWN_CODE:
+        text = (Path(finetune.__file__).parent / place).read_text(encoding="utf-8")
+        text = re.sub(r"\bfrom finetune\.(?:adapters\.)?(\w+) import", r"from .\1 import", text)
+        (folder / Path(place).name).write_text(text, encoding="utf-8")
 
 
 def _subtract_start(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from finetune.adapters.methods import METHODS, describe
+from finetune.adapters.methods import IN_TREE, METHODS, describe
 from finetune.evaluation.wording import MEANINGS, OUTSIDE_SCORES, decimals_of, format_score
 from finetune.models.base import LOCAL, SCRATCH
 from finetune.recipe.card import Card
@@ -206,6 +206,7 @@ def build_model_card(
         parent=lock.get("parent"),
         tuning=describe(recipe.adapter),
         peft=is_peft,
+        in_tree=recipe.adapter.method in IN_TREE,
         triad=recipe.model.architecture == "triad",
         outside_words=OUTSIDE_SCORES,
         generation=_describe_generation(recipe.evaluate.generate),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune.adapters.attach import (
@@ -33,7 +33,7 @@ from finetune.adapters.attach import (
 from finetune.adapters.budget import add_penalty, build_budget, get_rate_factor, start_adapter
 from finetune.adapters.methods import METHODS
 from finetune.artifact.save import save_model
-from finetune.data.batches import Batch, Examples, collate
+from finetune.data.batches import Batch, Examples, collate, list_inputs
 from finetune.errors import Interrupted, ModelError
 from finetune.models.base import BaseModel, load_tokenizer
 from finetune.models.classifier import get_padding, list_head_modules
@@ -48,27 +48,37 @@ ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
 MERGE_TOLERANCE = 1e-4
 
-# A process that knows nothing but the saved folders and where the base lies: through the toolkit, and as the model card
-# says, through transformers and PEFT alone.
+# Processes that know nothing but the saved folders and where the base lies: one through the toolkit, and one as the
+# model card says, through transformers and PEFT alone.
 RELOAD = """
 import json, pathlib, sys
 import numpy as np, torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from finetune.adapters.attach import load_adapter
-from finetune.data.batches import Examples, collate, list_inputs
+from finetune.data.batches import Examples
 from finetune.models.base import BaseModel
 from finetune.models.prediction import compute_logits
 from finetune.tasks.text_classification import TextClassification
 torch.set_num_threads(1)
 base, examples, *folders = map(pathlib.Path, sys.argv[1:])
 examples = Examples.load(examples)
-batch = list_inputs(collate(examples, np.arange(len(examples)), 0))
 for folder in folders:
     task = TextClassification.from_config(json.loads((folder / "finetune.json").read_text())["task"])
     model = load_adapter(task.load_model(folder, BaseModel("acme/tiny", base, "here")), folder)
     np.save(folder.parent / "reloaded.npy", compute_logits(model, examples, 0))
+"""
+PLAIN = """
+import json, pathlib, sys
+import numpy as np, torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+torch.set_num_threads(1)
+base, batch, *folders = map(pathlib.Path, sys.argv[1:])
+batch = load_file(batch)
+for folder in folders:
+    if (folder / "frozen.py").exists():
+        get_class_from_dynamic_module("frozen.register", folder)()
     own_code = (folder / "modeling_triad.py").exists()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
     if own_code:
@@ -79,6 +89,7 @@ for folder in folders:
     with torch.no_grad():
         logits = PeftModel.from_pretrained(plain, folder).eval()(**batch).logits
     np.save(folder.parent / "plain.npy", logits.numpy())
+print(json.dumps(len(folders)))
 """
 
 
@@ -215,13 +226,21 @@ def reload(tiny_base: Path) -> Callable[[Trained], Any]:
 
 @pytest.fixture(scope="module")
 def reloaded(
-    trained: Callable[[str, str], Trained], methods: dict[str, Any], tiny_base: Path, tmp_path_factory: Any
+    trained: Callable[[str, str], Trained],
+    methods: dict[str, Any],
+    tiny_base: Path,
+    tmp_path_factory: Any,
+    run_without_toolkit: Callable[..., Any],
 ) -> Callable[[str, str, str], np.ndarray]:
-    """Logits out of one other process for all cases."""
+    """Logits out of one other process for all cases, and of one without the toolkit."""
     folder = tmp_path_factory.mktemp("elsewhere")
     EXAMPLES.save(folder / "examples.safetensors")
-    all_made = [trained(architecture, case) for architecture in ("triad", "native") for case in methods]
-    words = [str(tiny_base), str(folder / "examples.safetensors"), *(str(made.folder) for made in all_made)]
+    save_file(list_inputs(collate(EXAMPLES, np.arange(len(EXAMPLES)), 0)), folder / "batch.safetensors")
+    folders = [str(trained(architecture, case).folder) for architecture in ("triad", "native") for case in methods]
+    place = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    words = [str(tiny_base), str(folder / "batch.safetensors"), *folders]
+    assert run_without_toolkit(folder, PLAIN, *words, **place) == len(folders)
+    words = [str(tiny_base), str(folder / "examples.safetensors"), *folders]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(folder / "modules")}
     done = subprocess.run(
         [sys.executable, "-c", RELOAD, *words], cwd=folder, env=environment, capture_output=True, text=True

@@ -9,13 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import BertTokenizerFast
 
 import finetune
+from finetune.adapters.attach import attach_adapter, list_trained
+from finetune.adapters.bottleneck import STYLES
+from finetune.adapters.methods import IN_TREE
 from finetune.artifact.card import Publication, build_model_card
 from finetune.artifact.save import save_model
 from finetune.models.base import SCRATCH, BaseModel
+from finetune.models.classifier import list_head_modules
 from finetune.models.tokenizer import train_tokenizer
 from finetune.recipe.schema import Recipe
 from finetune.tasks import (
@@ -94,25 +100,40 @@ for folder, code in json.loads(sys.argv[1]).items():
 print(json.dumps(found))
 """
 
+LOGITS = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+found = {}
+for folder, code in json.loads(sys.argv[1]).items():
+    os.chdir(folder)
+    exec(code, names := {})
+    tokens = names["tokenizer"](["some text"], return_tensors="pt")
+    with torch.no_grad():
+        found[os.path.basename(folder)] = names["model"].eval()(**tokens).logits.tolist()
+print(json.dumps(found))
+"""
 
-def build_recipe(kind: str, tiny_base: Path) -> Recipe:
+
+def build_recipe(kind: str, tiny_base: Path, **sections: Any) -> Recipe:
     scratch = isinstance(TASKS[kind], OnLanguageModel)
     model_section = {"base": "scratch", "scratch": SIZE} if scratch else {"base": str(tiny_base)}
     return Recipe.model_validate(
         {
             "recipe": 1,
             "name": kind.replace("_", "-"),
-            "model": model_section | {"max_length": 16},
+            "model": model_section | {"max_length": 16} | sections.pop("model", {}),
             "tasks": {"only": {"type": kind, "data": "rows.csv"}},
         }
         | KINDS[kind]
+        | sections
     )
 
 
-def save_run(kind: str, folder: Path, tiny_base: Path) -> list[str]:
+def save_run(kind: str, folder: Path, tiny_base: Path, **sections: Any) -> list[str]:
     """A run's `model/` with random weights, and the Python of its card: without the toolkit, and with it."""
     folder.mkdir()
-    recipe = build_recipe(kind, tiny_base)
+    recipe = build_recipe(kind, tiny_base, **sections)
     if isinstance(TASKS[kind], OnLanguageModel):
         tokenizer = train_tokenizer(
             TEXTS, "bpe", 300, 16, appends_end=kind == "seq2seq", reads_special=kind == "masked_lm"
@@ -122,6 +143,11 @@ def save_run(kind: str, folder: Path, tiny_base: Path) -> list[str]:
         tokenizer = BertTokenizerFast.from_pretrained(tiny_base)
         base = BaseModel(str(tiny_base), tiny_base, "local folder")
     model = TASKS[kind].build_model(base, recipe.model, tokenizer, 1)
+    if recipe.adapter.method in IN_TREE:
+        model = attach_adapter(model, recipe.adapter, list_head_modules(model), str(tiny_base))
+        generator = torch.Generator().manual_seed(0)
+        for weight in list_trained(model).values():
+            weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
     settings = {"task": TASKS[kind].to_config(), "max_length": 16, "temperature": 1.0}
     save_model(model, tokenizer, folder / "model", settings | {"generate": recipe.evaluate.generate.model_dump()})
     (name,) = recipe.tasks
@@ -181,6 +207,28 @@ def test_a_language_model_goes_on_with_the_text(found: dict[str, Any]) -> None:
 
 def test_a_sequence_to_sequence_model_writes_a_text(found: dict[str, Any]) -> None:
     assert found["seq2seq"][2].strip()
+
+
+def test_methods_that_peft_lacks_bring_their_code(
+    tiny_base: Path, tmp_path: Path, run_without_toolkit: Callable[..., Any]
+) -> None:
+    """The same logits where the toolkit is not installed, from the lines of the card as they stand."""
+    codes = {}
+    for architecture in ("triad", "native"):
+        for adapter in [
+            *({"method": "adapter", "style": style} for style in STYLES),
+            *({"method": m} for m in IN_TREE),
+        ]:
+            folder = tmp_path / "-".join([architecture, *adapter.values()])
+            sections = {"model": {"architecture": architecture}, "adapter": adapter}
+            codes[str(folder)] = save_run("text_classification", folder, tiny_base, **sections)[0]
+            (folder / tiny_base.name).symlink_to(tiny_base)  # the card of a run on a local base knows its name
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    found = run_without_toolkit(tmp_path, LOGITS, json.dumps(codes), **environment)
+    assert len({str(logits) for logits in found.values()}) > len(IN_TREE)
+    for name, logits in found.items():
+        expected = finetune.load(tmp_path / name / "model").compute_text_logits(["some text"])
+        np.testing.assert_allclose(logits, expected, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "masked_lm"])  # which is a base for recipes

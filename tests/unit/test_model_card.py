@@ -219,6 +219,18 @@ def test_the_code_is_python_for_every_kind_of_model(kind: str, method: str, head
     assert code.count("\ninputs = tokenizer(") == (kind != "text_classification")
 
 
+@pytest.mark.parametrize("architecture", ["native", "triad"])
+def test_a_method_that_peft_lacks_is_registered_before_its_folder_is_read(architecture: str) -> None:
+    model = {"base": "acme/base", "architecture": architecture}
+    code, other = (
+        write_card("text_classification", model=model, adapter={"method": method}).text for method in ("bitfit", "lora")
+    )
+    line = 'get_class_from_dynamic_module("frozen.register", "model")()'
+    assert 0 < code.index(line) < code.index("PeftModel.from_pretrained(")
+    assert "code lies beside its weights:" in code
+    assert line not in other
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
