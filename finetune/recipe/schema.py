@@ -398,7 +398,7 @@ class ExportSection(Section):
 
     max_drop: dict[str, Annotated[float, Field(ge=0.0)]] | None = None
     """Metric -> the most that an exported model may lose of it on validation, or it is not written; of several tasks
-    each takes those that it has. null: 0.005 of the headline."""
+    each takes those that it has. A task without one, and null: 0.005 of the headline."""
 
 
 class HubSection(Section):

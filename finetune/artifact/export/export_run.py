@@ -28,9 +28,11 @@ from finetune.artifact.export.parity import (
     Answers,
     Judged,
     check_drop,
+    check_equality,
     compare_answers,
     compute_answers,
     count_bytes,
+    list_differences,
     list_excesses,
     settle_max_drop,
 )
@@ -102,7 +104,8 @@ def export_run(
     overrides: Sequence[str] = (),
     narrate: Callable[[str], None] = lambda _text: None,
 ) -> Exported:
-    """Write a finished run in a format, unless that loses more than `export.max_drop` on validation.
+    """Write a finished run in a format, unless it loses more than `export.max_drop` on validation or, in
+    float32, is not the run's equal.
 
     Args:
         reference: the run.
@@ -189,7 +192,10 @@ def _write(
         model = load_engine(temporary, engine)
     narrate("holding it against the run on validation")
     tasks = source.compare(model)
-    check_drop(str(source.run.path), list_excesses(tasks, source.max_drop), kept=(folder / PARITY).exists())
+    where, kept = str(source.run.path), (folder / PARITY).exists()
+    if not format_.is_quantized:
+        check_equality(where, list_differences(tasks), kept)
+    check_drop(where, list_excesses(tasks, source.max_drop), kept)
     narrate("measuring its speed")
     max_length = int(source.saved.settings["max_length"])
     contenders = {"run": Contender(source.model, source.tokenizer), "export": Contender(model, source.tokenizer)}

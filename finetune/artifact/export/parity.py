@@ -23,6 +23,11 @@ from finetune.tasks import MultiTask, QuestionAnswering, Reranking, Retrieval, T
 from finetune.tasks.task import Outputs
 
 BLOCK = 512  # rows whose neighbours are looked for at once
+ALLOWED_DIFFERENCE = 1e-4
+"""Between what a run and its export in float32 give, times the run's largest output where that is above 1. Decisions
+may differ only where two are this close."""
+DROP = 0.005
+"""Of a task's headline, where the recipe says nothing."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,15 @@ def compare_answers(judged: Judged, before: Answers, after: Answers) -> dict[str
     """What became of one task's rows.
 
     Returns:
-        rows; largest and mean difference of what the model gives; share of equal decisions; each metric before and
-        after, with intervals where it has any, and what was lost of it: positive is worse.
+        rows; the run's largest output; largest and mean difference of what the model gives, None where one gives
+        numbers and the other none; share of equal decisions; each metric before and after, with intervals where it has
+        any, and what was lost of it: positive is worse.
     """
     task = judged.task
     columns = slice(1, 3) if isinstance(task, QuestionAnswering) else slice(None)  # the others are places and losses
     given, found = before.outputs[:, columns], after.outputs[:, columns]
-    finite = np.isfinite(given) & np.isfinite(found)
-    differences = np.abs(given - found)[finite]
+    finite = np.isfinite(given)  # -inf stands for what a row's task does not have
+    differences = np.abs(given[finite] - found[finite])
     equal = decide(task, before.outputs, judged.threshold) == decide(task, after.outputs, judged.threshold)
     metrics = _compare_classes(judged, task, before, after) if isinstance(task, TextClassification) else {}
     if not metrics:
@@ -122,6 +128,7 @@ def compare_answers(judged: Judged, before: Answers, after: Answers) -> dict[str
         round_numbers(
             {
                 "rows": len(given),
+                "largest_output": float(np.abs(given[finite]).max(initial=0.0)),
                 "largest_difference": float(differences.max(initial=0.0)),
                 "mean_difference": float(differences.mean()) if differences.size else 0.0,
                 "equal_decisions": float(equal.reshape(len(equal), -1).all(axis=1).mean()) if len(equal) else 1.0,
@@ -175,20 +182,19 @@ def settle_max_drop(given: Mapping[str, float] | None, judged: Mapping[str, Judg
     """Task name -> metric -> what may be lost of it.
 
     Args:
-        given: the recipe's `export.max_drop`; None for half a point of each task's headline.
+        given: the recipe's `export.max_drop`. A task that it says nothing of may lose `DROP` of its headline.
         judged: the tasks.
 
     Raises:
         UsageError: a metric that no task has.
     """
-    if given is None:
-        return {name: {one.section.metrics[0]: 0.005} for name, one in judged.items()}
     known = dict.fromkeys(metric for one in judged.values() for metric in one.section.metrics)
-    for metric in given:
+    for metric in given or {}:
         if metric not in known:
             raise UsageError(f"export.max_drop: must name metrics of the run, {', '.join(known)}, got {metric!r}.")
     return {
-        name: {metric: drop for metric, drop in given.items() if metric in one.section.metrics}
+        name: {metric: drop for metric, drop in (given or {}).items() if metric in one.section.metrics}
+        or {one.section.metrics[0]: DROP}
         for name, one in judged.items()
     }
 
@@ -211,14 +217,40 @@ def list_excesses(tasks: Mapping[str, Mapping[str, Any]], max_drop: Mapping[str,
     return found
 
 
+def list_differences(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence for each task whose outputs differ by more than `ALLOWED_DIFFERENCE`."""
+    found = []
+    for name, task in tasks.items():
+        most, got = ALLOWED_DIFFERENCE * max(1.0, task["largest_output"]), task["largest_difference"]
+        if got is None or got > most:
+            difference = "no numbers" if got is None else f"a difference of {got:.2g}"
+            found.append(
+                f"{name} must be within {most:.1e} of the run on validation, got {difference}, with "
+                f"{task['equal_decisions']:.2%} of {task['rows']:,} decisions equal"
+            )
+    return found
+
+
+def check_equality(where: str, differences: list[str], kept: bool) -> None:
+    """Raise GateError where an export in float32 is not what it was made of."""
+    if differences:
+        raise GateError(
+            f"{where}: {'; '.join(differences)}. {_say_what_is_there(kept)} This engine does not compute here what the "
+            "run does: take another format."
+        )
+
+
 def check_drop(where: str, excesses: list[str], kept: bool) -> None:
     """Raise GateError where something lost more than it may."""
     if excesses:
-        rest = "The export that was there is as it was." if kept else "Nothing was written."
         raise GateError(
-            f"{where}: {'; '.join(excesses)}. {rest} Take a format without int8, or allow more: export.max_drop in "
-            "the recipe, or --set."
+            f"{where}: {'; '.join(excesses)}. {_say_what_is_there(kept)} Take a format without int8, or allow more: "
+            "export.max_drop in the recipe, or --set."
         )
+
+
+def _say_what_is_there(kept: bool) -> str:
+    return "The export that was there is as it was." if kept else "Nothing was written."
 
 
 def count_bytes(model: nn.Module) -> int:
