@@ -20,12 +20,29 @@ DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
 WEIGHTS = ".safetensors"
 
 SECRETS = {
-    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
-    "an AWS key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    "a GitHub token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{22,})"),
-    "a private key": re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
-    "a password in an address": re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s/:@\"'{}<>]+:[^\s/@\"'{}<>]+@[\w\[]"),
+    "a Hugging Face token": r"hf_[A-Za-z0-9]{20,}",
+    "an AWS key": r"(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a GitHub token": r"(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{22,})",
+    "a GitLab token": r"gl(?:pat|dt|rt|ptt|agent|oas|soat|ft|imt|cbt)-[\w.-]{20,}",
+    # OpenAI's, Anthropic's and those made like them.
+    "the key of a language model's provider": (
+        r"(?:sk-(?:(?:proj|svcacct|admin|ant|or)-[\w-]{20,}|[A-Za-z0-9]{32,})"
+        r"|gsk_[A-Za-z0-9]{50,}|r8_[A-Za-z0-9]{37}|xai-[A-Za-z0-9]{60,}|pplx-[A-Za-z0-9]{48})"
+    ),
+    "a Google key": r"(?:AIza[\w-]{35}|GOCSPX-[\w-]{28}|ya29\.[\w-]{30,})",
+    "an Azure key": r"(?:AccountKey|SharedAccessKey)=[A-Za-z0-9+/]{40,}=",
+    "a Slack token": r"(?:xox[a-z]-[\w-]{10,}|xapp-\d-[\w-]{10,}|hooks\.slack\.com/services/[\w/]{20,})",
+    "a Stripe key": r"(?:(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{16,}|whsec_[A-Za-z0-9+/]{24,})",
+    "a SendGrid key": r"SG\.[\w-]{20,24}\.[\w-]{40,}",
+    "a Telegram token": r"\d{8,10}:AA[\w-]{33}",
+    "a token of a package registry": r"(?:npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{40,}|dckr_pat_[\w-]{20,})",
+    "a signed web token": r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
+    "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
+    "a password in an address": r"[a-z][a-z0-9+.-]*://[^\s/:@\"'{}<>]+:[^\s/@\"'{}<>]+@[\w\[]",
 }
+ESCAPED = re.compile(r"\\[nrt]")
+"""Ends of lines in JSON, whose letter would hide where a word begins."""
+ANY_SECRET = re.compile(rf"(?<!\w)(?:{'|'.join(SECRETS.values())})")
 SECRET_VARIABLE = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$")
 SHORTEST_SECRET = 8
 """Characters under which the value of such a variable may be any word."""
@@ -134,12 +151,13 @@ def _holds_pickle(path: Path) -> bool:
 
 
 def _find_secrets(name: str, text: str) -> Iterator[str]:
-    patterns = SECRETS | {
-        f"the value of ${variable}": re.compile(re.escape(value))
-        for variable, value in _list_secret_variables(os.environ).items()
-    }
-    for what, pattern in patterns.items():
-        if match := pattern.search(text):
+    values = {f"the value of ${variable}": value for variable, value in _list_secret_variables(os.environ).items()}
+    found = [(what, re.search(re.escape(value), text)) for what, value in values.items()]
+    plain = ESCAPED.sub("  ", text)  # of the same length
+    if ANY_SECRET.search(plain):  # which most texts have not: one search tells
+        found += [(what, re.search(rf"(?<!\w){form}", plain)) for what, form in SECRETS.items()]
+    for what, match in found:
+        if match:
             yield (
                 f"{name}, line {_line_of(text, match)}: must hold no secret, got {what}. "
                 "Take it out, and make a new one: it may have been seen."

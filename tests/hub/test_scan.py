@@ -14,9 +14,24 @@ SECRETS = {
     "a Hugging Face token": "hf_" + "aB3" * 8,
     "an AWS key": "AKIA" + "Q7" * 8,
     "a GitHub token": "ghp_" + "x9" * 18,
+    "a GitLab token": "glpat-" + "x9Y-" * 5,
+    "a Google key": "AIza" + "Sy-x9" * 7,
+    "an Azure key": "AccountKey=" + "x9+/" * 21 + "==",
+    "a Slack token": "xoxb-" + "123456789012-" * 2 + "aB3" * 8,
+    "a Stripe key": "sk_live_" + "aB3" * 8,
+    "a SendGrid key": "SG." + "aB" * 11 + "." + "x9_" * 14 + "x",
+    "a Telegram token": "123456789:" + "AA" + "x9-" * 11,
+    "a signed web token": "eyJ" + "hbGciOi9" * 3 + ".eyJ" + "zdWIiOi9" * 3 + "." + "x9_-" * 8,
     "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
     "a password in an address": "https://ann:" + "s3cret@example.org/x",
 }
+PROVIDERS = [
+    "sk-proj-" + "aB3_-" * 24,
+    "sk-ant-" + "api03-" + "aB3_-" * 18,
+    "sk-" + "aB3" * 16,
+    "gsk_" + "aB3x" * 13,
+]
+REGISTRIES = ["npm_" + "aB3" * 12, "pypi-" + "AgEIcHlwaS5vcmc" + "x9-_" * 20, "dckr_pat_" + "x9_" * 9]
 
 
 def scan(tmp_path: Path, text: str, name: str = "notes.txt") -> list[str]:
@@ -30,6 +45,24 @@ def test_a_secret_is_named_and_not_repeated(tmp_path: Path, what: str) -> None:
     (problem,) = scan(tmp_path, f"first\nsee {SECRETS[what]} there")
     assert problem.startswith(f"notes.txt, line 2: must hold no secret, got {what}. Take it out, and make a new one")
     assert SECRETS[what] not in problem
+
+
+@pytest.mark.parametrize(
+    ("what", "secret"),
+    [
+        *(("the key of a language model's provider", key) for key in PROVIDERS),
+        *(("a token of a package registry", token) for token in REGISTRIES),
+        ("a Slack token", "https://hooks.slack.com/services/" + "T0123ABCD/" + "B0123ABCD/" + "aB3" * 8),
+    ],
+)
+def test_several_forms_of_one_kind(tmp_path: Path, what: str, secret: str) -> None:
+    (problem,) = scan(tmp_path, f"key={secret}")
+    assert f"got {what}." in problem
+
+
+@pytest.mark.parametrize("what", SECRETS)
+def test_a_secret_behind_an_end_of_line_in_json(tmp_path: Path, what: str) -> None:
+    assert f"got {what}." in scan(tmp_path, json.dumps({"text": f"ours:\n{SECRETS[what]}"}), "finetune.json")[0]
 
 
 def test_the_value_of_a_variable_that_is_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +89,13 @@ def test_weights_are_read_up_to_the_end_of_their_header(tmp_path: Path) -> None:
     assert "got /home/ann/x" in scan_file(path.name, path)[0]
     path.write_bytes((2).to_bytes(8, "little") + b"{}/home/ann/x")
     assert scan_file(path.name, path) == []
+
+
+def test_words_that_begin_like_a_secret_are_left_alone(tmp_path: Path) -> None:
+    text = (
+        "risk-adjusted-return-of-the-whole-portfolio sk-learn-based npm_config_registry SG.x eyJ.eyJ. glpat- AIza xoxo-"
+    )
+    assert scan(tmp_path, text) == []
 
 
 def test_words_of_a_tokenizer_are_left_alone(tmp_path: Path) -> None:
