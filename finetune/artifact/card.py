@@ -98,12 +98,14 @@ class Publication:
         merged: whether its adapter is folded into the base's weights.
         adapter_place: the folder in it that holds the adapter alone, beside merged weights.
         missed: gates that it missed, in words.
+        holds: what of the data is part of the model, in sentences.
     """
 
     repo: str
     merged: bool = False
     adapter_place: str | None = None
     missed: Sequence[str] = ()
+    holds: Sequence[str] = ()
 
 
 def warn_of_licences(recipe: Recipe, data: Mapping[str, Card | None]) -> list[str]:
@@ -195,7 +197,7 @@ def build_model_card(
         merged=is_merged,
         adapter_place=publication.adapter_place if publication else None,
         missed=publication.missed if publication else [],
-        licence_warnings=warn_of_licences(recipe, data) if publication else [],
+        warnings=[*publication.holds, *warn_of_licences(recipe, data)] if publication else [],
         description=description if description.endswith(".") else f"{description}.",
         scratch=recipe.model.scratch if is_scratch else None,
         base=base,

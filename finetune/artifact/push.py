@@ -26,6 +26,7 @@ from finetune.models.base import LOCAL
 from finetune.recipe import load_recipe
 from finetune.recipe.card import Card
 from finetune.recipe.schema import Recipe
+from finetune.tasks import MultiTask, Recommendation, Task
 
 Weights = Literal["adapter", "merged", "both"]
 RECEIPT = "push.json"
@@ -71,6 +72,8 @@ def push(
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Put a finished run on the Hub: model, card, recipe and run.lock; never its rows.
+
+    A recommender's catalogue is part of its model, and the warnings say so.
 
     Args:
         reference: the run.
@@ -193,8 +196,21 @@ def _build_card(request: _Request) -> str:
         merged=request.is_merging,
         adapter_place=hub.ADAPTER_PLACE if request.is_merging and request.weights == "both" else None,
         missed=request.missed,
+        holds=list_content(request.saved.task),
     )
     return build_model_card(recipe, _load_cards(recipe), tests, run.load_status(), load_json(run.lock), publication)
+
+
+def list_content(task: Task | MultiTask) -> list[str]:
+    """What of the data is part of a model and goes where it goes, in sentences."""
+    if not isinstance(task, Recommendation):
+        return []
+    catalogue = task.catalogue
+    columns = ["ids", "texts", *(str(name) for name in catalogue.columns)]
+    return [
+        f"The catalogue of {len(catalogue.ids):,} items is part of the model ({', '.join(columns)}), and so is how "
+        "often each was had and which were had together; no person's history is."
+    ]
 
 
 def _load_cards(recipe: Recipe) -> dict[str, Card | None]:
@@ -251,7 +267,11 @@ def _describe(request: _Request, files: Mapping[str, Path]) -> dict[str, Any]:
         "private": request.private,
         "weights": request.weights if request.saved.base is not None else "whole",
         "files": [{"path": name, "bytes": path.stat().st_size} for name, path in sorted(files.items())],
-        "warnings": [*warn_of_licences(request.recipe, _load_cards(request.recipe)), *request.missed],
+        "warnings": [
+            *list_content(request.saved.task),
+            *warn_of_licences(request.recipe, _load_cards(request.recipe)),
+            *request.missed,
+        ],
     }
 
 

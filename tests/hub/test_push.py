@@ -68,6 +68,20 @@ def test_a_second_push_sends_nothing_and_makes_no_commit(
     assert (hub.count("PUT"), len(hub.repos["model", NAME].commits)) == (uploads, commits)
 
 
+def test_a_recommenders_catalogue_is_said_to_go_along(run: Path, command: Command, tmp_path: Path) -> None:
+    path = run / "model" / "finetune.json"
+    task = {"type": "recommendation", "items": ["7", "8"], "texts": ["Tea", "Cup"], "columns": {"price": [1.0, 2.0]}}
+    task |= {"counts": [1, 1], "recommend": {}, "rank": None, "by_moment": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task": task}))
+    done = command("push", run, NAME, "--dry-run")
+    assert done.code == 0, done.err
+    words = (
+        "The catalogue of 2 items is part of the model (ids, texts, price), and so is how often each was had and which "
+        "were had together; no person's history is."
+    )
+    assert f"  warning: {words}\n" in done.out
+
+
 def test_a_dry_run_tells_all_and_needs_no_token(
     hub: Any, waits: list[float], run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from finetune.artifact.card import build_model_card
+from finetune.artifact.card import Publication, build_model_card
 from finetune.recipe.card import Card
 from finetune.recipe.schema import Recipe
 
@@ -42,7 +42,13 @@ PAIRS = Card(
 )
 
 
-def write_card(kind: str, data: Card | None = None, origin: str = "download", **recipe: Any) -> ModelCard:
+def write_card(
+    kind: str,
+    data: Card | None = None,
+    origin: str = "download",
+    publication: Publication | None = None,
+    **recipe: Any,
+) -> ModelCard:
     """The card of a run of that task type, with intervals of 1 % and a baseline that knows the first metric only."""
     metrics = {name: {"value": x, "low": 0.99 * x, "high": 1.01 * x} for name, x in SCORES[kind].items()}
     first = next(iter(metrics))
@@ -60,7 +66,7 @@ def write_card(kind: str, data: Card | None = None, origin: str = "download", **
     checked = Recipe.model_validate(values)
     base = checked.model.base
     lock = LOCK | {"base": {"reference": base, "origin": "random weights" if base == "scratch" else origin}}
-    return ModelCard(build_model_card(checked, {"only": data}, {"only": test}, STATUS, lock))
+    return ModelCard(build_model_card(checked, {"only": data}, {"only": test}, STATUS, lock, publication))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +223,12 @@ def test_the_code_is_python_for_every_kind_of_model(kind: str, method: str, head
     assert ("trust_remote_code=True" in code) == (architecture == "triad")
     assert head in code
     assert code.count("\ninputs = tokenizer(") == (kind != "text_classification")
+
+
+def test_a_published_card_says_what_of_the_data_is_in_the_model() -> None:
+    publication = Publication("acme/shelf", holds=["The catalogue of 2 items is part of the model."])
+    card = write_card("text_classification", publication=publication)
+    assert "\n- The catalogue of 2 items is part of the model.\n" in card.text.split("## Limits")[1]
 
 
 @pytest.mark.parametrize("architecture", ["native", "triad"])
