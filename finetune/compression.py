@@ -20,8 +20,8 @@ from finetune.artifact.export.parity import Answers, Judged, compare_answers, co
 from finetune.artifact.export.speed import Contender, describe_machine, measure
 from finetune.artifact.load import load
 from finetune.artifact.predictor import Predictor
-from finetune.artifact.run_folder import RunFolder, find_run, load_json, now, save_json
-from finetune.artifact.save import SETTINGS, save_model
+from finetune.artifact.run_folder import SETTINGS, RunFolder, find_run, load_json, now, save_json
+from finetune.artifact.save import save_model
 from finetune.artifact.saved import compute_model_fingerprint, open_saved
 from finetune.artifact.smaller import LEAST_TOKENS, Size, Whole, list_sizes
 from finetune.artifact.teacher import add_teacher_logits

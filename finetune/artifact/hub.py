@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, and loaded on first use
 
-from finetune.artifact.save import SETTINGS
+from finetune.artifact.run_folder import SETTINGS
 
 ADAPTER_PLACE = "adapter"
 """The folder of the adapter alone, in a repository that holds merged weights."""

@@ -16,6 +16,8 @@ from finetune.errors import ResourceError, UsageError
 from finetune.recipe.files import write_file_atomically
 
 RUNS_FOLDER = Path("runs")
+SETTINGS = "finetune.json"
+"""In a saved model's folder, such as `model/` of a run."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -175,7 +177,19 @@ def find_run(reference: str | Path, *, finished: bool = True) -> RunFolder:
         latest, state = runs[-1].path, runs[-1].load_status().get("state")
         raise UsageError(f"{path}: must be a finished run, got one that is {state}. Try: finetune resume {latest}")
     wanted = "a finished run" if finished else "a run"
+    if (path / SETTINGS).exists():
+        raise UsageError(f"{path}: must be {wanted}, got a saved model. {_say_what_it_is_for(path)}")
     raise UsageError(f"{path}: must be {wanted}, got none. {_guess_run(path)}")
+
+
+def _say_what_it_is_for(model: Path) -> str:
+    """What to do with a saved model, such as several adapters merged, that has no recipe and no scores."""
+    if (run := model.resolve().parent / "status.json").exists():
+        return f"Its run is {run.parent}."
+    return (
+        f"It is what finetune predict takes; score it: finetune evaluate --model {model} --data FILE. Only a run has "
+        "the recipe, rows and scores that the rest needs."
+    )
 
 
 def _guess_run(path: Path) -> str:

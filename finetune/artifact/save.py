@@ -10,10 +10,9 @@ from typing import Any
 from torch import nn
 
 from finetune.adapters.saving import save_adapter
-from finetune.artifact.run_folder import load_json, save_json
+from finetune.artifact.run_folder import SETTINGS, load_json, save_json
 from finetune.recipe.files import compute_sha256, write_file_atomically
 
-SETTINGS = "finetune.json"
 FORMAT = 1
 
 

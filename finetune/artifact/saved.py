@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters.attach import read_adapter_base
-from finetune.artifact.run_folder import RUNS_FOLDER, find_run, is_run, load_json
-from finetune.artifact.save import FORMAT, SETTINGS
+from finetune.artifact.run_folder import RUNS_FOLDER, SETTINGS, find_run, is_run, load_json
+from finetune.artifact.save import FORMAT
 from finetune.errors import ModelError, UsageError
 from finetune.models.base import BaseModel, download_model, resolve_base
 from finetune.recipe.files import compute_sha256

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.artifact.load import list_predictors, load
 from finetune.artifact.plain import load_plain
 from finetune.artifact.predictor import Predictor
-from finetune.artifact.save import SETTINGS
+from finetune.artifact.run_folder import SETTINGS
 from finetune.artifact.saved import Saved, fetch_folder, is_hub_reference, open_saved
 from finetune.data.batches import Examples
 from finetune.data.checks import findings_to_json

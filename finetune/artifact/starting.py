@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from finetune.adapters.attach import attach_adapter, read_adapter_base
-from finetune.artifact.run_folder import find_run, is_run, load_json
-from finetune.artifact.save import SETTINGS
+from finetune.artifact.run_folder import SETTINGS, find_run, is_run, load_json
 from finetune.artifact.saved import fetch_folder, is_hub_reference, open_saved
 from finetune.data.batches import Examples
 from finetune.errors import RecipeError

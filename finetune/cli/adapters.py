@@ -9,6 +9,9 @@ import typer
 
 from finetune.cli.output import AsJson, print_json, print_table, print_text
 
+MUCH = 0.2
+"""Relative error of cut updates above which they are no longer the sum."""
+
 app = typer.Typer(help="The ways to tune a model, and saved adapters.", no_args_is_help=True)
 
 
@@ -72,6 +75,11 @@ def merge_command(
     else:
         exact = "exact" if rank is None else f"relative error {merged.error:.2%}"
         print_text(f"{merged.folder}: {len(runs)} adapters, rank {merged.rank}, {exact}; not calibrated.")
+        if merged.error > MUCH:
+            print_text(
+                f"  warning: rank {merged.rank} loses {merged.error:.0%} of the sum, so its answers may be other ones. "
+                "Raise --rank or leave it out, and score both: finetune evaluate --model FOLDER --data FILE."
+            )
 
 
 def _parse_weights(runs: list[str]) -> dict[str | Path, float]:

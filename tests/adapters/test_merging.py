@@ -161,6 +161,32 @@ def test_command(command, sources, tmp_path):
     assert 0 < report["error"] < 1
 
 
+def test_a_cut_that_loses_much_is_warned_of(command, sources, tmp_path):
+    given = ("adapters", "merge", f"{sources[0]}=1", f"{sources[1]}=1", "--output")
+    much = command(*given, tmp_path / "much", "--rank", 1)
+    assert "warning: rank 1 loses " in much.out
+    assert "Raise --rank or leave it out, and score both: finetune evaluate --model FOLDER --data FILE." in much.out
+    assert "warning" not in command(*given, tmp_path / "all", "--rank", 6).out
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["push"], ["export", "--format", "onnx"], ["compress"]])
+def test_a_merged_adapter_is_no_run_and_the_words_say_what_takes_it(command, sources, tmp_path, verb):
+    merged = tmp_path / "merged"
+    merge_adapters({sources[0]: 0.7, sources[1]: 0.3}, merged)
+    words = f"It is what finetune predict takes; score it: finetune evaluate --model {merged} --data FILE."
+    done = command(verb[0], merged, *verb[1:])
+    assert done.code == 2
+    assert f"{merged}: must be a finished run, got a saved model. {words}" in done.err
+
+
+def test_a_runs_own_model_leads_to_its_run(command, sources, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(sources[0], run / "model")
+    (run / "status.json").write_text('{"state": "finished"}')
+    done = command("export", run / "model", "--format", "onnx")
+    assert f"got a saved model. Its run is {run}." in done.err
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -13,8 +13,7 @@ from finetune.applications.recommender.histories import People
 from finetune.applications.recommender.nearest import import_faiss
 from finetune.applications.recommender.recommender import Recommender
 from finetune.artifact.load import choose_device
-from finetune.artifact.run_folder import RunFolder, find_run
-from finetune.artifact.save import SETTINGS
+from finetune.artifact.run_folder import SETTINGS, RunFolder, find_run
 from finetune.artifact.saved import open_saved
 from finetune.data.catalog import card_names, load_card
 from finetune.data.interactions import ROLES, Catalogue, load_catalogue, settle_items

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from finetune.artifact.export import torch_format
 from finetune.artifact.export.formats import get_format
-from finetune.artifact.run_folder import find_run
-from finetune.artifact.save import SETTINGS
+from finetune.artifact.run_folder import SETTINGS, find_run
 from finetune.artifact.saved import Saved, compute_model_fingerprint, open_saved
 from finetune.errors import ModelError, UsageError
 
