@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import finetune
+from finetune.adapters.saving import write_own_code
 from finetune.models.base import find_base, resolve_base
 
 ADAPTER, WHOLE, BASE = "acme/tone", "acme/whole", "acme/tiny-base"
@@ -77,6 +78,25 @@ def test_a_process_without_the_toolkit_gets_the_same_logits(
     for logits in found:
         np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
     assert not any(fault.times for fault in hub.faults)
+
+
+REGISTER = """
+import json
+from peft import PeftConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+get_class_from_dynamic_module("frozen.register", "acme/biases")()
+print(json.dumps(PeftConfig.from_pretrained("acme/biases").peft_type))
+"""
+
+
+def test_the_code_of_a_method_that_peft_lacks_is_fetched_file_by_file(
+    hub: Any, tmp_path: Path, run_without_toolkit: Command
+) -> None:
+    write_own_code(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.py")}
+    hub.create("acme/biases", files=files | {"adapter_config.json": b'{"peft_type": "BITFIT"}'})
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.reader}
+    assert run_without_toolkit(tmp_path, REGISTER, **environment) == "BITFIT"
 
 
 def test_the_toolkit_loads_it_by_name_and_again_without_the_hub(
