@@ -620,7 +620,8 @@ class TriadStack(TriadPreTrainedModel):
             input_ids: (B, T), or `inputs_embeds` (B, T, D) in their place.
             attention_mask: (B, T) ones and zeros for padding, or None.
             token_type_ids: (B, T); default 0.
-            position_ids: (B, T) or (1, T); default 0, 1, ... Starting again within a row means packed rows.
+            position_ids: (B, T) or (1, T); default 0, 1, ..., of ids in an encoder with a `position_offset` without
+                the padding. Starting again within a row means packed rows.
             encoder_hidden_states, encoder_attention_mask: what a decoder looks at, (B, S, D) and (B, S).
             past_key_values: of the tokens before.
             use_cache: return keys and values.
@@ -645,17 +646,19 @@ class TriadStack(TriadPreTrainedModel):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         pack = None
         if position_ids is None:
-            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        elif is_single and not seen and not torch.compiler.is_exporting():
-            pack = self._find_pack(position_ids, kwargs.get("cu_seq_lens_q"))
-        self._check_positions(position_ids)
+            places = self._count_positions(input_ids, inputs_embeds, seen)
+        else:
+            places = position_ids
+            if is_single and not seen and not torch.compiler.is_exporting():
+                pack = self._find_pack(position_ids, kwargs.get("cu_seq_lens_q"))
+        self._check_positions(places)
 
-        hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
+        hidden_states = self.embeddings(inputs_embeds, places, token_type_ids)
         config = self.config
         rotation = None
         if config.position == "rotary":
-            rotation = build_rotation(position_ids, config.head_dim, config.rope_theta)
-        mask = None if pack else self._build_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+            rotation = build_rotation(places, config.head_dim, config.rope_theta)
+        mask = None if pack else self._build_mask(inputs_embeds, attention_mask, places, past_key_values)
         if encoder_hidden_states is not None:
             encoder_attention_mask = create_bidirectional_mask(
                 config=config,
@@ -672,12 +675,21 @@ class TriadStack(TriadPreTrainedModel):
                 rotation=rotation,
                 past_key_values=past_key_values,
                 pack=pack,
-                position_ids=position_ids,
+                position_ids=position_ids,  # as given: flash attention looks for packed rows in them
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _count_positions(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, seen: int) -> torch.Tensor:
+        """(B, T) or (1, T); as RoBERTa, which alone has an offset, counts no padding and puts it before the first."""
+        config = self.config
+        counts_tokens = config.position == "learned" and config.position_offset and not self.is_causal
+        if counts_tokens and input_ids is not None and config.pad_token_id is not None:
+            real = (input_ids != config.pad_token_id).long()
+            return (real.cumsum(1) + seen) * real - 1
+        return torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
 
     def _find_pack(self, position_ids: torch.Tensor, cu_seq_lens: torch.Tensor | None) -> Pack | None:
         """Rows of a pack, for the implementations that know nothing of packs (flash attention does)."""
@@ -1075,6 +1087,9 @@ class TriadLabeler(TriadPreTrainedModel):
             pack = Pack.find(position_ids, kwargs.get("cu_seq_lens_q"))
         if attention_mask is not None:  # of the tokens, without a prefix
             attention_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]
+        elif self.config.pooling == "last" and input_ids is not None and position_ids is None:
+            pad = self.config.pad_token_id  # as Hugging Face's decoders look for the last token
+            attention_mask = None if pad is None else input_ids != pad
         return outputs, lambda pooler: pooler(outputs.last_hidden_state, attention_mask, pack)
 
 
