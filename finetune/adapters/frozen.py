@@ -62,6 +62,10 @@ class FrozenConfig(PeftConfig):  # type: ignore[misc]  # PEFT has no types
     modules_to_save: list[str] | None = None
 
 
+class UnroutableError(UsageError):
+    """A layer sees something else than the tokens of the batch; the adapters must run one after another."""
+
+
 @dataclass(frozen=True)
 class Routes:
     """Which part of a batch takes which adapter.
@@ -79,13 +83,13 @@ class Routes:
         """The mask of an adapter for states (B, T, D), or for those of all beams, (B * beams, T, D).
 
         Raises:
-            UsageError: a mask of another shape.
+            UnroutableError: a mask of another shape.
         """
         mask = self.masks[name]
         if mask.ndim == 1 and len(states) == len(mask) * self.beams:
             mask = mask.repeat_interleave(self.beams)
         if mask.shape != states.shape[: mask.ndim]:
-            raise UsageError(
+            raise UnroutableError(
                 f"adapter_names: must say for each row which adapter it takes, got {tuple(mask.shape)} for a batch of "
                 f"{tuple(states.shape[:-1])} tokens. Give one name a row; packed rows need a mask of tokens each."
             )
@@ -225,7 +229,7 @@ def route(
     unknown = sorted({*masks, *(head_masks or ())} - set(known))
     if unknown:
         raise UsageError(f"adapter_names: must be among {', '.join(known)}, got {', '.join(unknown)}.")
-    layers = [module for module in model.modules() if isinstance(module, FrozenLayer)]
+    layers = list_frozen_layers(model)
     if any(layer.merged for layer in layers):
         raise UsageError(
             "adapter_names: must meet a base without merged adapters, got one. Call unmerge_adapter first."
@@ -236,10 +240,25 @@ def route(
             if isinstance(module, ModulesToSaveWrapper):
                 hook = partial(_compute_heads, routes=head_routes)
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        for layer in layers:
-            layer.routes = Routes(masks, beams)
-            stack.callback(setattr, layer, "routes", None)
+        stack.enter_context(route_layers(layers, Routes(masks, beams)))
         yield
+
+
+def list_frozen_layers(model: nn.Module) -> list[FrozenLayer]:
+    """The layers of the in-tree methods."""
+    return [module for module in model.modules() if isinstance(module, FrozenLayer)]
+
+
+@contextmanager
+def route_layers(layers: Sequence[FrozenLayer], routes: Routes) -> Iterator[None]:
+    """What `route` does to the layers alone, which have no merged adapters."""
+    for layer in layers:
+        layer.routes = routes
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.routes = None
 
 
 def _compute_heads(

@@ -2,13 +2,14 @@
 
 PEFT routes by dimension 0 (`adapter_names`), which a pack of rows, (1, total), does not have. Here each token has an
 adapter: a layer computes its base once for all of them, and adds to each token the update of its own (the batched LoRA
-of arXiv:2310.18547, without its kernels). Each head computes its own rows.
+of arXiv:2310.18547, without its kernels; `FrozenLayer` does so for the in-tree methods). Each head computes its own
+rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,15 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from finetune.adapters.attach import load_adapter
 from finetune.adapters.fast_lora import FastLinear, change_class, speed_up_lora
+from finetune.adapters.frozen import FrozenLayer, Routes, UnroutableError, route_layers
 from finetune.errors import UsageError
-
-
-class UnroutableError(Exception):
-    """A layer sees something else than the tokens of the batch; the adapters must run one after another."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,18 @@ _ROUTE: ContextVar[Route | None] = ContextVar("route", default=None)
 
 
 @contextmanager
-def route_rows(names: Sequence[str], batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let a model from `load_several` compute each row of a batch with the adapter of its name.
+def route_rows(
+    layers: Sequence[FrozenLayer], names: Sequence[str], batch: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Let a model from `load_several`, such that `can_route`, compute each row of a batch with the adapter of its name.
 
     Args:
+        layers: of the in-tree methods, as `list_frozen_layers` finds them once for all batches.
         names: of each row.
         batch: padded or packed, as `data.batches.collate` makes it.
+
+    Raises:
+        UnroutableError: within, from a layer that sees something else than the tokens of the batch.
     """
     shape, device = batch["input_ids"].shape, batch["input_ids"].device
     known = list(dict.fromkeys(names))
@@ -63,11 +68,11 @@ def route_rows(names: Sequence[str], batch: Mapping[str, torch.Tensor]) -> Itera
     else:
         of_tokens = owners[(batch["position_ids"][0] == 0).cumsum(0) - 1]
     places = [{name: (of == i).nonzero()[:, 0] for i, name in enumerate(known)} for of in (of_tokens, owners)]
-    token = _ROUTE.set(Route(shape, *places))
-    try:
+    masks = {name: (of_tokens == i).view(shape) for i, name in enumerate(known)}
+    with ExitStack() as stack:
+        stack.callback(_ROUTE.reset, _ROUTE.set(Route(shape, *places)))
+        stack.enter_context(route_layers(layers, Routes(masks)))
         yield
-    finally:
-        _ROUTE.reset(token)
 
 
 class RoutedLinear(FastLinear):
@@ -83,7 +88,11 @@ class RoutedLinear(FastLinear):
         y = self.base_layer(x, *args, **kwargs)
         inputs, outputs = x.flatten(0, -2), y.flatten(0, -2)  # (T, in), (T, out)
         for name, places in route.tokens.items():
-            if name in self.lora_A:  # else this layer is no target of the adapter
+            if name in self.lora_variant:  # DoRA scales what the base says, too
+                x, y_of = inputs[places].to(self.lora_A[name].weight.dtype), outputs[places]
+                changed = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=y_of)
+                outputs.index_copy_(0, places, changed.to(outputs.dtype))
+            elif name in self.lora_A:  # else this layer is no target of the adapter
                 down, up = self.lora_A[name], self.lora_B[name]
                 update = up(down(inputs[places].to(down.weight.dtype))) * self.scaling[name]
                 outputs.index_add_(0, places, update.to(outputs.dtype))
@@ -146,9 +155,9 @@ def load_several(
 
 
 def can_route(model: nn.Module) -> bool:
-    """Whether all that the adapters of a model add are plain LoRA updates of linear layers, and heads."""
+    """Whether all that the adapters of a model add are updates by LoRA or DoRA, in-tree layers, and heads."""
     parts = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    routed = all(
-        isinstance(part, RoutedHead) or (isinstance(part, RoutedLinear) and not part.lora_variant) for part in parts
-    )
+    routed = all(isinstance(part, RoutedHead | RoutedLinear | FrozenLayer) for part in parts)
+    variants = [variant for part in parts for variant in getattr(part, "lora_variant", {}).values()]
+    routed = routed and all(isinstance(variant, DoraLinearVariant) for variant in variants)
     return routed and isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning

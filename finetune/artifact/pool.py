@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from finetune.adapters.routing import UnroutableError, can_route, load_several, route_rows
+from finetune.adapters.frozen import UnroutableError, list_frozen_layers
+from finetune.adapters.routing import can_route, load_several, route_rows
 from finetune.artifact.load import build_predictor, choose_device
 from finetune.artifact.predictor import Prediction, Predictor, check_texts
 from finetune.artifact.saved import open_saved, resolve_shared_base
@@ -26,9 +27,10 @@ from finetune.tasks import TextClassification
 class AdapterPool:
     """Classifiers that share the weights of their base; each has its own adapter, head, labels, cleaning, temperature.
 
-    Rows of different LoRA adapters are computed in one batch: the base once for all, and to each token the update of
-    its own adapter. Other methods, DoRA among them, and models that give their layers something else than the batch's
-    tokens, run once for each adapter of a request. The answers are those of each model loaded alone.
+    Rows of different adapters are computed in one batch, with LoRA, DoRA, bottlenecks, BitFit and heads alone: the base
+    once for all, and to each token the update of its own adapter. Other methods, and models that give their layers
+    something else than the batch's tokens, run once for each adapter of a request. The answers are those of each model
+    loaded alone.
 
     A pool may be used from several threads; they take turns.
     """
@@ -45,6 +47,7 @@ class AdapterPool:
         # Names of modules may hold no dots; names of members may.
         self._adapters = {name: f"member-{i}" for i, name in enumerate(members)}
         self._mixes = can_route(model)
+        self._layers = list_frozen_layers(model)
         self._lock = Lock()
 
     @property
@@ -116,7 +119,7 @@ class AdapterPool:
         width = max(len(self._members[name].labels) for name in examples)
 
         def compute(batch: Batch, rows: Indices) -> torch.Tensor:
-            with route_rows([self._adapters[name] for name in owners[rows]], batch):
+            with route_rows(self._layers, [self._adapters[name] for name in owners[rows]], batch):
                 logits: torch.Tensor = self._model(**list_inputs(batch)).logits
             return nn.functional.pad(logits, (0, width - logits.shape[-1]), value=-torch.inf)
 

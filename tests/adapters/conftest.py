@@ -13,6 +13,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from finetune.adapters.attach import list_trained
+from finetune.adapters.bias import BiasConfig
+from finetune.adapters.bottleneck import BottleneckConfig
+from finetune.adapters.frozen import HeadConfig, register
 from finetune.adapters.targets import find_targets
 from finetune.artifact.save import save_model
 from finetune.models.base import BaseModel, load_tokenizer
@@ -98,6 +101,7 @@ def stir() -> Callable[..., None]:
     return stir
 
 
+IN_TREE: dict[str, Any] = {"bottleneck": BottleneckConfig, "bitfit": BiasConfig, "head": HeadConfig}
 THREE = ["negative", "neutral", "positive"]
 
 
@@ -137,7 +141,10 @@ def save_adapter(tiny_base: Path) -> Callable[..., Path]:
         else:
             targets = options.pop("targets", None) or find_targets(model, "all-linear", head)
             shared = {"target_modules": targets, "modules_to_save": head, "task_type": "SEQ_CLS"}
-            if method == "ia3":
+            if method in IN_TREE:
+                register()
+                config = IN_TREE[method](modules_to_save=head, task_type="SEQ_CLS", **options)
+            elif method == "ia3":
                 config = IA3Config(feedforward_modules=[], **shared)
             else:
                 config = LoraConfig(**{"r": 4, "lora_alpha": 6, **shared, **options})

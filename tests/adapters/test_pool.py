@@ -74,18 +74,42 @@ def test_rows_of_different_lora_adapters_in_one_batch(save_adapter, tmp_path, ar
 
 
 @pytest.mark.parametrize("architecture", ["triad", "native"])
-@pytest.mark.parametrize("options", [{"method": "ia3"}, {"use_dora": True}], ids=["ia3", "dora"])
-def test_methods_without_routing_run_one_after_another(save_adapter, tmp_path, architecture, options):
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"method": "bottleneck", "style": "houlsby"}, {"method": "bottleneck", "style": "parallel", "reduction": 4}),
+        ({"method": "bitfit"}, {"method": "bitfit"}),
+        ({"method": "head"}, {"method": "head"}),
+        ({"use_dora": True}, {"use_dora": True, "r": 7}),
+        ({"use_dora": True}, {}),
+    ],
+    ids=["bottleneck", "bitfit", "head", "dora", "dora beside lora"],
+)
+def test_rows_of_different_adapters_of_other_methods_in_one_batch(save_adapter, tmp_path, architecture, one, other):
     folders = {
-        "a": save_adapter(tmp_path / "a", seed=1, architecture=architecture, **options),
-        "b": save_adapter(tmp_path / "b", FIVE, seed=2, architecture=architecture, **options),
+        "a": save_adapter(tmp_path / "a", seed=1, architecture=architecture, **one),
+        "b": save_adapter(tmp_path / "b", FIVE, seed=2, architecture=architecture, **other),
+    }
+    pool = load_adapters(folders)
+    check_mixed(pool, folders)
+    assert pool.mixes
+    for name, folder in folders.items():  # nothing stays behind
+        assert np.array(pool.compute_scores(TEXTS, name)) == pytest.approx(compute_alone(folder), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("architecture", ["triad", "native"])
+def test_methods_without_routing_run_one_after_another(save_adapter, tmp_path, architecture):
+    folders = {
+        "a": save_adapter(tmp_path / "a", seed=1, architecture=architecture, method="ia3"),
+        "b": save_adapter(tmp_path / "b", FIVE, seed=2, architecture=architecture, method="ia3"),
     }
     pool = load_adapters(folders)
     assert not pool.mixes
     check_mixed(pool, folders)
 
 
-def test_layers_that_see_more_than_the_batch_run_one_after_another(save_adapter, tiny_base, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_layers_that_see_more_than_the_batch_run_one_after_another(save_adapter, tiny_base, tmp_path, method):
     """DeBERTa's projections also see the table of relative positions, which belongs to no row."""
     base = Path(shutil.copytree(tiny_base, tmp_path / "deberta"))
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -94,7 +118,7 @@ def test_layers_that_see_more_than_the_batch_run_one_after_another(save_adapter,
     torch.manual_seed(0)
     DebertaV2Model(DebertaV2Config(vocab_size=vocabulary, **size, **relative)).save_pretrained(base)
     folders = {
-        name: save_adapter(tmp_path / name, seed=seed, architecture="native", base=base)
+        name: save_adapter(tmp_path / name, seed=seed, architecture="native", base=base, method=method)
         for seed, name in enumerate("ab")
     }
     pool = load_adapters(folders)

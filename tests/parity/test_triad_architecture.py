@@ -299,7 +299,8 @@ def test_sinusoids_are_the_formula_at_every_place() -> None:
 
 
 def test_embeddings_are_tokens_times_the_root_of_the_width_plus_positions_and_types() -> None:
-    model = build(TriadModel, type_vocab_size=2, position="learned", position_offset=3, embedding_norm=True)
+    choices = {"type_vocab_size": 2, "position": "learned", "position_offset": 3, "pad_token_id": None}
+    model = build(TriadModel, **choices, embedding_norm=True)
     table = model.encoder.embeddings
     types = torch.tensor([[0, 0, 1, 1, 1, 0]]).expand(3, 6)
     summed = table.tokens.weight[SOURCE] * 4 + table.positions.weight[3:9] + table.token_types.weight[types]

@@ -217,6 +217,32 @@ def test_decoders_with_padding_on_either_side(model: Case, side: str) -> None:
     assert_same_outputs(found, expected, inputs["attention_mask"])
 
 
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert"])
+@torch.no_grad()
+def test_encoders_with_padding_on_either_side(family: str, side: str, with_mask: bool) -> None:
+    """RoBERTa counts positions by the tokens that are not padding, whatever the mask says; the others from the left."""
+    original = build(Case(family, "ForMaskedLM", {}))
+    inputs = draw_tokens(original.config, side=side)
+    mask = inputs["attention_mask"]
+    if not with_mask:
+        del inputs["attention_mask"]
+        mask = torch.ones_like(mask)
+    expected = original(**inputs, output_hidden_states=True)
+    found = convert_to_triad(original)(**inputs, output_hidden_states=True)
+    assert_same_outputs(found, expected, mask)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+@torch.no_grad()
+def test_decoders_without_a_mask_label_the_last_token_that_is_no_padding(family: str, side: str) -> None:
+    original = build(Case(family, "ForSequenceClassification", {}))
+    tokens = draw_tokens(original.config, side=side)["input_ids"]
+    assert_close(convert_to_triad(original)(tokens).logits, original(tokens).logits)
+
+
 @pytest.mark.parametrize("case", [Case("GPT2", "LMHeadModel", {}), Case("Llama", "ForCausalLM", {})], ids=str)
 @torch.no_grad()
 def test_token_by_token_with_a_cache(case: Case) -> None:

@@ -37,7 +37,7 @@ def compute_gradients(output: torch.Tensor, states: list[torch.Tensor]) -> list[
     return list(torch.autograd.grad((output * weights).sum(), states))
 
 
-def build_model(shape: str, implementation: str) -> TriadModel:
+def build_model(shape: str, implementation: str, sliding_window: int | None = 5) -> TriadModel:
     torch.manual_seed(0)
     config = TriadConfig(
         vocab_size=40,
@@ -46,7 +46,7 @@ def build_model(shape: str, implementation: str) -> TriadModel:
         num_attention_heads=HEADS,
         num_key_value_heads=2,
         intermediate_size=16,
-        sliding_window=5,
+        sliding_window=sliding_window,
         shape=shape,
         pooling="mean",
     )
@@ -110,6 +110,39 @@ def test_weights_that_are_asked_for_are_the_whole_square(shape: str):
         torch.testing.assert_close(output.last_hidden_state, plain.last_hidden_state, rtol=0, atol=TOLERANCE)
         assert [weights.shape for weights in output.attentions] == [(1, HEADS, 30, 30)] * 2
         assert all(torch.equal(weights[0, 0] > 0, visible) for weights in output.attentions)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lengths", [[30, 30, 4, 12], [9, 9]])
+def test_weights_of_packed_rows_are_those_of_each_row_alone(shape: str, window: int | None, lengths: list[int]):
+    model = build_model(shape, "eager", sliding_window=window)
+    ids = torch.randint(1, 40, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        asked = model(ids, position_ids=positions, output_attentions=True)
+        model.config.output_attentions = True
+        configured = model(ids, position_ids=positions)
+        alone = [model(row) for row in ids.split(lengths, dim=1)]
+    expected = torch.cat([row.last_hidden_state for row in alone], dim=1)
+    for output in (asked, configured):
+        torch.testing.assert_close(output.last_hidden_state, expected, rtol=0, atol=TOLERANCE)
+        assert [weights.shape for weights in output.attentions] == [(1, HEADS, sum(lengths), sum(lengths))] * 2
+        for layer, weights in enumerate(output.attentions):
+            for head in range(HEADS):
+                blocks = torch.block_diag(*(row.attentions[layer][0, head] for row in alone))
+                torch.testing.assert_close(weights[0, head], blocks, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_rows_keep_their_window_where_the_compiler_wants_no_blocks(shape: str, monkeypatch: pytest.MonkeyPatch):
+    model, ids = build_model(shape, "eager", sliding_window=3), torch.arange(30)[None]
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    with torch.no_grad():
+        expected = torch.cat([model(row).last_hidden_state for row in ids.split([12, 18], dim=1)], dim=1)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        found = model(ids, position_ids=positions).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 def count_operations(length: int, window: int, *, is_causal: bool) -> int:

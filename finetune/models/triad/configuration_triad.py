@@ -77,7 +77,7 @@ class TriadConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     """Positions that a row may have; the rows of the table where they are learned."""
     position_offset: int = 0
-    """Position of the first token; 2 in RoBERTa."""
+    """Position of the first token; 2 in RoBERTa. An encoder that learns positions then counts without padding."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
     type_vocab_size: int = 0

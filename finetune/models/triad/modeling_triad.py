@@ -79,7 +79,8 @@ def attend(
         module: says whether it is training, and how many queries share a key (`num_key_value_groups`).
         query: (B, H, T, d_k).
         key, value: (B, H or fewer, S, d_k).
-        attention_mask: added to the products, broadcast to (B, H, T, S); None where all is seen.
+        attention_mask: added to the products, broadcast to (B, H, T, S). None: all is seen; with a window and T = S,
+            all but what the window hides, and what comes later where the module is causal.
         scaling: default 1 / sqrt(d_k).
         dropout: rate on the weights.
         sliding_window: tokens so many away, or more, are hidden: rows of several windows are computed in blocks.
@@ -89,8 +90,13 @@ def attend(
         (B, T, H, d_k), and the weights (B, H, T, S); None from blocks and from long rows.
     """
     may_choose = not output_attentions and not torch.compiler.is_compiling()
-    if may_choose and sliding_window is not None and query.shape[2] == key.shape[2] > 2 * sliding_window:
-        return attend_in_blocks(module, query, key, value, attention_mask, scaling, dropout, sliding_window), None
+    if sliding_window is not None and query.shape[2] == key.shape[2]:
+        if may_choose and query.shape[2] > 2 * sliding_window:
+            return attend_in_blocks(module, query, key, value, attention_mask, scaling, dropout, sliding_window), None
+        if attention_mask is None:
+            places = torch.arange(query.shape[2], device=query.device)
+            is_causal = bool(module.is_causal)
+            attention_mask = build_bias(places, places, query.dtype, is_causal=is_causal, window=sliding_window)
     if may_choose and query.shape[2] >= FUSED_FROM:
         rate, fused = dropout if module.training else 0.0, nn.functional.scaled_dot_product_attention
         enable_gqa = query.shape[1] != key.shape[1]
@@ -118,10 +124,7 @@ def attend_in_blocks(
     dropout: float,
     window: int,
 ) -> torch.Tensor:
-    """`attend` to what lies in the window, O(T window d_k) operations: the rest is neither computed nor masked.
-
-    `attention_mask` None hides what the window hides, and what comes later where the module is causal.
-    """
+    """`attend` to what lies in the window, O(T window d_k) operations: the rest is neither computed nor masked."""
     is_causal = bool(module.is_causal)
     places, ahead = torch.arange(query.shape[2], device=query.device), 0 if is_causal else window - 1
     parts = []
@@ -324,16 +327,21 @@ class TriadAttention(nn.Module):
             "output_attentions": self.config.output_attentions,
             **kwargs,
         }
+        wants_weights = attention is attend and options["output_attentions"]
         if pack is None:
             heads, weights = attention(self, query, key, value, attention_mask, **options)
             heads = heads.flatten(2)
-        elif attention is attend and self._sees_whole_rows(pack):
+        elif attention is attend and not wants_weights and self._sees_whole_rows(pack):
             heads, weights = PackedAttention.apply(query, key, value, pack.runs, self.scaling), None
         else:
-            runs = zip(pack.split(query), pack.split(key), pack.split(value), strict=True)
-            parts = [attention(self, q, k, v, self._build_row_mask(q), **options)[0] for q, k, v in runs]
-            heads = torch.cat([part.flatten(2).flatten(0, 1) for part in parts])[None]
-            weights = None
+            parts, squares = [], []
+            for q, k, v in zip(pack.split(query), pack.split(key), pack.split(value), strict=True):
+                part, weights = attention(self, q, k, v, self._build_row_mask(q), **options)
+                parts.append(part.flatten(2).flatten(0, 1))
+                if wants_weights:
+                    squares.append(weights)
+            heads = torch.cat(parts)[None]
+            weights = _join_weights(squares) if wants_weights else None
         return self.o_proj(heads), weights
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
@@ -341,14 +349,13 @@ class TriadAttention(nn.Module):
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _sees_whole_rows(self, pack: Pack) -> bool:
-        """Whether formula (1) is all there is to do for a pack: no mask, no dropout, nothing that wants the weights."""
+        """Whether formula (1) is all there is to do for a pack: no mask and no dropout."""
         longest = max(length for _, length in pack.runs)
         return (
             self._hides_nothing(longest)
             and longest < FUSED_FROM
             and self.num_key_value_groups == 1
             and not (self.training and self.config.attention_dropout)
-            and not self.config.output_attentions
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         )
@@ -358,15 +365,19 @@ class TriadAttention(nn.Module):
         return not self.is_causal and (self.sliding_window is None or self.sliding_window >= length)
 
     def _build_row_mask(self, query: torch.Tensor) -> torch.Tensor | None:
-        """The mask of packed rows of one length, (B, 1, T, T); None where they see all, or `attend` works in blocks."""
+        """The mask of packed rows of one length, (B, 1, T, T); None where they see all, or `attend` knows the rest."""
         length, window = query.shape[2], self.sliding_window
-        if self._hides_nothing(length):
-            return None
-        if window is not None and length > 2 * window and self.config._attn_implementation == "eager":
+        if self._hides_nothing(length) or (window is not None and self.config._attn_implementation == "eager"):
             return None
         places = torch.arange(length, device=query.device)
         bias = build_bias(places, places, query.dtype, is_causal=self.is_causal, window=window)
         return bias.expand(query.shape[0], -1, -1, -1)  # FlexAttention looks a row up in the mask
+
+
+def _join_weights(runs: list[torch.Tensor]) -> torch.Tensor:
+    """Weights of the runs of a pack, (rows, H, length, length) each -> (1, H, total, total), 0 between the rows."""
+    rows = (row for weights in runs for row in weights)
+    return torch.stack([torch.block_diag(*squares) for squares in zip(*rows, strict=True)])[None]
 
 
 # Positions, section 3.5
@@ -609,7 +620,8 @@ class TriadStack(TriadPreTrainedModel):
             input_ids: (B, T), or `inputs_embeds` (B, T, D) in their place.
             attention_mask: (B, T) ones and zeros for padding, or None.
             token_type_ids: (B, T); default 0.
-            position_ids: (B, T) or (1, T); default 0, 1, ... Starting again within a row means packed rows.
+            position_ids: (B, T) or (1, T); default 0, 1, ..., of ids in an encoder with a `position_offset` without
+                the padding. Starting again within a row means packed rows.
             encoder_hidden_states, encoder_attention_mask: what a decoder looks at, (B, S, D) and (B, S).
             past_key_values: of the tokens before.
             use_cache: return keys and values.
@@ -634,17 +646,19 @@ class TriadStack(TriadPreTrainedModel):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         pack = None
         if position_ids is None:
-            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        elif is_single and not seen and not torch.compiler.is_exporting():
-            pack = self._find_pack(position_ids, kwargs.get("cu_seq_lens_q"))
-        self._check_positions(position_ids)
+            places = self._count_positions(input_ids, inputs_embeds, seen)
+        else:
+            places = position_ids
+            if is_single and not seen and not torch.compiler.is_exporting():
+                pack = self._find_pack(position_ids, kwargs.get("cu_seq_lens_q"))
+        self._check_positions(places)
 
-        hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
+        hidden_states = self.embeddings(inputs_embeds, places, token_type_ids)
         config = self.config
         rotation = None
         if config.position == "rotary":
-            rotation = build_rotation(position_ids, config.head_dim, config.rope_theta)
-        mask = None if pack else self._build_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+            rotation = build_rotation(places, config.head_dim, config.rope_theta)
+        mask = None if pack else self._build_mask(inputs_embeds, attention_mask, places, past_key_values)
         if encoder_hidden_states is not None:
             encoder_attention_mask = create_bidirectional_mask(
                 config=config,
@@ -661,12 +675,21 @@ class TriadStack(TriadPreTrainedModel):
                 rotation=rotation,
                 past_key_values=past_key_values,
                 pack=pack,
-                position_ids=position_ids,
+                position_ids=position_ids,  # as given: flash attention looks for packed rows in them
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _count_positions(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, seen: int) -> torch.Tensor:
+        """(B, T) or (1, T); as RoBERTa, which alone has an offset, counts no padding and puts it before the first."""
+        config = self.config
+        counts_tokens = config.position == "learned" and config.position_offset and not self.is_causal
+        if counts_tokens and input_ids is not None and config.pad_token_id is not None:
+            real = (input_ids != config.pad_token_id).long()
+            return (real.cumsum(1) + seen) * real - 1
+        return torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
 
     def _find_pack(self, position_ids: torch.Tensor, cu_seq_lens: torch.Tensor | None) -> Pack | None:
         """Rows of a pack, for the implementations that know nothing of packs (flash attention does)."""
@@ -1064,6 +1087,9 @@ class TriadLabeler(TriadPreTrainedModel):
             pack = Pack.find(position_ids, kwargs.get("cu_seq_lens_q"))
         if attention_mask is not None:  # of the tokens, without a prefix
             attention_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]
+        elif self.config.pooling == "last" and input_ids is not None and position_ids is None:
+            pad = self.config.pad_token_id  # as Hugging Face's decoders look for the last token
+            attention_mask = None if pad is None else input_ids != pad
         return outputs, lambda pooler: pooler(outputs.last_hidden_state, attention_mask, pack)
 
 
