@@ -38,6 +38,9 @@ _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy")
 _SHEETS = (".xlsx", ".xls", ".ods")
 _FORMATS = "CSV, TSV, JSONL, Parquet or plain text"
 
+_LINE_END = re.compile(r"\r\n?|\n")
+_SURE_COMMA = re.compile(r"(?<!\d),(?! |$)|,(?![ \d]|$)")
+"""A comma as prose has none: neither before a space or a line's end nor between digits."""
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 Record: TypeAlias = dict[str, Any]
@@ -275,12 +278,8 @@ def _check_csv(copy: Path, path: Path, delimiter: str) -> tuple[list[str], int]:
                     columns = _check_header(fields, path)
                     continue
                 count += 1
-                if delimiter == "\t" and any("\t" in field and "\n" in field for field in fields):
-                    raise DataError(
-                        f'{path}: line {start}: a field must end on its line, got one that a quote " opens and that'
-                        f" takes in all up to line {reader.line_num}."
-                        ' Put the text in "quotes" and write each quote inside it as "".'
-                    )
+                if line > start + 1:
+                    _check_swallowed(fields, len(columns), path, start, delimiter)
                 if len(fields) != len(columns):
                     raise DataError(
                         f"{path}: line {start}: must have {count_of(len(columns), 'field')} like the header, got "
@@ -293,6 +292,44 @@ def _check_csv(copy: Path, path: Path, delimiter: str) -> tuple[list[str], int]:
     if not count:
         raise DataError(f"{path}: must hold rows, got only the header {', '.join(columns)}. Add rows below it.")
     return columns, count
+
+
+def _check_swallowed(fields: Sequence[str], width: int, path: Path, line: int, delimiter: str) -> None:
+    """Refuse a field that took in the rows below it, from a quote that nothing closes up to the next quote.
+
+    Args:
+        fields: of one record.
+        width: fields of the header.
+        path: for messages.
+        line: 1-based, where the record begins.
+        delimiter: a comma or a tab.
+    """
+    for position, field in enumerate(fields):
+        lines = _LINE_END.split(field)
+        if len(lines) > 1 and _holds_rows(lines, position, width, delimiter):
+            raise DataError(
+                f'{path}: line {line}: a field must end on its line, got one that a quote " opens and that takes in all'
+                f" up to line {line + len(lines) - 1}, as if these rows were one text. Close that quote, and write each"
+                ' quote inside a "quoted" text as "". If it is one text, save the rows as JSONL.'
+            )
+        line += len(lines) - 1
+
+
+def _holds_rows(lines: Sequence[str], position: int, width: int, delimiter: str) -> bool:
+    """Whether the lines of a field, the one at `position` of a record of `width`, are rows.
+
+    Where fields are parted by commas, all lines between its first and its last must have the form of a row, and at
+    least two, and half of them, a comma that is none of prose; the first line holds the rest of the row that the quote
+    opened in, the last what stands before the field that it closed in.
+    """
+    if delimiter == "\t":
+        return any(delimiter in line for line in lines)  # no text holds tabs
+    first, *inner, last = lines
+    inner = [line.replace('"', '""') for line in inner if line.strip()]  # as they stand in the file
+    if width == 1 or first.count(",") < width - 1 - position or last.count(",") < position:
+        return False
+    sure = sum(_SURE_COMMA.search(line) is not None for line in inner)
+    return 2 * sure >= max(4, len(inner)) and all(len(row) == width for row in csv.reader(inner))
 
 
 def _repair_fields(columns: Sequence[str], delimiter: str) -> str:

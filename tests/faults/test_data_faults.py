@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from finetune.data import catalog, files, sources
+from finetune.data.files import read_columns, read_table
 from finetune.data.sources import load_rows
 from finetune.errors import DataError
 
@@ -86,7 +87,7 @@ def refuse(path, words, data=None, **options):
         (
             "a.tsv",
             b'text\tlabel\nok\tx\n"quoted\tx\nmore\ty\nan inch"\tx\n',
-            r'line 3: a field must end on its line, .* takes in all up to line 5\. Put .* each quote inside it as ""',
+            r'line 3: a field must end on its line, .* takes in all up to line 5, as if .*each quote inside .* as ""',
         ),
         ("a.tsv", b"text\tlabel\nok\n", r'line 2: must have 2 fields like the header, got 1\. Put .*a tab in "quotes"'),
         ("a.csv", b'text,label\n"two\nlines",x\nshort\n', r"line 4: must have 2 fields like the header, got 1"),
@@ -132,6 +133,33 @@ def refuse(path, words, data=None, **options):
 )
 def test_damaged_file(tmp_path, name, data, words):
     refuse(tmp_path / name, words, data)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+@pytest.mark.parametrize("read", [read_table, read_columns])
+@pytest.mark.parametrize(
+    ("header", "row", "opens", "closes"),
+    [
+        ("text,label", "message {i},yes", '"Quoted start only message,yes', 'message that ends quoted",no'),
+        ("text,label", "message {i},yes", '"Well, quoted start,yes', 'message that ends quoted",no'),
+        ("label,text", "no,message {i}", 'yes,"start', 'no,end"'),
+        ("id,text,label", "{i},message {i},yes", '20,"quoted start,yes', '60,ends quoted",no'),
+        ("text,stars", "{i} messages,5", '"start,4', 'end",3'),
+    ],
+)
+def test_a_quote_that_nothing_closes_takes_no_rows_away(tmp_path, name, read, header, row, opens, closes):
+    lines = [header, *(row.format(i=i) for i in range(2, 102))]
+    lines[19], lines[59] = opens, closes
+    path = tmp_path / name
+    content = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    words = (
+        r'a\.csv.*: line 20: a field must end on its line, got one that a quote " opens and that takes in all up to'
+        r' line 60, as if these rows were one text\. Close that quote, and write each quote inside a "quoted" text as'
+        r' ""\. If it is one text, save the rows as JSONL\.'
+    )
+    with pytest.raises(DataError, match=words):
+        read(path)
 
 
 def test_byte_place_across_blocks(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 from collections import Counter
 
 from hypothesis import given, settings
@@ -62,6 +63,30 @@ def test_paragraphs_joined_give_the_text_back(tmp_path_factory, paragraphs, end)
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(text.replace("\n", end).encode())
     assert [record["text"] for record in read_table(path)] == paragraphs
+
+
+# Sentences, lists and figures as people write them: with commas, but before a space, a digit or the line's end.
+WORDS = st.sampled_from(["Dear team", "thanks", "1,200", "9,50", '"so"', '5" wide', "a;b", ""])
+PROSE = st.tuples(
+    st.lists(WORDS, min_size=1, max_size=4), st.sampled_from([", ", " "]), st.sampled_from(["", ",", "."])
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.lists(PROSE, min_size=1, max_size=6), min_size=1, max_size=6),
+    st.permutations(["text", "label", "id"]),
+    st.sampled_from(ENDS),
+)
+def test_texts_of_several_lines_are_read_as_they_were_written(tmp_path_factory, texts, columns, end):
+    lines_of = [[joint.join(words) + stop for words, joint, stop in text] for text in texts]
+    rows = [{"text": end.join(lines), "label": "yes", "id": str(i)} for i, lines in enumerate(lines_of)]
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator=end)
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read_table(path) == rows
 
 
 @st.composite
