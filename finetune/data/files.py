@@ -170,7 +170,7 @@ def open_checked(path: Path, *, is_text: bool) -> Iterator[Path]:
                     shutil.copyfileobj(file, target)
                 elif path.name.lower().endswith(".gz"):
                     with gzip.open(file) as unpacked:
-                        _copy_text(cast("BinaryIO", unpacked), target, path, packed_bytes=path.stat().st_size)
+                        _copy_packed(cast("BinaryIO", unpacked), target, path)
                 else:
                     _copy_text(file, target, path, packed_bytes=None)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -178,6 +178,17 @@ def open_checked(path: Path, *, is_text: bool) -> Iterator[Path]:
         except OSError as error:
             raise DataError(f"{path}: must be readable, got '{error.strerror or error}'. Check its rights.") from None
         yield copy
+
+
+def _copy_packed(source: BinaryIO, target: BinaryIO, path: Path) -> None:
+    """Copy what is no bomb; of a bomb that holds no text, either, that it is one is said."""
+    packed_bytes = path.stat().st_size
+    try:
+        _copy_text(source, target, path, packed_bytes)
+    except DataError:
+        while source.read(BLOCK_BYTES):
+            _check_unpacked(path, source.tell(), packed_bytes)
+        raise
 
 
 def _copy_text(source: BinaryIO, target: BinaryIO, path: Path, packed_bytes: int | None) -> None:

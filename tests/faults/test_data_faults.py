@@ -187,7 +187,8 @@ def test_longest_text(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.txt.gz"])
-def test_gzip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("filling", [b"a", b"\0", b"\xff"])
+def test_gzip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, name, filling):
     monkeypatch.setattr(files, "FREE_UNPACKED_BYTES", 2 * files.BLOCK_BYTES)
     written = []
     check = files._check_unpacked
@@ -198,7 +199,7 @@ def test_gzip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, name)
     with gzip.open(path, "wb") as file:
         file.write(b"text,label\n")
         for _ in range(20):
-            file.write(b"a" * files.BLOCK_BYTES)
+            file.write(filling * files.BLOCK_BYTES)
     refuse(path, r"must unpack to at most 200 times its [\d,]+ bytes and at most 4 GiB, got more\. Unpack it yourself")
     assert max(written) < 20 * files.BLOCK_BYTES
 
