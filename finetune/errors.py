@@ -18,9 +18,10 @@ without a traceback and exits with `exit_code`; anything that is not a `Finetune
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
@@ -43,9 +44,13 @@ class RecipeError(FinetuneError):
 
 
 class DataError(FinetuneError):
-    """Rows that cannot be trained on or scored."""
+    """Rows that cannot be trained on or scored.
+
+    Where checks of the rows have failed, `findings` holds all that they saw, as `data.checks.findings_to_json` has it.
+    """
 
     exit_code = 3
+    findings: Sequence[Mapping[str, Any]] = ()
 
 
 class ColumnError(DataError):

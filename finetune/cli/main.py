@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(given, prog_name="finetune", standalone_mode=False)
     except FinetuneError as error:
         _trace(debug)
-        fail(str(error), error.exit_code, as_json)
+        fail(str(error), error.exit_code, as_json, getattr(error, "findings", ()))
     except typer.TyperException as error:
         words = error.format_message()
         if not words:  # Typer has printed the help instead

@@ -75,10 +75,10 @@ def print_written(output: Path, rows: int) -> None:
     print_text(f"{output}: {count_of(rows, 'row')} written.")
 
 
-def fail(message: str, code: int, as_json: bool) -> NoReturn:
-    """Say what went wrong and exit."""
+def fail(message: str, code: int, as_json: bool, findings: Sequence[Mapping[str, Any]] = ()) -> NoReturn:
+    """Say what went wrong and exit; `findings` are what checks of the rows saw."""
     if as_json:
-        print_json({"error": message, "exit_code": code})
+        print_json({"error": message, "exit_code": code} | ({"findings": findings} if findings else {}))
     sys.stderr.write(f"finetune: {message}\n")
     sys.exit(code)
 

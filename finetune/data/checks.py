@@ -19,6 +19,7 @@ from finetune.recipe.messages import count_of, suggest
 Severity = Literal["error", "warning", "note"]
 
 MAX_ROWS = 20
+SOME = 3  # of them are named in a message
 IMBALANCE_RATIO = 20
 CUT_WARNING_RATIO = 0.01
 
@@ -176,15 +177,24 @@ def check_shots(rows: Sequence[Row], labels: Sequence[str], shots: int) -> list[
 
 
 def raise_on_errors(findings: Sequence[Finding], origin: str) -> None:
-    """Raise one error that lists every finding of severity `error`.
+    """Raise one error that lists every finding of severity `error` with its rows, and every warning below.
 
     Raises:
-        DataError: there is at least one.
+        DataError: there is at least one error; it holds all findings.
     """
     errors = [finding for finding in findings if finding.severity == "error"]
-    if errors:
-        head = f"{origin}: {len(errors)} problem{'s' if len(errors) > 1 else ''}"
-        raise DataError("\n".join([head, *(f"  {finding.message}" for finding in errors)]))
+    if not errors:
+        return
+    lines = [f"{origin}: {count_of(len(errors), 'problem')}"]
+    for finding in errors:
+        lines.append(f"  {finding.message}")
+        if len(finding.rows) > SOME:  # the message names those
+            more = f" and {finding.count - len(finding.rows):,} more" if finding.count > len(finding.rows) else ""
+            lines.append(f"    rows: {', '.join(finding.rows)}{more}")
+    lines += [f"  warning: {finding.message}" for finding in findings if finding.severity == "warning"]
+    error = DataError("\n".join(lines))
+    error.findings = findings_to_json(findings)
+    raise error
 
 
 def findings_to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
@@ -369,7 +379,7 @@ def _shown(ids: Sequence[str]) -> tuple[str, ...]:
 
 
 def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+    return ", ".join(ids[:SOME]) + (", ..." if len(ids) > SOME else "")
 
 
 def _names(names: Sequence[str]) -> str:

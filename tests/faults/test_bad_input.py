@@ -138,6 +138,23 @@ def test_unknown_label(refuse, write_recipe, tmp_path):
     refuse(path, 3, "rows:91", "Did you mean 'positive'? Correct the rows, or tasks.<name>.labels.")
 
 
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_failed_checks_are_data_for_programs(command, write_recipe, tmp_path, monkeypatch, verb):
+    monkeypatch.chdir(tmp_path)
+    path = change_rows(
+        write_recipe, tmp_path, lambda rows: rows + b"a headline,postive\n" * 2 + b"a headline,neutral\n"
+    )
+    done = command(verb, path, "--json")
+    assert done.code == 3
+    printed = json.loads(done.out)
+    assert set(printed) == {"error", "exit_code", "findings"}
+    assert {(each["kind"], each["severity"], each["count"]) for each in printed["findings"]} >= {
+        ("unknown_label", "error", 2),
+        ("conflicting_labels", "warning", 1),
+    }
+    assert printed["findings"][0]["rows"] == ["rows:91", "rows:92"]
+
+
 def test_empty_split(refuse, write_recipe, tmp_path):
     path = change_rows(write_recipe, tmp_path, lambda _rows: b"text,label\nfalls,negative\ngains,positive\n")
     refuse(path, 3, "split: every split must hold rows, got train ", "of 2 rows. Give more rows, or a larger share to ")

@@ -242,6 +242,27 @@ def test_all_errors_are_raised_at_once():
         raise_on_errors(findings, "news.csv")
 
 
+def test_a_failed_check_names_its_rows_and_keeps_the_warnings():
+    extra = {
+        "train": [("", "pos")] * 25 + [("eta pays", "pos"), ("eta pays", "neg")],
+        "test": [("theta buys", "mixed")],
+    }
+    _, findings = check(**extra)
+    with pytest.raises(DataError) as caught:
+        raise_on_errors(findings, "news.csv")
+    rows = ", ".join(f"train:{number}" for number in range(3, 23))
+    assert str(caught.value).splitlines() == [
+        "news.csv: 2 problems",
+        "  train: text must not be empty, is in 25 rows (train:3, train:4, train:5, ...). Fill or remove them.",
+        f"    rows: {rows} and 5 more",
+        "  test: label must be one of neg, pos, got 'mixed' (1 row): test:3. Correct the rows, or tasks.<name>.labels.",
+        "  warning: 1 text must have one label, got several (train:28, train:29)."
+        " Decide on one: they cannot both be learned.",
+    ]
+    assert caught.value.findings == findings_to_json(findings)
+    assert [finding["severity"] for finding in caught.value.findings] == ["error", "error", "warning", "note"]
+
+
 @pytest.mark.parametrize(("cut", "severity"), [(1, "note"), (2, "warning")])
 def test_lengths(cut, severity):
     lengths = {"train": np.array([10] * (100 - cut) + [33] * cut), "test": [5, 32], "validation": []}
