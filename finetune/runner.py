@@ -7,6 +7,7 @@ there, and several processes need nothing but the folder's name to take part in 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from finetune.recipe import find_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.together import find_comparison
 from finetune.tasks import Recommendation
-from finetune.tasks.preparation import Prepared
+from finetune.tasks.preparation import Part, Prepared
 from finetune.training.loop import count_steps
 from finetune.training.processes import agree_on, is_main_process, world_size
 from finetune.training.progress import JudgingProgress, narrate
@@ -121,7 +122,8 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Check recipe, data and sizes; loads no weights and writes nothing.
 
     Returns:
-        Findings, rows and tokens of each split, steps, parameters and an estimate of the memory for training.
+        Findings, rows and tokens of each split, rows of each class in all splits together, steps, parameters and an
+        estimate of the memory for training.
     """
     path = find_recipe(recipe)
     loaded = settle_base(load_recipe(path, overrides))
@@ -135,6 +137,7 @@ def check(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             name: {
                 "data": part.source.origin,
                 "labels": part.task.labels,
+                "classes": _count_classes(part),
                 "splits": {
                     split: {"rows": len(rows), "tokens": int(part.examples[split].lengths.sum())}
                     for split, rows in part.splits.items()
@@ -179,6 +182,14 @@ def evaluate(
         return assess_held_out(folder, recipe, prepared, base, _settle_task(folder, task), str(data), columns or {})
     finally:
         lock.release()
+
+
+def _count_classes(part: Part) -> dict[str, int] | None:
+    """Class -> its rows in all splits, the largest first; None for a task without classes."""
+    if part.task.labels is None:
+        return None
+    counts = Counter(row.values.get("label") for rows in part.splits.values() for row in rows)
+    return dict(sorted(((label, counts[label]) for label in part.task.labels), key=lambda pair: -pair[1]))
 
 
 def _carry_out(folder: RunFolder, processes: int, quiet: bool, open_test: bool, ready: Ready | None = None) -> Run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,7 @@ Processes = Annotated[
 ]
 VERBS = {"assistant": "chat", "monitor": "monitor"}
 """Application -> the verb that uses it, and builds it where it is not there."""
+SHOWN_CLASSES = 12
 NoTest = Annotated[
     bool, typer.Option("--no-test", help="Stop after training; the test split stays closed until `finetune resume`.")
 ]
@@ -81,12 +82,21 @@ def check_command(recipe: RecipeArgument, overrides: Overrides = None, as_json: 
             ["split", "rows", "tokens"],
             [[split, f"{part['rows']:,}", f"{part['tokens']:,}"] for split, part in task["splits"].items()],
         )
+        if classes := task["classes"]:
+            print_text(f"classes  {_list_classes(classes)}")
     print_findings(plan["findings"])
     trained, total = plan["parameters"]["trained"], plan["parameters"]["total"]
     print_text(
         f"{trained:,} of {total:,} parameters would be trained ({trained / total:.2%}), in about {plan['steps']:,} "
         f"steps; weights, gradients and optimizer take {plan['memory_mb']:,} MB, activations come on top."
     )
+
+
+def _list_classes(classes: Mapping[str, int]) -> str:
+    """`3: Billing 110, Refund 70, Other 20`; of many the largest, and the smallest."""
+    sizes = [f"{name} {count:,}" for name, count in classes.items()]
+    shown = sizes if len(sizes) <= SHOWN_CLASSES else [*sizes[: SHOWN_CLASSES - 1], "...", sizes[-1]]
+    return f"{len(sizes):,}: {', '.join(shown)}"
 
 
 @contextmanager

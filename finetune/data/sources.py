@@ -315,7 +315,15 @@ def _build_rows(part: _Part, columns: Mapping[str, str], offset: int) -> list[Ro
     for number, record in enumerate(part.records, start=1):
         values = {name: value for name, value in record.items() if name not in used}
         for role, column in columns.items():
-            text = to_text(record[column], f"{part.where}: row {number}: column {column!r}")
+            where = f"{part.where}: row {number}: column {column!r}"
+            if role == "label" and isinstance(record[column], list):
+                raise DataError(
+                    f"{where}: must hold one label, got a list of {len(record[column])}: several labels a text are not"
+                    " offered. Keep the label that matters most, or make a column of yes and no for each label and a"
+                    " task of its own for each column, all in one recipe with split: {by: group, column: <text"
+                    " column>}."
+                )
+            text = to_text(record[column], where)
             values[role] = text.strip() or None if role == "label" else text
         rows.append(Row(f"{part.prefix}:{offset + number}", part.split, number, values))
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ from finetune.tasks.shapes import OnBase
 from finetune.tasks.task import HeldOut, Judgement, Outputs, TaskData
 
 MISTAKES = 50
+FEW_CLASSES = 10  # so many may be in as few rows as somebody likes
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class TextClassification(OnBase):
         """Settle the classes: the recipe's, else the card's, else the sorted values of the data.
 
         Raises:
-            DataError: fewer than two classes, or no row out of scope where there should be some.
+            DataError: fewer than two classes, values that are no classes, or no row out of scope where there should be
+                some.
         """
         labels, outside = section.labels if section.labels is not None else data.labels, section.out_of_scope
         found = {row.values["label"] for row in data.rows if row.values["label"]}
@@ -112,6 +115,8 @@ class TextClassification(OnBase):
                 f"{section.data}: the label column must hold at least 2 classes, got {classes}. Add rows of another "
                 "class, or name another column."
             )
+        if labels is None:
+            _check_classes(classes, sum(bool(row.values["label"]) for row in data.rows), section)
         return cls(
             classes, dict(values), tuple(section.clean), CONTEXT in section.columns, outside, section.outlier_exposure
         )
@@ -387,3 +392,33 @@ class TextClassification(OnBase):
             }
             for i in wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES]
         ]
+
+
+def _check_classes(classes: Sequence[str], count: int, section: TaskSection) -> None:
+    """Refuse values of a label column that nobody would call classes.
+
+    Args:
+        classes: its values.
+        count: rows that have one.
+        section: which column that is.
+    """
+    if is_fraction := all(map(_is_number, classes)) and not all(float(label).is_integer() for label in classes):
+        got = "numbers with fractions"
+    elif len(classes) > max(count / 2, FEW_CLASSES):
+        got = "an id or free text"
+    else:
+        return
+    values = ", ".join(map(repr, classes[:3]))
+    out = "Regression is not offered: choose" if is_fraction else "Choose"
+    raise DataError(
+        f"{section.data}: column {section.columns.get('label', 'label')!r} must hold a class for each row, got"
+        f" {len(classes):,} different values in {count:,} rows ({values}, ...), which look like {got}. {out} another"
+        " column as label. If they are classes, list them in tasks.<name>.labels."
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

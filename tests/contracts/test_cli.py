@@ -294,8 +294,18 @@ def test_check_speaks_json(command, write_recipe, tmp_path):
     (task,) = plan["tasks"].values()
     assert {name: split["rows"] for name, split in task["splits"].items()} == {"train": 63, "validation": 9, "test": 18}
     assert task["labels"] == ["negative", "neutral", "positive"]
+    assert task["classes"] == {"negative": 30, "neutral": 30, "positive": 30}
     assert 0 < plan["parameters"]["trained"] < plan["parameters"]["total"]
     assert plan["steps"] % 3 == 0
+
+
+def test_check_shortens_the_list_of_many_classes(command, write_recipe, tmp_path):
+    path = write_recipe(tmp_path, tasks={"tone": {"labels": None}})
+    rows = [f"headline {i} of {name},class {name}\n" for name in range(14) for i in range(40 - name)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(rows))
+    done = command("check", path)
+    largest = ", ".join(f"class {name} {40 - name}" for name in range(11))
+    assert f"\nclasses  14: {largest}, ..., class 13 27\n" in done.out
 
 
 @pytest.mark.parametrize("words", ["check nowhere", "data show nothing", "predict nowhere text", "run"])
@@ -397,6 +407,7 @@ def test_check_loads_no_weights_and_writes_nothing(command, write_recipe, tmp_pa
     done = command("check", path)
     assert (done.code, done.err) == (0, "")
     assert f"{path}: good." in done.out
+    assert "\nclasses  3: negative 30, neutral 30, positive 30\n" in done.out
     assert re.search(r"[\d,]+ of [\d,]+ parameters would be trained .* in about \d+ steps", done.out)
     assert read_files(tmp_path) == before
 

@@ -138,6 +138,44 @@ def test_unknown_label(refuse, write_recipe, tmp_path):
     refuse(path, 3, "rows:91", "Did you mean 'positive'? Correct the rows, or tasks.<name>.labels.")
 
 
+def relabel(label):
+    """Rows with other labels: that of row i is `label(i)`."""
+    return b"text,label\n" + b"".join(b"headline number %d,%s\n" % (i, label(i).encode()) for i in range(90))
+
+
+def test_labels_that_are_numbers_or_ids(refuse, command, write_recipe, tmp_path):
+    path = write_recipe(tmp_path / "in", tasks={"tone": {"labels": None}})
+    data = tmp_path / "in" / "rows.csv"
+    words = (
+        "column 'label' must hold a class for each row, got {} different values in 90 rows ({}, ...), which look like "
+    )
+    listed = " another column as label. If they are classes, list them in tasks.<name>.labels."
+    data.write_bytes(relabel(lambda i: f"{i % 8 / 4}"))
+    fractions = words.format(8, "'0.0', '0.25', '0.5'") + "numbers with fractions. "
+    refuse(path, 3, fractions + "Regression is not offered: choose" + listed)
+    data.write_bytes(relabel(lambda i: f"T{i % 46:02}"))
+    refuse(path, 3, words.format(46, "'T00', 'T01', 'T02'") + "an id or free text. Choose" + listed)
+    # Half as many values as rows, whole numbers, and fractions that the recipe lists are classes.
+    data.write_bytes(relabel(lambda i: f"T{i % 45}"))
+    assert "which look like" not in command("check", path).err
+    data.write_bytes(relabel(lambda i: f"{i % 3}.0"))
+    assert command("check", path).code == 0
+    path = write_recipe(tmp_path / "in", tasks={"tone": {"labels": ["0.5", "1.5", "2.5"]}})
+    data.write_bytes(relabel(lambda i: f"{i % 3}.5"))
+    assert command("check", path).code == 0
+
+
+def test_several_labels_a_text(refuse, write_recipe, tmp_path):
+    path = change_rows(write_recipe, tmp_path, lambda _rows: b'{"text": "x", "label": ["a", "b"]}\n', "rows.jsonl")
+    refuse(
+        path,
+        3,
+        "row 1: column 'label': must hold one label, got a list of 2: several labels a text are not offered. Keep the ",
+        "label that matters most, or make a column of yes and no for each label and a task of its own for each ",
+        "column, all in one recipe with split: {by: group, column: <text column>}.",
+    )
+
+
 @pytest.mark.parametrize("verb", ["check", "run"])
 def test_failed_checks_are_data_for_programs(command, write_recipe, tmp_path, monkeypatch, verb):
     monkeypatch.chdir(tmp_path)
