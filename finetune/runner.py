@@ -18,7 +18,7 @@ from finetune.artifact.load import load
 from finetune.artifact.predictor import MultiPredictor, Predictor
 from finetune.artifact.run_folder import RunFolder, find_run, load_json
 from finetune.data.checks import findings_to_json
-from finetune.errors import GateError, Interrupted, UsageError
+from finetune.errors import DataError, GateError, Interrupted, UsageError
 from finetune.evaluation.gates import join_gates, raise_on_failed_gates
 from finetune.fitting import train, train_in_workers
 from finetune.layout import Ready, estimate_memory, lay_out, plan_weights, prepare_again, prepare_rows, settle_base
@@ -176,12 +176,27 @@ def evaluate(
     lock = folder.hold()
     try:
         recipe = load_recipe(folder.recipe)
-        base, prepared = prepare_again(folder, recipe)
+        try:
+            base, prepared = prepare_again(folder, recipe)
+        except DataError as error:
+            if data is None:
+                raise
+            raise _explain_own_rows(error, folder, recipe, data, task) from error
         if data is None:
             return take_only(assess(folder, recipe, prepared, base))
         return assess_held_out(folder, recipe, prepared, base, _settle_task(folder, task), str(data), columns or {})
     finally:
         lock.release()
+
+
+def _explain_own_rows(error: DataError, folder: RunFolder, recipe: Recipe, data: str, task: str | None) -> DataError:
+    """Whoever asked for other rows is told which are missing."""
+    alone = f"finetune evaluate --model {folder.path} --data {data}{f' --task {task}' if task else ''}"
+    is_alone = not any(section.type == Recommendation.type for section in recipe.tasks.values())
+    return DataError(
+        f"{folder.path}: must find the rows that it was trained on, too, to fit baselines and to see whether {data}"
+        f" repeats any, got: {error} Put them back{f', or score the model without them: {alone}' if is_alone else '.'}"
+    )
 
 
 def _count_classes(part: Part) -> dict[str, int] | None:

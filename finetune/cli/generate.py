@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.output import AsJson, RunArgument, print_json, print_written
+from finetune.cli.output import AsJson, RunArgument, print_json, print_written, suggest_output
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import GenerateSection
@@ -50,7 +50,8 @@ def generate_command(
         got, fix = ("both", "Leave one out.") if prompts else ("neither", 'Add --prompt "some text".')
         raise UsageError(f"generate: must get either --prompt TEXT or --input FILE, got {got}. {fix}")
     if source and not output:
-        raise UsageError(f"generate: --input must come with --output, got none. Add --output generated{source.suffix}")
+        add = f"Add --output {suggest_output('generated', source)}"
+        raise UsageError(f"generate: --input must come with --output, got none. {add}")
     if output and not source:
         raise UsageError("generate: --output must come with --input, got none. Add --input FILE, or leave it out.")
     if values and source:

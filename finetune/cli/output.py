@@ -68,6 +68,12 @@ def print_findings(findings: Sequence[Mapping[str, Any]]) -> None:
         print_text(f"  {finding['severity']:8} {finding['message']}")
 
 
+def suggest_output(stem: str, source: Path) -> str:
+    """A file to write the rows of `source` to, in its own format where that can be written."""
+    ending = next((suffix for suffix in source.suffixes if suffix.lower() in (".jsonl", ".parquet")), ".csv")
+    return stem + ending.lower()
+
+
 def print_written(output: Path, rows: int) -> None:
     """A file of rows is there."""
     from finetune.recipe.messages import count_of  # with pydantic, which --help does not load

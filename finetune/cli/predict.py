@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.output import AsJson, Engine, RunArgument, print_json, print_table, print_written
+from finetune.cli.output import (
+    AsJson,
+    Engine,
+    RunArgument,
+    print_json,
+    print_table,
+    print_written,
+    suggest_output,
+)
 
 
 def predict_command(
@@ -34,7 +42,8 @@ def predict_command(
         _predict_texts(run, texts or [], engine, as_json)
         return
     if output is None:
-        raise UsageError(f"predict: --input must come with --output, got none. Add --output scored{source.suffix}")
+        add = f"Add --output {suggest_output('scored', source)}"
+        raise UsageError(f"predict: --input must come with --output, got none. {add}")
     from finetune.artifact.score_file import score_file
 
     rows = score_file(run, source, output, column=column, engine=engine, quiet=as_json)

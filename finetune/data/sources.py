@@ -135,8 +135,9 @@ def load_texts(path: Path, *columns: str) -> tuple[list[Record], list[str]]:
     column = next((name for name in columns if name in records[0]), columns[0])
     if column not in records[0]:
         there = describe_columns(records[0])
-        fix = "Name the text column with --column."
-        raise DataError(f"{path}: column {column!r} must exist, got {there}.{suggest(column, records[0])} {fix}")
+        name_it = f"{suggest(column, records[0])} Name the text column with --column."
+        fix = advise_on_form(str(path), records) or name_it.lstrip()
+        raise DataError(f"{path}: column {column!r} must exist, got {there}. {fix}")
     where = (f"{path}: row {number}: column {column!r}" for number in range(1, len(records) + 1))
     return records, [to_text(record[column], place) for record, place in zip(records, where, strict=True)]
 
@@ -329,15 +330,36 @@ def _build_rows(part: _Part, columns: Mapping[str, str], offset: int) -> list[Ro
     return rows
 
 
-def _missing_column(part: _Part, role: str, column: str, columns: Mapping[str, str]) -> ColumnError:
-    there = list(part.records[0])
-    free = [name for name in there if name not in columns.values()]
+def _missing_column(part: _Part, role: str, column: str, columns: Mapping[str, str]) -> DataError:
+    problem = f"{part.where}: column {column!r} must exist, got {describe_columns(part.records[0])}."
+    if advice := advise_on_form(part.where, part.records):
+        return DataError(f"{problem} {advice}")
+    free = [name for name in part.records[0] if name not in columns.values()]
     close = suggest(column, free)
     guess = close.split("'")[1] if close else free[0] if len(free) == 1 else "<column>"
     fix = f"Set tasks.<name>.columns: {{{role}: {guess}}}." if free else f"Add a column {column!r} to the data."
-    fix = guess_delimiter(there) or fix
-    problem = f"{part.where}: column {column!r} must exist, got {describe_columns(part.records[0])}."
     return ColumnError(problem, fix)
+
+
+def advise_on_form(where: str, records: Sequence[Record]) -> str | None:
+    """What to do about a file whose columns have no names, or one name for all; None where neither seems so.
+
+    Args:
+        where: the file.
+        records: its rows, at least one.
+    """
+    names = list(records[0])
+    if advice := guess_delimiter(names):
+        return advice
+    is_value = any(_is_number(name) or any(record[name] == name for record in records[:1000]) for name in names)
+    is_sentence = len(names) == 1 and len(names[0].split()) > 3
+    if re.search(r"\.[ct]sv(\.gz)?$", where, re.IGNORECASE) and (is_value or is_sentence):
+        return "The file seems to have no header line: write the names of its columns above its first row."
+    return None
+
+
+def _is_number(name: str) -> bool:
+    return name.strip("+-").replace(".", "", 1).isdecimal()
 
 
 def _compute_fingerprint(rows: Sequence[Row]) -> str:

@@ -151,6 +151,11 @@ def test_help_imports_no_heavy_library():
         (["predict", "x"], "predict: must get either texts or --input FILE, got neither."),
         (["predict", "x", "text", "--input", "a.csv"], "predict: must get either texts or --input FILE, got both."),
         (["predict", "x", "--input", "a.csv"], "--input must come with --output, got none. Add --output scored.csv"),
+        (["predict", "x", "--input", "a.tsv"], "--input must come with --output, got none. Add --output scored.csv"),
+        (["predict", "x", "--input", "a.txt"], "--input must come with --output, got none. Add --output scored.csv"),
+        (["predict", "x", "--input", "a.csv.gz"], "--input must come with --output, got none. Add --output scored.csv"),
+        (["predict", "x", "--input", "a.jsonl.gz"], "got none. Add --output scored.jsonl"),
+        (["predict", "x", "--input", "a.b.parquet"], "got none. Add --output scored.parquet"),
     ],
 )
 def test_a_command_that_cannot_be_meant_exits_with_2(command, arguments, words):

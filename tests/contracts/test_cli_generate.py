@@ -187,6 +187,7 @@ def test_the_seed_decides_what_is_sampled(command, causal):
             "generate: must get either --prompt TEXT or --input FILE, got both. Leave one out.",
         ),
         (["--input", "a.csv"], "generate: --input must come with --output, got none. Add --output generated.csv"),
+        (["--input", "a.tsv"], "generate: --input must come with --output, got none. Add --output generated.csv"),
         (
             ["--prompt", "a", "--output", "a.csv"],
             "generate: --output must come with --input, got none. Add --input FILE, or leave it out.",

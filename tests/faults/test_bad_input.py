@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -512,6 +513,23 @@ def test_evaluation_on_rows_that_are_split_otherwise(command, own_run):
     assert done.code == 3
     assert f"must be split as when tiny/{own_run.name} was started (data/ids.json), got other splits: " in done.err
     assert "test rows were learned from. Start a new run." in done.err
+
+
+def test_evaluation_on_other_rows_where_its_own_are_gone(command, own_run, write_recipe, tmp_path, monkeypatch):
+    """The error is about the run's rows, and the way out that it names is one."""
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path / "in")
+    recipe = own_run / "recipe.resolved.yaml"
+    recipe.write_text(re.sub(r"(\n +data: ).*", r"\1gone.csv", recipe.read_text()))
+    done = command("evaluate", own_run, "--data", "in/rows.csv")
+    assert done.code == 3
+    alone = f"finetune evaluate --model {own_run} --data in/rows.csv"
+    assert done.err.startswith(
+        f"finetune: {own_run}: must find the rows that it was trained on, too, to fit baselines and to see whether "
+        "in/rows.csv repeats any, got: data: must be a card, a file, a folder or hub:org/name@revision, got 'gone.csv'"
+    )
+    assert done.err.endswith(f" Put them back, or score the model without them: {alone}\n")
+    assert command(*alone.split()[1:]).code == 0
 
 
 def test_evaluation_on_rows_that_changed(command, own_run, finished_run, tmp_path):

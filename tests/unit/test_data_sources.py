@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 
 import datasets
 import pytest
 
 from finetune.data import catalog, sources
 from finetune.data.sources import load_rows, load_texts
-from finetune.errors import DataError
+from finetune.errors import ColumnError, DataError
 
 CSV = 'text,label,source\nGood news,pos,a\n"Bad, news",neg,b\n'
 
@@ -235,9 +236,52 @@ def test_text_alone_is_enough_when_asked(tmp_path):
     ],
 )
 def test_missing_column(tmp_path, header, fix):
-    path = write(tmp_path / "prices.csv", f"{header}\n{header}\n")
+    path = write(tmp_path / "prices.csv", f"{header}\n{re.sub('[a-z]', 'x', header)}\n")
     with pytest.raises(DataError, match=rf"prices\.csv: .*{fix}"):
         load_rows(str(path), {})
+
+
+NO_HEADER = "The file seems to have no header line: write the names of its columns above its first row."
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        (
+            "text number 0 about a and more 9325,a\nanother text,b\none more,a\n",
+            "text number 0 about a and more 9325, a",
+        ),
+        ("one text,4.5\nanother,3\n", "one text, 4.5"),
+        ("How do I pay?\nWhere is it\n", "How do I pay?"),
+    ],
+)
+def test_a_file_without_a_header_line(tmp_path, rows, columns):
+    path = write(tmp_path / "a.csv", rows)
+    words = f"{path}: column 'text' must exist, got columns {columns}. {NO_HEADER}"
+    for load in (lambda: load_rows(str(path), {}), lambda: load_texts(path, "text")):
+        with pytest.raises(DataError) as caught:
+            load()
+        assert str(caught.value) == words
+        assert not isinstance(caught.value, ColumnError), "no name for it is advised by whoever asks for the column"
+
+
+def test_names_that_may_be_names_are_taken_for_such(tmp_path):
+    path = write(tmp_path / "a.csv", "How happy are you with our service?,Score\nvery,3\n")
+    with pytest.raises(ColumnError, match=r"Set tasks\.<name>\.columns: {text: <column>}"):
+        load_rows(str(path), {})
+    path = write(tmp_path / "b.csv", "Message Body\nvery\n")
+    with pytest.raises(ColumnError, match=r"Set tasks\.<name>\.columns: {text: Message Body}"):
+        load_rows(str(path), {}, roles=("text",))
+    path = write(tmp_path / "a.jsonl", '{"0": "x"}\n')
+    with pytest.raises(ColumnError, match=r"Set tasks\.<name>\.columns: {text: 0}"):
+        load_rows(str(path), {})
+
+
+def test_texts_of_a_file_parted_by_something_else(tmp_path):
+    path = write(tmp_path / "a.csv", "id;Message Body;Category;stars\n1;x;y;4\n")
+    words = r"got columns id;Message Body;Category;stars\. Its fields seem to be parted by ';': save it with commas, or"
+    with pytest.raises(DataError, match=words):
+        load_texts(path, "text")
 
 
 # Cards
