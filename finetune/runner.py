@@ -189,7 +189,9 @@ def evaluate(
         lock.release()
 
 
-def _explain_own_rows(error: DataError, folder: RunFolder, recipe: Recipe, data: str, task: str | None) -> DataError:
+def _explain_own_rows(
+    error: DataError, folder: RunFolder, recipe: Recipe, data: str | Path, task: str | None
+) -> DataError:
     """Whoever asked for other rows is told which are missing."""
     alone = f"finetune evaluate --model {folder.path} --data {data}{f' --task {task}' if task else ''}"
     is_alone = not any(section.type == Recommendation.type for section in recipe.tasks.values())
