@@ -30,14 +30,19 @@ from finetune.data.sources import find_path, warn_of_namesake
 from finetune.data.times import parse_times
 from finetune.errors import DataError
 from finetune.recipe.card import Card, ItemsSection
+from finetune.recipe.messages import count_of, show
 
 ROLES = ("user", "item", "time")
-"""What every event has."""
+"""What every event has; `weight` is read only where a recipe or a card names its column."""
+
+WEIGHT = "weight"
+"""The role of what an event counts."""
 
 NO_CATALOGUE = ItemsSection(file=None, text=[], categorical=[], numeric=[])
 """Of events only people, items and times are read: a run has its catalogue."""
 
 Numbers = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float64]
 Values = tuple[str | float | None, ...]
 
 
@@ -77,6 +82,8 @@ class Interactions:
     """(E,) numbers of items."""
     time: Numbers
     """(E,) seconds since 1970 UTC."""
+    weight: Weights | None = None
+    """(E,) float64 above 0, what each event counts where popularity is counted; None where no column is named."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,8 @@ def load_interactions(
 
     Args:
         reference: the name of a card, or a file of events: CSV, TSV, JSONL or Parquet.
-        columns: role (`user`, `item`, `time`) -> column; the card's own roles fill in what is missing, then the role's
-            own name.
+        columns: role (`user`, `item`, `time`, `weight`) -> column; the card's own roles fill in what is missing, then
+            the role's own name, but of `weight`, which events need not have.
         items: the catalogue; its keys go before those of the card. Its file lies in the card's folder, or beside the
             events. Without a file, an item has the texts and values of its first event: later ones, a most frequent
             text or a mean price would tell of times that a split by time keeps from training.
@@ -118,12 +125,14 @@ def load_interactions(
 
     Raises:
         DataError: nothing of that name, a file that cannot be trusted, a missing column, an event without person, item
-            or time, a time that cannot be read, or an item twice in the catalogue.
+            or time, a time that cannot be read, a weight that is no number above 0, or an item twice in the catalogue.
     """
     card = load_card(reference) if reference in card_names() else None
     section = settle_items(reference, items)
     named = (card.roles if card else {}) | dict(columns)
     roles = {role: named.get(role, role) for role in ROLES}
+    if WEIGHT in named:
+        roles[WEIGHT] = named[WEIGHT]
     if card is not None:
         name, origin, where = card.name, describe_location(card), card.name
         table, findings = read_card_events(card)
@@ -185,6 +194,7 @@ class _Reading:
         users, user = _number(user_ids)
         names, item = _number(item_ids)
         time = self._read_times(table)
+        weight = self._read_weights(table) if WEIGHT in self.columns else None
         order = np.lexsort((time, user))
         if catalogue is None:
             first = np.lexsort((time, item))
@@ -193,8 +203,9 @@ class _Reading:
         else:
             known = self.read_catalogue(catalogue, kind)
             known, item = self._join(known, names, item)
-        kept = self._drop_repeated(order, user, item, time)
-        return Interactions(tuple(users), known, user[kept], item[kept], time[kept])
+        kept = self._drop_repeated(order, user, item, time, weight)
+        weight = None if weight is None else weight[kept]
+        return Interactions(tuple(users), known, user[kept], item[kept], time[kept], weight)
 
     def _column(self, table: pyarrow.Table, role: str) -> tuple[pyarrow.ChunkedArray, str]:
         column = self.columns[role]
@@ -214,6 +225,17 @@ class _Reading:
             message = f"times come in {len(forms)} forms, {found}; times without a zone are read as UTC."
             self._find("mixed_times", "warning", len(times), message)
         return times
+
+    def _read_weights(self, table: pyarrow.Table) -> Weights:
+        array, where = self._column(table, WEIGHT)
+        weights = to_numbers(array, where)
+        refused = np.flatnonzero(~(weights > 0))
+        if len(refused):
+            row, count = int(refused[0]), count_of(len(refused), "row")
+            fix = f"Correct or remove these rows, or leave columns.{WEIGHT} out."
+            got = show(array[row].as_py() or None) if np.isnan(weights[row]) else f"{weights[row]:g}"
+            raise DataError(f"{where}: row {row + 1}: must be a weight above 0, got {got} (in {count}). {fix}")
+        return weights
 
     def read_catalogue(self, table: pyarrow.Table, kind_in_events: str | None = None) -> Catalogue:
         """The items of `table`, whose ids events hold as numbers or text."""
@@ -268,9 +290,12 @@ class _Reading:
             )
         return catalogue, np.array([catalogue.numbers[name] for name in names])[item]
 
-    def _drop_repeated(self, order: Numbers, user: Numbers, item: Numbers, time: Numbers) -> Numbers:
-        """`order` without events that repeat person, item and time of one before."""
-        grouped = order[np.lexsort((item[order], time[order], user[order]))]
+    def _drop_repeated(
+        self, order: Numbers, user: Numbers, item: Numbers, time: Numbers, weight: Weights | None
+    ) -> Numbers:
+        """`order` without events that repeat person, item and time of one before; the first stays, or the heaviest."""
+        first = () if weight is None else (-weight[order],)
+        grouped = order[np.lexsort((*first, item[order], time[order], user[order]))]
         same = np.ones(len(order) - 1, bool)
         for values in (user, item, time):
             same &= values[grouped[1:]] == values[grouped[:-1]]
@@ -302,6 +327,8 @@ def _compute_fingerprint(interactions: Interactions) -> str:
     digest = hashlib.sha256(json.dumps([interactions.users, catalogue.ids, catalogue.texts, columns]).encode())
     for values in (interactions.user, interactions.item, interactions.time):
         digest.update(values.astype("<i8").tobytes())
-    # Events had weights once: without, the data of older runs are still theirs.
-    digest.update(np.ones(len(interactions.user), "<f4").tobytes())
+    # As ones where there are none: so the data of runs that were made before there were weights are still theirs.
+    weight = interactions.weight
+    counted = np.ones(len(interactions.user), "<f4") if weight is None else weight.astype("<f8")
+    digest.update(counted.tobytes())
     return digest.hexdigest()

@@ -41,6 +41,7 @@ class Events:
         user, item, time: (E,).
         items: I.
         now: the time at which it is known; all events lie before it.
+        weight: (E,) what each event counts in `count`, 1 on average; None where all count 1.
     """
 
     user: Numbers
@@ -48,11 +49,13 @@ class Events:
     time: Numbers
     items: int
     now: int
+    weight: npt.NDArray[np.float64] | None = None
 
     def count(self, since: int | None = None) -> Scores:
-        """Events of each item, (I,), all or those from a time on."""
-        chosen = self.item if since is None else self.item[self.time >= since]
-        return np.bincount(chosen, minlength=self.items).astype(np.float32)
+        """Events of each item, or the sum of their weights, (I,); all or those from a time on."""
+        chosen = slice(None) if since is None else self.time >= since
+        weight = None if self.weight is None else self.weight[chosen]
+        return np.bincount(self.item[chosen], weight, minlength=self.items).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Card(Section):
     aliases: dict[str, str] = Field(default_factory=dict)
     """Column -> the key that stands for it in objects of a `json_list` that lack it."""
     roles: dict[str, str] = Field(default_factory=dict)
-    """Role -> column, such as `{text: text, label: category}`; those of events are user, item and time.
+    """Role -> column, such as `{text: text, label: category}`; those of events are user, item, time and perhaps weight.
     A recipe's `columns` goes before."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class."""

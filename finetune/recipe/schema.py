@@ -184,8 +184,8 @@ class TaskSection(Section):
     """Role -> column of the data; roles are named by the task type: `text`, and `label`, `target` or `entry`; for
     question_answering `passage` and `answer`, and `answer_start` where there is one. `context`: what was said before a
     text, and for completion `passage`: what it is answered from, both read where they are named. For recommendation
-    `user`, `item` and `time`. Where a card has entries and its rows name them, `title`
-    and `passage` are columns too: those of the row's entries."""
+    `user`, `item` and `time`, and where it is named `weight`, above 0: what an event counts in what is popular. Where a
+    card has entries and its rows name them, `title` and `passage` are columns too: those of the row's entries."""
     labels: list[str] | dict[str, str] | None = None
     """The classes in order, or value-in-the-data -> class; the card's own, else those that occur."""
     out_of_scope: str | None = Field(default=None, min_length=1)

@@ -6,7 +6,7 @@ Shapes: I items, S width of the texts' vectors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ WINDOWS = (1, 5, 20)
 RECENT_DAYS = (7, 30, 180)
 WEEK = RECENT_DAYS[0]
 """Of what is popular in the place of a list, where nothing is known of a person."""
+WEIGHTED = "weighted"
 EASE_PENALTY = 200.0
 PRIOR_PEOPLE = 5
 
@@ -42,7 +43,8 @@ class Counts:
     Args:
         matrices: name -> items by items, CSR (I, I): `follows <window>`, `precedes`, `ease`.
         vectors: name -> (I,) float32: `popularity`, `popularity <days>`, `again`, the share of its people who had it
-            more than once, and `age`, days since its first event, nan where there was none.
+            more than once, `age`, days since its first event, nan where there was none; and where events have weights
+            `weighted`, their sum over the last week.
     """
 
     matrices: Mapping[str, Matrix]
@@ -58,8 +60,11 @@ class Counts:
         first = np.full(events.items, np.inf)
         np.minimum.at(first, events.item, events.time)
         age = np.where(np.isfinite(first), (events.now - first) / DAY, np.nan)
-        vectors = {"popularity": events.count(), "age": age.astype(np.float32), "again": _count_again(events)}
-        vectors |= {f"popularity {days}": events.count(events.now - days * DAY) for days in RECENT_DAYS}
+        plain = replace(events, weight=None)
+        vectors = {"popularity": plain.count(), "age": age.astype(np.float32), "again": _count_again(events)}
+        vectors |= {f"popularity {days}": plain.count(events.now - days * DAY) for days in RECENT_DAYS}
+        if events.weight is not None:
+            vectors[WEIGHTED] = events.count(events.now - WEEK * DAY)
         return cls(matrices, vectors)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -110,6 +115,13 @@ class Counts:
         """Events of the last so many days, one of `RECENT_DAYS`; of equals who has more at all is first, (I,)."""
         recent: Scores = self.vectors[f"popularity {days}"] + 1e-6 * self.vectors["popularity"]
         return recent
+
+    def rank_lately(self) -> Scores:
+        """What comes after an empty history: events of the last week, or their weights where they have some, (I,)."""
+        if WEIGHTED not in self.vectors:
+            return self.rank_popular(WEEK)
+        lately: Scores = self.vectors[WEIGHTED] + 1e-6 * self.vectors["popularity"]
+        return lately
 
     @cached_property
     def logs(self) -> dict[str, Scores]:

@@ -28,7 +28,7 @@ from finetune.evaluation.recommending import (
 )
 from finetune.evaluation.report_samples import LIST_LABELS
 from finetune.evaluation.scoring import round_numbers
-from finetune.tasks.items import WEEK, Counts
+from finetune.tasks.items import Counts
 from finetune.tasks.ranker import ROUNDS, Ranker, Table, fit_trees
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores
 from finetune.tasks.task import HeldOut, Judgement
@@ -79,7 +79,7 @@ def judge_lists(task: Recommendation, record: Record, held_out: HeldOut) -> Judg
                 for baseline in held_out.section.baselines
             }
         counts = Counts.fit(events)
-        first = _First(held_out.model, held_out.max_length, counts.rank_popular(WEEK))
+        first = _First(held_out.model, held_out.max_length, counts.rank_lately())
         chunks = questions.chunk()
         systems = {SEQUENCE: rank_all(questions, first.score, groups, track(f"{name}: first stage", chunks))}
         fresh = task.build_ranker(held_out.model, counts)

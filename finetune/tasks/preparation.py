@@ -24,7 +24,7 @@ from finetune.data.checks import (
     set_apart,
 )
 from finetune.data.cleaning import normalize_for_duplicates
-from finetune.data.interactions import ROLES, LoadedInteractions
+from finetune.data.interactions import ROLES, WEIGHT, LoadedInteractions
 from finetune.data.knowledge import Entry, compute_knowledge_fingerprint, load_card_knowledge, load_knowledge
 from finetune.data.rows import Row, Splits, build_name_rows
 from finetune.data.sources import LoadedRows, load_rows
@@ -50,7 +50,7 @@ from finetune.tasks.multi_task import Headed
 from finetune.tasks.people import load_others, load_people
 from finetune.tasks.task import Task, TaskData
 
-ALSO_NAMED = {QuestionAnswering.type: ("answer_start",), Completion.type: (ENTRY,)}
+ALSO_NAMED = {QuestionAnswering.type: ("answer_start",), Completion.type: (ENTRY,), Recommendation.type: (WEIGHT,)}
 """Task type -> what `columns` may name beside the roles: where an answer starts, and the entries of a card's rows."""
 
 

@@ -69,7 +69,8 @@ class Record:
         mask = train_mask(log, self.requests, at, self.cuts)
         last = int(log.time[mask].max()) + 1
         now = last if self.cuts is None else self.cuts[0 if at == "validation" else 1]
-        return Events(log.user[mask], log.item[mask], log.time[mask], len(log.catalogue.ids), now)
+        weight = None if log.weight is None else log.weight[mask] / log.weight[mask].mean()
+        return Events(log.user[mask], log.item[mask], log.time[mask], len(log.catalogue.ids), now, weight)
 
     def find(self, at: Held) -> tuple[Interactions, Requests]:
         """The events that a split asks about, and its requests in them."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -228,6 +230,23 @@ def test_baselines_by_hand():
     assert rank("co_occurrence", 0, window=5, decay=1.0) == [3, 1, 2, 0]  # 3 follows at 4/5 + 1, 1 and 2 at 1
     for name in COUNTINGS:
         assert rank(name, 2)[0] == (3 if name == "popular_week" else 0), "after nothing comes what is popular"
+
+
+def test_weights_count_in_what_is_popular_and_in_nothing_else():
+    plain = Events(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2]), np.array([0, 9, 9, 9]) * DAY, 4, 10 * DAY)
+    weighted = replace(plain, weight=np.array([0.25, 0.5, 0.25, 3.0]))
+    assert weighted.count().tolist() == [0.25, 0.75, 3.0, 0.0]
+    assert weighted.count(3 * DAY).tolist() == [0.0, 0.75, 3.0, 0.0]
+    assert weighted.count().dtype == np.float32
+    np.testing.assert_array_equal(replace(plain, weight=np.ones(4)).count(), plain.count())
+    histories = make_histories([0])
+    for name in ("popular", "popular_week"):
+        best = [int(np.argmax(fit(name, events)(histories)[0])) for events in (plain, weighted)]
+        assert best == [1, 2]
+    for count in (build_people, partial(count_following, window=5), partial(count_ease, penalty=1.0, neighbours=3)):
+        np.testing.assert_array_equal(count(weighted).toarray(), count(plain).toarray())
+    neighbours = (count_neighbours(events, 0.0, 3).toarray() for events in (plain, weighted))
+    np.testing.assert_array_equal(*neighbours)
 
 
 @pytest.mark.parametrize("name", list(COUNTINGS))

@@ -143,6 +143,56 @@ def test_repeated_events_are_dropped_and_counted(load):
     assert (found.count, found.message) == (2, "2 of 7 events repeat person, item and time of one before: dropped.")
 
 
+# Weights
+
+
+def test_weights_are_read_where_their_column_is_named_and_nowhere_else(load):
+    loaded = load(weight="stars")
+    assert list_events(loaded) == EXPECTED
+    assert loaded.interactions.weight.tolist() == [0.5, 5, 4, 3]
+    assert loaded.columns == {"user": "user", "item": "item", "time": "time", "weight": "stars"}
+    plain = load(EVENTS.replace("stars", "weight"))
+    assert plain.interactions.weight is None, "a column of that name alone says nothing"
+    assert plain.fingerprint == load().fingerprint != loaded.fingerprint
+    assert load(EVENTS.replace(",0.5", ",0.6"), weight="stars").fingerprint != loaded.fingerprint
+
+
+def test_of_repeated_events_the_heaviest_stays(load):
+    loaded = load(EVENTS + "ben,b2,2024-05-02,1\nben,b1,2024-05-02,9\n", weight="stars")
+    assert sorted(list_events(loaded)) == sorted(EXPECTED)
+    data = loaded.interactions
+    ben = data.user == data.users.index("ben")
+    weights = {data.catalogue.ids[item]: weight for item, weight in zip(data.item[ben], data.weight[ben], strict=True)}
+    assert weights == {"b2": 4, "b1": 9}
+    assert find(loaded, "repeated_event").count == 2
+
+
+@pytest.mark.parametrize(
+    ("stars", "words"),
+    [
+        ("many", "must be a number, got 'many'. Correct it."),
+        ("inf", "must be a finite number, got inf. Correct it."),
+        ("0", "must be a weight above 0, got 0 (in 1 row). Correct or remove these rows, or leave columns.weight out."),
+        ("-2", "must be a weight above 0, got -2 (in 1 row)."),
+        ("nan", "must be a weight above 0, got 'nan' (in 1 row)."),
+        ("", "must be a weight above 0, got nothing (in 1 row)."),
+    ],
+)
+def test_weight_that_is_no_number_above_zero_is_refused(refuse, load, stars, words):
+    broken = EVENTS.replace(",0.5", f",{stars}")
+    refuse(f"events.csv: column 'stars': row 3: {words}", broken, weight="stars")
+    assert load(broken).interactions.weight is None
+
+
+def test_column_of_weights_that_is_not_there(refuse):
+    there = "got columns user, item, time, stars."
+    words = f"column 'star' must exist, {there} Did you mean 'stars'? Set columns.weight to the right one."
+    refuse(words, weight="star")
+
+
+# Catalogues
+
+
 def test_items_that_the_catalogue_lacks_are_kept_without_text(load):
     loaded = load(EVENTS + "cem,zz,2024-05-02,4\ncem,aa,2024-05-02,4\ncem,aa,2024-05-03,4\n")
     known = loaded.interactions.catalogue

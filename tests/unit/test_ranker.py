@@ -233,6 +233,20 @@ def test_counts_by_hand():
     assert counts.matrices["follows 1"][0, 1] == counts.matrices["precedes"][1, 0] == pytest.approx(0.5**0.5)
 
 
+def test_weights_are_for_people_of_whom_nothing_is_known():
+    plain = Events(np.arange(4), np.array([0, 1, 1, 2]), np.array([0, 99, 99, 98]) * DAY, 3, 100 * DAY)
+    counts, without = (Counts.fit(replace(plain, weight=weight)) for weight in (np.array([1.5, 0.5, 0.5, 1.5]), None))
+    assert counts.vectors.pop("weighted").tolist() == [0, 1, 1.5]
+    for name, array in without.to_arrays().items():
+        np.testing.assert_array_equal(counts.to_arrays()[name], array)
+    np.testing.assert_array_equal(without.rank_lately(), without.rank_popular(7))
+    again = Counts.from_arrays(load(save(Counts.fit(replace(plain, weight=np.ones(4))).to_arrays())))
+    np.testing.assert_array_equal(again.rank_lately(), without.rank_lately())
+    ranked = Counts.fit(replace(plain, weight=np.array([1.5, 0.5, 0.5, 1.5]))).rank_lately()
+    assert np.argsort(-ranked).tolist() == [2, 1, 0]
+    assert np.argsort(-without.rank_lately()).tolist() == [1, 2, 0]
+
+
 def test_how_many_come_back_by_hand():
     # Of item 1's two people one had it twice, of item 0's two nobody; five more who do not come back are assumed.
     events = Events(np.array([0, 0, 0, 1, 1]), np.array([1, 0, 1, 1, 0]), np.arange(5), 3, 10)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load as load_arrays
 from safetensors.torch import load_file
 
 from finetune.artifact.predictions import Predictions
@@ -37,9 +38,11 @@ from finetune.recipe.schema import (
     TaskSection,
 )
 from finetune.tasks import judge_lists, recommendation
-from finetune.tasks.items import WEEK, Counts
+from finetune.tasks.items import Counts
 from finetune.tasks.judge_lists import place_candidates
 from finetune.tasks.people import load_others, load_people
+from finetune.tasks.preparation import _check_named_columns as check_named_columns
+from finetune.tasks.preparation import check_roles
 from finetune.tasks.ranker import Table
 from finetune.tasks.recommendation import Recommendation, Record, compute_sequence_scores, encode_questions
 from finetune.tasks.task import HeldOut
@@ -71,8 +74,9 @@ def draw_events(seed=0, people=40, items=ITEMS):
 
 
 def write_events(path, events):
+    """(user, item, time), and a weight where they have one."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("user", "item", "time"), *events])
+        csv.writer(file).writerows([("user", "item", "time", "weight")[: len(events[0])], *events])
 
 
 def write_shop(folder, events, items=ITEMS):
@@ -274,6 +278,48 @@ def test_what_validation_says_does_not_depend_on_test(judged, model, tmp_path):
     assert again.scored["test"]["metrics"] != judgement.scored["test"]["metrics"]
 
 
+def weigh(events, heavy="b03"):
+    """Events with one item four times as heavy as others."""
+    return [(*event, 4 if event[1] == heavy else 1) for event in events]
+
+
+def test_column_of_weights_that_nobody_named_changes_nothing(judged, model, tmp_path):
+    _, _, judgement = judged
+    rank = {"features": ["sequence", "co_occurrence", "price", "kind"]}
+    _, task, _ = load_shop(tmp_path, weigh(draw_events()), rank=rank)
+    again = judge(task, model)
+    assert (again.scored, again.files) == (judgement.scored, judgement.files)
+
+
+def test_weights_count_in_what_is_popular_alone(judged, model, tmp_path):
+    _, plain, judgement = judged
+    rank = {"features": ["sequence", "co_occurrence", "price", "kind"]}
+    _, task, splits = load_shop(tmp_path, weigh(draw_events()), rank=rank, columns={"weight": "weight"})
+    examples = (one.build_examples(splits["train"], None, 20) for one in (task, plain))
+    assert list_pairs(next(examples)) == list_pairs(next(examples)), "the first stage learns the same"
+    again = judge(task, model)
+    assert again.files["ranker.txt"] == judgement.files["ranker.txt"], "and so do the trees"
+    assert set(load_arrays(again.files["counts.safetensors"])) - set(
+        load_arrays(judgement.files["counts.safetensors"])
+    ) == {"weighted"}
+    popular, before = (one.scored["test"]["baselines"]["popular_week"]["metrics"] for one in (again, judgement))
+    assert popular != before
+
+
+def test_weights_are_one_on_average_over_what_is_known(tmp_path):
+    events = draw_events()
+    columns = {"weight": "weight"}
+    _, task, _ = load_shop(tmp_path, weigh(events), columns=columns)
+    cut = task.record.cuts[0]
+    known = task.record.list_known("validation")
+    assert known.weight.mean() == pytest.approx(1)
+    heavy = known.item == task.catalogue.numbers["b03"]
+    assert np.unique(known.weight[heavy] / known.weight[~heavy][0]).tolist() == pytest.approx([4])
+    later = [(*event[:3], 100 if event[2] >= cut else event[3]) for event in weigh(events)]
+    other = load_shop(tmp_path, later, columns=columns)[1].record.list_known("validation")
+    np.testing.assert_array_equal(other.weight, known.weight)
+
+
 def test_what_is_counted_for_a_split_ends_at_its_own_cut(judged, model, monkeypatch):
     _, task, _ = judged
     counted = []
@@ -347,7 +393,7 @@ def test_after_nothing_comes_what_was_popular_of_late(model):
     item = np.array([0] * 50 + [1] * 20 + [2] * 2 + [3] * 2 + [3] * 9)
     time = np.array([START] * 70 + [now - DAY] * 4 + [START] * 9)
     events = Events(np.arange(len(item)), item, time, ITEMS, now)
-    first = judge_lists._First(model, 20, Counts.fit(events).rank_popular(WEEK))
+    first = judge_lists._First(model, 20, Counts.fit(events).rank_lately())
     histories = Histories(np.array([4, 5]), np.array([0, 0]), np.array([0, 2]))
     sequence = first.compute(histories)
     filled = judge_lists.fill_popular(sequence, histories, first.popular)
@@ -510,6 +556,23 @@ def test_keys_that_do_not_go_together(tmp_path, changes, words):
     path.write_text(RECIPE.format(**(given | changes)), encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
+    assert words in str(caught.value)
+
+
+def test_roles_of_events():
+    check_named_columns(make_section(columns={"user": "who", "weight": "stars"}))
+    with pytest.raises(RecipeError) as caught:
+        check_named_columns(make_section(columns={"wieght": "stars"}))
+    words = "must name what recommendation reads (user, item, time, weight), got 'wieght'. Did you mean 'weight'?"
+    assert words in str(caught.value)
+
+
+def test_other_events_are_asked_about_without_weights(tmp_path):
+    events = draw_events()
+    _, task, _ = load_shop(tmp_path, weigh(events), columns={"weight": "weight"})
+    with pytest.raises(UsageError) as caught:
+        check_roles(task, {"weight": "stars"})
+    words = "--column: must be one of user, item, time for recommendation, got 'weight'."
     assert words in str(caught.value)
 
 

@@ -22,7 +22,7 @@ from finetune.applications.recommender.records import BOTH, POPULAR, SEQUENCE, B
 from finetune.errors import UsageError
 from finetune.evaluation.counting import Histories, Numbers, Scores
 from finetune.evaluation.recommending import find_first
-from finetune.tasks.items import WEEK, Counts, normalize
+from finetune.tasks.items import Counts, normalize
 from finetune.tasks.judge_lists import fill_popular, place_candidates
 from finetune.tasks.ranker import Ranker, Table
 from finetune.tasks.recommendation import Recommendation, compute_sequence_scores, compute_states
@@ -195,7 +195,7 @@ class Recommender:
     @cached_property
     def _popular(self) -> Scores:
         """For people of whom nothing is known, (I,)."""
-        return self.counts.rank_popular(WEEK)
+        return self.counts.rank_lately()
 
     # Lists
 
