@@ -218,7 +218,7 @@ def compress(  # noqa: PLR0913  (as the command takes them)
                 runner.resume(chosen.path, quiet=True)
         finally:
             if chosen.load_status()["state"] == "finished":  # a missed gate too
-                results |= {"test": {"run": _read_test(run), "chosen": _read_test(chosen)}}
+                results |= {"test": _read_tests(run, chosen, root, results["points"])}
                 _write(root, results)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(
@@ -353,9 +353,15 @@ def _write(root: Path, results: Mapping[str, Any]) -> None:
     write_page(root / PAGE, results)
 
 
-def _read_test(run: RunFolder) -> dict[str, Any]:
-    test = load_json(run.evaluation / "test.json")
-    return {"opened": test["opened"], "metrics": test["metrics"]}
+def _read_tests(run: RunFolder, chosen: RunFolder, root: Path, points: Mapping[str, Any]) -> dict[str, Any]:
+    """The test scores of the run and of the chosen size, and which other sizes' test splits were ever opened."""
+    names = {Path(point["run"]).name: name for name, point in points.items()}
+    opened = [path.parent.parent.name for path in sorted(root.glob("*/evaluation/test.json"))]
+    found: dict[str, Any] = {"others": [names.get(name, name) for name in opened if name != chosen.path.name]}
+    for key, each in (("run", run), ("chosen", chosen)):
+        test = load_json(each.evaluation / "test.json")
+        found[key] = {"opened": test["opened"], "metrics": test["metrics"]}
+    return found
 
 
 def _describe_miss(budget: Budget, results: Mapping[str, Any], root: Path) -> str:

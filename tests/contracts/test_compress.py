@@ -148,7 +148,7 @@ def test_again_nothing_is_trained_and_another_budget_takes_another_size(results,
     monkeypatch.setattr(Budget, "choose", lambda *_: ("2x1", "2x1"))
     again = compress(parent, min_speedup=1, **TWO)
     assert again["points"]["1x0.5"]["run"] == results["points"]["1x0.5"]["run"]
-    assert again["test"]["chosen"]["opened"] == 1
+    assert (again["test"]["chosen"]["opened"], again["test"]["others"]) == (1, ["1x0.5"])
     assert (Path(again["points"]["2x1"]["run"]) / "evaluation" / "test.json").exists()
 
 

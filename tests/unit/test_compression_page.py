@@ -50,12 +50,21 @@ def make_results(**changes: Any) -> dict[str, Any]:
         "pipeline": {"speed": speed, "speedup": {"rows_per_second": 0.4, "p50": 0.9}},
         "timed": {"rows": 192, "tokens_per_row": 18.9},
         "machine": {"processor": "A & B", "cores": 2, "threads": 1, "instructions": "AVX2"},
-        "test": {"run": test, "chosen": test},
+        "test": {"run": test, "chosen": test, "others": []},
     } | changes
 
 
 def read_text(page: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL))
+
+
+def test_the_page_says_whose_test_split_was_opened_before():
+    results = make_results()
+    results["test"] |= {"others": ["6x1", "20261124-100000-0a1b2c3d"]}
+    words = (
+        "for the chosen size, and for 6x1, 20261124-100000-0a1b2c3d too: choose on validation, and do not shop around"
+    )
+    assert words in read_text(render_page(results))
 
 
 def test_the_page_says_what_was_chosen_and_what_it_cost():
