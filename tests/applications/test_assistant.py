@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -65,6 +66,22 @@ def test_a_new_subject_that_the_turns_before_outweigh_is_read_alone(say):
     assert say("cancel order 12345").kind == "template"
     reply = say("and the moon?")  # read with the turn before, it asks to cancel; alone, it is out of scope
     assert (reply.kind, reply.reason) == ("handover", "The message looks out of scope.")
+
+
+@pytest.mark.parametrize(("outside", "intent"), [(0.2, "cancel_order"), (0.01, "change_email")])
+def test_of_the_answers_with_the_turns_before_and_without_the_surer_is_given(say, reader, monkeypatch, outside, intent):
+    """Alone the message is in scope with .95, and either intent has .93 of that."""
+    say("who won the match?")
+    alone, behind = reader.read("cancel it", ""), replace(reader.read("my email", ""), outside=outside)
+    monkeypatch.setattr(reader, "read", lambda text, context: behind if context else alone)
+    assert say("whatever").intent == intent
+
+
+def test_an_answer_that_only_the_turns_before_lead_to_is_given(say, reader, monkeypatch):
+    say("who won the match?")
+    alone, behind = reader.read("the moon", ""), reader.read("my email", "")
+    monkeypatch.setattr(reader, "read", lambda text, context: behind if context else alone)
+    assert say("whatever").intent == "change_email"
 
 
 def test_of_two_close_intents_the_customer_chooses(say):

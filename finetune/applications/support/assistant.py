@@ -22,6 +22,7 @@ from finetune.applications.support.writer import Writer, compose_answer
 from finetune.data.knowledge import Entry
 from finetune.data.ranking import split_words
 
+Observed = tuple[Reading, list[Found], Signals]
 Kind = Literal["template", "passage", "question", "handover"]
 
 MAX_CHARACTERS = 2_000
@@ -140,7 +141,7 @@ class Assistant:
         session.add("agent", reply.text)
         return reply
 
-    def observe(self, text: str, context: str) -> tuple[Reading, list[Found], Signals]:
+    def observe(self, text: str, context: str) -> Observed:
         """What is read and found, and the numbers that decide."""
         reading = self.reader.read(text, context)
         found = self.index.find(text, context, reading, self.reader, self.relevance)
@@ -199,18 +200,30 @@ class Assistant:
         return self._answer_template(intents[0], pending.confidence, text, session, pending)
 
     def _answer_anew(self, text: str, session: Session, pending: Pending | None) -> Reply:
-        """The reply to a message that answers no question back."""
-        reply = self._weigh(text, session.context, session, pending)
-        if _is_said(reply, session):
-            reply = self._weigh(text, "", session, pending)  # what was said before may have outweighed a new subject
+        """The reply to a message that answers no question back.
+
+        What was said before may outweigh a new subject: of two answers, with it and without, the surer is given.
+        """
+        context = session.context
+        seen = self.observe(text, context)
+        alone = self.observe(text, "") if context else seen
+        if 0 < self._rate(seen[2]) < self._rate(alone[2]):
+            context, seen = "", alone
+        reply = self._weigh(text, context, seen, session, pending)
+        if context and _is_said(reply, session):
+            reply = self._weigh(text, "", alone, session, pending)
         if _is_said(reply, session):
             reason = "The same answer was given before, and the customer is not done."
             return Reply("handover", HAND_OVER, 1 - reply.confidence, reason, considered=reply.considered)
         return reply
 
-    def _weigh(self, text: str, context: str, session: Session, pending: Pending | None) -> Reply:
-        """What the model and the entries make of a message."""
-        reading, found, signals = self.observe(text, context)
+    def _rate(self, signals: Signals) -> float:
+        """How sure the answer is that these numbers lead to; 0 where they lead to none."""
+        return {"template": signals.intent, "passage": signals.passage}.get(decide(signals, self.sure), 0.0)
+
+    def _weigh(self, text: str, context: str, seen: Observed, session: Session, pending: Pending | None) -> Reply:
+        """The reply to what `observe` saw in a message."""
+        reading, found, signals = seen
         action = decide(signals, self.sure)
         ranked = [self._name(place) for place in self.rank_intents(reading)[:2]]
         if action == "template":
