@@ -68,13 +68,22 @@ def test_a_new_subject_that_the_turns_before_outweigh_is_read_alone(say):
     assert (reply.kind, reply.reason) == ("handover", "The message looks out of scope.")
 
 
-@pytest.mark.parametrize(("outside", "intent"), [(0.2, "cancel_order"), (0.01, "change_email")])
-def test_of_the_answers_with_the_turns_before_and_without_the_surer_is_given(say, reader, monkeypatch, outside, intent):
+@pytest.mark.parametrize(
+    ("text", "outside", "intent"),
+    [
+        ("whatever", 0.2, "cancel_order"),
+        ("whatever", 0.01, "change_email"),
+        ("please do, it is PW-204518", 0.2, "change_email"),  # a number alone says little of what is wanted
+    ],
+)
+def test_of_the_answers_with_the_turns_before_and_without_the_surer_is_given(
+    say, reader, monkeypatch, text, outside, intent
+):
     """Alone the message is in scope with .95, and either intent has .93 of that."""
     say("who won the match?")
     alone, behind = reader.read("cancel it", ""), replace(reader.read("my email", ""), outside=outside)
     monkeypatch.setattr(reader, "read", lambda text, context: behind if context else alone)
-    assert say("whatever").intent == intent
+    assert say(text).intent == intent
 
 
 def test_an_answer_that_only_the_turns_before_lead_to_is_given(say, reader, monkeypatch):

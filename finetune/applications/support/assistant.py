@@ -13,6 +13,7 @@ from finetune.applications.support.asides import Aside, find_aside
 from finetune.applications.support.decision import Signals, decide
 from finetune.applications.support.dialogue import OPEN_TURNS, Pending, Session
 from finetune.applications.support.index import Found, KnowledgeIndex
+from finetune.applications.support.personal_data import mask_personal_data
 from finetune.applications.support.quotes import quote_answer
 from finetune.applications.support.reader import Reader, Reading
 from finetune.applications.support.relevance import Relevance
@@ -202,12 +203,14 @@ class Assistant:
     def _answer_anew(self, text: str, session: Session, pending: Pending | None) -> Reply:
         """The reply to a message that answers no question back.
 
-        What was said before may outweigh a new subject: of two answers, with it and without, the surer is given.
+        What was said before may outweigh a new subject: of two answers, with it and without, the surer is given. A
+        message that names a number is not read without: a model takes it for what such numbers most often stood in.
         """
         context = session.context
         seen = self.observe(text, context)
         alone = self.observe(text, "") if context else seen
-        if 0 < self._rate(seen[2]) < self._rate(alone[2]):
+        has_value = mask_personal_data(text) != text
+        if not has_value and 0 < self._rate(seen[2]) < self._rate(alone[2]):
             context, seen = "", alone
         reply = self._weigh(text, context, seen, session, pending)
         if context and _is_said(reply, session):
