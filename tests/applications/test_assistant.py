@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from finetune.applications.support.assistant import HAND_OVER, MAX_CHARACTERS, NO_WORDS
+from finetune.applications.support.assistant import (
+    GREETING,
+    HAND_OVER,
+    MAX_CHARACTERS,
+    NO_WORDS,
+    WELCOME,
+    WHAT_ABOUT,
+)
 from finetune.applications.support.dialogue import Session
 from finetune.applications.support.index import KnowledgeIndex
 from finetune.applications.support.links import Links
 from finetune.applications.support.quotes import quote_answer, split_sentences
 from finetune.applications.support.relevance import Relevance
+from finetune.applications.support.templates import Intent
 from finetune.data.knowledge import Entry
 
 
@@ -57,6 +66,31 @@ def test_a_new_subject_that_the_turns_before_outweigh_is_read_alone(say):
     assert say("cancel order 12345").kind == "template"
     reply = say("and the moon?")  # read with the turn before, it asks to cancel; alone, it is out of scope
     assert (reply.kind, reply.reason) == ("handover", "The message looks out of scope.")
+
+
+@pytest.mark.parametrize(
+    ("text", "outside", "intent"),
+    [
+        ("whatever", 0.2, "cancel_order"),
+        ("whatever", 0.01, "change_email"),
+        ("please do, it is PW-204518", 0.2, "change_email"),  # a number alone says little of what is wanted
+    ],
+)
+def test_of_the_answers_with_the_turns_before_and_without_the_surer_is_given(
+    say, reader, monkeypatch, text, outside, intent
+):
+    """Alone the message is in scope with .95, and either intent has .93 of that."""
+    say("who won the match?")
+    alone, behind = reader.read("cancel it", ""), replace(reader.read("my email", ""), outside=outside)
+    monkeypatch.setattr(reader, "read", lambda text, context: behind if context else alone)
+    assert say(text).intent == intent
+
+
+def test_an_answer_that_only_the_turns_before_lead_to_is_given(say, reader, monkeypatch):
+    say("who won the match?")
+    alone, behind = reader.read("the moon", ""), reader.read("my email", "")
+    monkeypatch.setattr(reader, "read", lambda text, context: behind if context else alone)
+    assert say("whatever").intent == "change_email"
 
 
 def test_of_two_close_intents_the_customer_chooses(say):
@@ -153,6 +187,86 @@ def test_of_several_values_the_customer_chooses(say):
     assert say("22222").text == "I have cancelled order 22222."
 
 
+@pytest.mark.parametrize("said", ["the second", "2", "The second one, please"])
+def test_of_several_values_one_is_chosen_by_its_place(say, said):
+    say("cancel 11111 or 22222")
+    assert say(said).text == "I have cancelled order 22222."
+
+
+@pytest.mark.parametrize("said", ["both", "the third"])
+def test_what_chooses_no_value_is_handed_over(say, said):
+    say("cancel 11111 or 22222")
+    assert say(said).kind == "handover"
+
+
+@pytest.mark.parametrize(
+    "between", ["why do you need that?", "where do I find it?", "how long do returns of shoes take"]
+)
+def test_a_number_may_come_after_a_word_about_it(say, between):
+    say("cancel it")
+    assert say(between).kind in ("handover", "passage")
+    assert say("ok, it is 12345").text == "I have cancelled order 12345."
+
+
+def test_a_question_for_a_number_does_not_stay_open_for_long(say):
+    say("cancel it")
+    for between in ("why?", "what for?", "who says so?"):
+        say(between)
+    assert say("12345").text == WHAT_ABOUT
+
+
+def test_after_a_word_in_between_a_number_with_a_wish_is_another_matter(say):
+    say("cancel it")
+    say("why do you need that?")
+    assert say("who won 12345?").kind == "handover"
+
+
+def test_after_another_wish_the_question_is_closed(say):
+    say("cancel it")
+    assert say("change my email to a@example.org").intent == "change_email"
+    assert say("12345").text == WHAT_ABOUT
+
+
+def test_a_number_is_no_address(say):
+    say("I moved, order 12345")
+    reply = say("54321")
+    assert (reply.kind, reply.reason) == ("handover", "The new address was asked for and did not come.")
+
+
+def test_a_number_that_was_not_asked_for_fills_its_own_slot(assistant, session):
+    """And what was asked for is asked for again."""
+    intent = Intent("cancel_order", "cancel", "No {reason} for {order_id}.", ("reason", "order_id"))
+    assistant.intents["cancel_order"] = intent
+    assert assistant.reply("cancel it", session).missing == ("reason", "order_id")
+    assert assistant.reply("12345", session).missing == ("reason",)
+    assert assistant.reply("too green", session).text == "No too green for 12345."
+
+
+# Messages without a wish
+
+
+@pytest.mark.parametrize("text", ["PW-204518", "ok PW-204518", "hi, a question about order PW-204518"])
+def test_a_number_without_a_wish_starts_nothing(say, monkeypatch, reader, text):
+    """Whatever the model makes of it: here it reads a wish to cancel in all that is said."""
+    read = reader.read
+    monkeypatch.setattr(reader, "read", lambda text, context: read("cancel", context))
+    reply = say(text)
+    assert (reply.kind, reply.text) == ("question", WHAT_ABOUT)
+    assert say("please cancel").text == "I have cancelled order PW-204518."
+
+
+@pytest.mark.parametrize(("text", "answer"), [("hello", GREETING), ("Thank you, bye!", WELCOME)])
+def test_a_polite_word_is_answered_and_nobody_is_called(say, text, answer):
+    reply = say(text)
+    assert (reply.kind, reply.text, reply.missing) == ("question", answer, ())
+
+
+def test_a_polite_word_leaves_the_question_open(say):
+    say("I moved, order 12345")
+    assert say("ok").text == WELCOME
+    assert say("12 Rose Street, Leeds").kind == "template"
+
+
 def test_a_slot_is_filled_from_an_earlier_turn(say):
     say("where is order 12345, who knows")
     assert say("then cancel it").text == "I have cancelled order 12345."
@@ -171,7 +285,7 @@ def test_a_slot_is_filled_from_an_earlier_turn(say):
     ],
 )
 def test_a_number_that_may_be_anything_is_no_order_number(say, before, text):
-    assert say(before).kind == "handover"
+    assert say(before).kind in ("handover", "question")
     reply = say(text)
     assert (reply.kind, reply.missing) == ("question", ("order_id",))
 

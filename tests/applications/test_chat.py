@@ -102,7 +102,7 @@ def test_one_reply_a_line_for_programs(chat):
         )
     )
     assert (first["session"], first["kind"], first["missing"]) == ("a", "question", ["order_id"])
-    assert (other["session"], other["kind"]) == ("b", "handover")
+    assert (other["session"], other["kind"]) == ("b", "question")
     assert (second["kind"], second["text"], second["sources"]) == ("template", "I have cancelled order 12345.", [])
 
 

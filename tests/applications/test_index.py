@@ -140,16 +140,36 @@ def test_the_nearest_by_meaning_are_read_whatever_their_words(reader):
     assert "near" in {each.entry.id for each in index.find("gifts wrap", "", reading, reader)}
 
 
-def test_links_stay_with_the_passages_that_stay(reader, entries, tmp_path):
+def test_links_stay_with_the_questions_that_stay(reader, entries, tmp_path):
+    """A new answer to the same question is asked for alike; a new question under an old id is not."""
     links = Links.count(reader.intents, [("returns", ["returns-01"]), ("delivery", ["delivery-01"])])
     index = KnowledgeIndex.build(entries, reader, links=links)
     index.save(tmp_path)
     loaded = KnowledgeIndex.load(tmp_path, reader)
     assert loaded.links.to_json() == links.to_json()
-    changed = [replace(entry, text="Now all is new.") if entry.id == "returns-01" else entry for entry in entries]
-    rebuilt = KnowledgeIndex.build(changed, reader, known=loaded)
-    assert rebuilt.links.entries == ["delivery-01"]
+    answered = [replace(entry, text="Now all is new.") if entry.id == "returns-01" else entry for entry in entries]
+    assert KnowledgeIndex.build(answered, reader, known=loaded).links.entries == ["delivery-01", "returns-01"]
+    asked = [replace(entry, title="Do we sing?") if entry.id == "returns-01" else entry for entry in entries]
+    assert KnowledgeIndex.build(asked, reader, known=loaded).links.entries == ["delivery-01"]
     assert KnowledgeIndex.build(entries, reader).links.entries == []
+
+
+def test_a_new_entry_is_weighed_without_what_only_training_knows(reader, entries):
+    """No message asked for it yet: what that says of the others must not count against it."""
+    links = Links.count(reader.intents, [("returns", [entry.id]) for entry in entries])
+    relevance = Relevance(words=5.0, asked=5.0, reread=0.0, unlinked=Relevance(words=2.0, reread=0.0))
+    known = KnowledgeIndex.build(entries, reader, links=links)
+    new = Entry("vouchers-01", "Do vouchers expire?", "Vouchers never expire.")
+    index = KnowledgeIndex.build([*entries, new], reader, known=known)
+    text = "do vouchers expire"
+    found = index.find(text, "", reader.read(text, ""), reader, relevance)
+    assert found[0].entry == new
+    assert found[0].score == pytest.approx(1 / (1 + np.exp(-2.0)))
+    alike = index.find(text, "", reader.read(text, ""), reader, replace(relevance, unlinked=None))
+    others, unchanged = (
+        {each.entry.id: each.score for each in scores if each.entry != new} for scores in (found, alike)
+    )
+    assert others == unchanged
 
 
 def test_a_knowledge_file_is_what_it_was(reader, entries, tmp_path):

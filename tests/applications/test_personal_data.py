@@ -59,6 +59,8 @@ def test_an_iban_is_masked(iban):
     ("text", "masked"),
     [
         ("Write to anna.b+shop@mail.example.org today", "Write to [email] today"),
+        ("It is ann.o'neil@ex-ample.co.uk", "It is [email]"),
+        ("or 'a!#$&*/=?^`{|}~b@example.org'", "or '[email]'"),
         ("Call +44 20 7946 0958 or (212) 555-0123.", "Call [phone] or [phone]."),
         ("030 901820-55 bzw. 13812345678", "[phone] bzw. [phone]"),
         ("Where is order 12345?", "Where is order [order_id]?"),

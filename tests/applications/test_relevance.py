@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -56,6 +58,17 @@ def test_a_second_look_that_does_not_help_has_no_weight():
     assert [fitted.cosine, fitted.share, fitted.words, fitted.asked] == pytest.approx(expected.coef_[0], abs=1e-3)
 
 
+def test_entries_without_links_have_a_fit_of_their_own():
+    generator = np.random.default_rng(3)
+    evidence = [generator.normal(size=(4, 5)) for _ in range(60)]
+    right = [found[:, 0] + found[:, 3] + 0.3 * generator.normal(size=4) > 0.5 for found in evidence]
+    fitted = fit_relevance(evidence, right).unlinked
+    without = np.concatenate(evidence)[:, :3]
+    expected = LogisticRegression(C=10.0, max_iter=1000).fit(without, np.concatenate(right))
+    assert (fitted.asked, fitted.unlinked) == (0, None)
+    assert [fitted.cosine, fitted.share, fitted.words] == pytest.approx(expected.coef_[0], abs=1e-3)
+
+
 @pytest.mark.parametrize("truth", [True, False])
 def test_where_nothing_differs_nothing_is_fitted(truth):
     assert fit_relevance([np.ones((2, 5))], [np.full(2, truth)]) == Relevance()
@@ -65,8 +78,11 @@ def test_what_is_saved_loads_as_the_same_and_the_rest_is_refused(tmp_path):
     path = tmp_path / "relevance.json"
     with pytest.raises(ResourceError, match=r"must hold how entries are weighed, got nothing there. Build"):
         load_relevance(path)
-    save_relevance(path, Relevance(1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
-    assert load_relevance(path) == Relevance(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    relevance = Relevance(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, unlinked=Relevance(7.0))
+    save_relevance(path, relevance)
+    assert load_relevance(path) == relevance
+    path.write_text('{"intercept": 1, "cosine": 2, "share": 3, "words": 4, "asked": 5, "reread": 6}')  # older runs
+    assert load_relevance(path) == replace(relevance, unlinked=None)
     path.write_text('{"intercept": "1"}')
     with pytest.raises(
         ResourceError, match="must hold the numbers intercept, cosine, share, words, asked, reread, got"

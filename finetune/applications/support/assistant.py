@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from finetune.applications.support.asides import Aside, find_aside
 from finetune.applications.support.decision import Signals, decide
-from finetune.applications.support.dialogue import Pending, Session
+from finetune.applications.support.dialogue import OPEN_TURNS, Pending, Session
 from finetune.applications.support.index import Found, KnowledgeIndex
+from finetune.applications.support.personal_data import mask_personal_data
 from finetune.applications.support.quotes import quote_answer
 from finetune.applications.support.reader import Reader, Reading
 from finetune.applications.support.relevance import Relevance
@@ -21,6 +23,7 @@ from finetune.applications.support.writer import Writer, compose_answer
 from finetune.data.knowledge import Entry
 from finetune.data.ranking import split_words
 
+Observed = tuple[Reading, list[Found], Signals]
 Kind = Literal["template", "passage", "question", "handover"]
 
 MAX_CHARACTERS = 2_000
@@ -29,14 +32,23 @@ SHOWN = 3
 """How many intents and entries a reply says that it considered."""
 
 NO_WORDS = "I could not find any words in your message. What can I help you with?"
+GREETING = "Hello. What can I help you with?"
+WELCOME = "You are welcome. Is there anything else that I can help you with?"
+WHAT_ABOUT = "What would you like to know about this, or what should be done?"
 HAND_OVER = "I would rather let a colleague answer this. They will see our conversation and reply to you."
 _CHOICES = [
     re.compile(
         rf"(?:please |i mean )?(?:(?:option |number |no (?=\d))?(?:{said})|(?:the )?(?:{th})(?: one)?)(?: please)?"
     )
-    for said, th in (("1|one", "first|1st"), ("2|two", "second|2nd"))
+    for said, th in (
+        ("1|one", "first|1st"),
+        ("2|two", "second|2nd"),
+        ("3|three", "third|3rd"),
+        ("4|four", "fourth|4th"),
+    )
 ]
-"""How a customer says which of two is meant, in the words of `split_words`."""
+"""How a customer says which one of a list is meant, in the words of `split_words`."""
+_COURTESIES: dict[Aside | None, str] = {"greeting": GREETING, "thanks": WELCOME}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +142,7 @@ class Assistant:
         session.add("agent", reply.text)
         return reply
 
-    def observe(self, text: str, context: str) -> tuple[Reading, list[Found], Signals]:
+    def observe(self, text: str, context: str) -> Observed:
         """What is read and found, and the numbers that decide."""
         reading = self.reader.read(text, context)
         found = self.index.find(text, context, reading, self.reader, self.relevance)
@@ -160,30 +172,61 @@ class Assistant:
         return [int(place) for place in np.argsort(-reading.scores, kind="stable")]
 
     def _answer(self, text: str, session: Session) -> Reply:
-        pending, session.pending = session.pending, None
+        aside = find_aside(text)
         if not split_words(text):
-            session.pending = pending
             return Reply("question", NO_WORDS, 1.0, "The message has no words.")
-        if (
-            pending
-            and pending.slot is None
-            and (chosen := _read_choice(text, [self.intents[name] for name in pending.intents]))
-        ):
-            return self._answer_chosen(chosen, pending, session)
-        if pending and pending.slot and (value := self._read_slot(text, pending, session.context)):
+        if aside in _COURTESIES:
+            return Reply("question", _COURTESIES[aside], 1.0, "The message asks for nothing.")
+        pending, session.pending = session.pending, None
+        reply = self._answer_pending(text, session, pending) if pending else None
+        if reply is None and aside == "value":
+            reply = Reply("question", WHAT_ABOUT, 1.0, "The message names something and asks for nothing.")
+        reply = reply or self._answer_anew(text, session, pending)
+        is_over = reply.kind == "template" or session.pending is not None
+        if pending and find_kind(pending.slot or "") and not is_over and pending.age + 1 < OPEN_TURNS:
+            session.pending = replace(pending, age=pending.age + 1)  # the number may come after a word about it
+        return reply
+
+    def _answer_pending(self, text: str, session: Session, pending: Pending) -> Reply | None:
+        """The reply to the answer to a question back; None where a message is none."""
+        intents = [self.intents[name] for name in pending.intents]
+        if pending.slot is None:
+            chosen = _read_intent(text, intents)
+            return self._answer_chosen(chosen, pending, session) if chosen else None
+        value = self._read_slot(text, pending, session.context)
+        if value:
             pending.values[pending.slot] = value
-            return self._answer_template(self.intents[pending.intents[0]], pending.confidence, text, session, pending)
-        reply = self._weigh(text, session.context, session, pending)
-        if _is_said(reply, session):
-            reply = self._weigh(text, "", session, pending)  # what was said before may have outweighed a new subject
+        elif find_aside(text) is None:
+            return None
+        return self._answer_template(intents[0], pending.confidence, text, session, pending)
+
+    def _answer_anew(self, text: str, session: Session, pending: Pending | None) -> Reply:
+        """The reply to a message that answers no question back.
+
+        What was said before may outweigh a new subject: of two answers, with it and without, the surer is given. A
+        message that names a number is not read without: a model takes it for what such numbers most often stood in.
+        """
+        context = session.context
+        seen = self.observe(text, context)
+        alone = self.observe(text, "") if context else seen
+        has_value = mask_personal_data(text) != text
+        if not has_value and 0 < self._rate(seen[2]) < self._rate(alone[2]):
+            context, seen = "", alone
+        reply = self._weigh(text, context, seen, session, pending)
+        if context and _is_said(reply, session):
+            reply = self._weigh(text, "", alone, session, pending)
         if _is_said(reply, session):
             reason = "The same answer was given before, and the customer is not done."
             return Reply("handover", HAND_OVER, 1 - reply.confidence, reason, considered=reply.considered)
         return reply
 
-    def _weigh(self, text: str, context: str, session: Session, pending: Pending | None) -> Reply:
-        """The reply to a message that answers no question back."""
-        reading, found, signals = self.observe(text, context)
+    def _rate(self, signals: Signals) -> float:
+        """How sure the answer is that these numbers lead to; 0 where they lead to none."""
+        return {"template": signals.intent, "passage": signals.passage}.get(decide(signals, self.sure), 0.0)
+
+    def _weigh(self, text: str, context: str, seen: Observed, session: Session, pending: Pending | None) -> Reply:
+        """The reply to what `observe` saw in a message."""
+        reading, found, signals = seen
         action = decide(signals, self.sure)
         ranked = [self._name(place) for place in self.rank_intents(reading)[:2]]
         if action == "template":
@@ -221,13 +264,15 @@ class Assistant:
             reason = f'The intent is "{intent.description}".'
             return Reply("template", fill_template(intent, filling.values), confidence, reason, intent.name)
         slot = filling.missing[0]
-        if pending and same and pending.slot == slot:
+        if pending and same and pending.slot == slot and filling.values == known:
             reason = f"The {describe_slot(slot)} was asked for and did not come."
             return Reply("handover", HAND_OVER, confidence, reason, intent.name, missing=tuple(filling.missing))
-        session.pending = Pending(text, (intent.name,), slot, confidence, filling.values)
+        choices = tuple(filling.choices.get(slot, ()))
+        session.pending = Pending(text, (intent.name,), slot, confidence, filling.values, choices)
         reason = f'The intent is "{intent.description}"; its answer needs the {describe_slot(slot)}.'
-        ask = _ask_for(slot, filling.choices.get(slot, []))
-        return Reply("question", ask, confidence, reason, intent.name, missing=tuple(filling.missing))
+        return Reply(
+            "question", _ask_for(slot, choices), confidence, reason, intent.name, missing=tuple(filling.missing)
+        )
 
     def _answer_passage(self, entry: Entry, confidence: float, text: str, context: str) -> Reply:
         quote = quote_answer(entry, text, context, self.reader)
@@ -257,8 +302,11 @@ class Assistant:
         """What a message says of the slot that was asked for; None where it speaks of something else."""
         slot = pending.slot or ""
         if find_kind(slot):
-            values = find_values(slot, [text], asked=True)
-            return values[0] if len(values) == 1 else None
+            values = find_values(slot, [text], asked=True) if not pending.age or find_aside(text) else []
+            value = values[0] if len(values) == 1 else None
+            if value in pending.choices or (place := _read_place(text, len(pending.choices))) is None:
+                return value
+            return pending.choices[place]
         if not is_answer(text):
             return None
         reading = self._consult_entries(self.reader.read(text, context))
@@ -300,16 +348,20 @@ def _ask_for(slot: str, choices: Sequence[str]) -> str:
     return f"For that I need the {asked}. What is it?"
 
 
-def _read_choice(text: str, intents: Sequence[Intent]) -> Intent | None:
-    """The intent that a message chooses: by its number, its description, both, or its name."""
+def _read_place(text: str, count: int) -> int | None:
+    """The place, from 0, of the one of a list that a message chooses by its number."""
     said = " ".join(split_words(text))
-    for number, (form, intent) in enumerate(zip(_CHOICES, intents, strict=True), start=1):
+    return next((place for place, form in enumerate(_CHOICES[:count]) if form.fullmatch(said)), None)
+
+
+def _read_intent(text: str, intents: Sequence[Intent]) -> Intent | None:
+    """The intent that a message chooses: by its number, its description, both, or its name."""
+    place = _read_place(text, len(intents))
+    if place is not None:
+        return intents[place]
+    said = " ".join(split_words(text))
+    for number, intent in enumerate(intents, start=1):
         described = " ".join(split_words(intent.description))
-        if form.fullmatch(said) or said in (
-            described,
-            f"{number} {described}",
-            intent.name,
-            intent.name.replace("_", " "),
-        ):
+        if said in (described, f"{number} {described}", intent.name, intent.name.replace("_", " ")):
             return intent
     return None

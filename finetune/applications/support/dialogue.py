@@ -19,6 +19,8 @@ Answer = TypeVar("Answer")
 
 KEPT_TURNS = 40
 """Of a conversation; older ones are forgotten."""
+OPEN_TURNS = 3
+"""Messages that may answer a question for a number, counted from the question."""
 KEPT_SESSIONS = 10_000
 """Of one assistant; the one that was silent longest is forgotten first."""
 
@@ -51,8 +53,12 @@ class Pending:
     """How sure the one intent was."""
     values: dict[str, str] = field(default_factory=dict)
     """Slots that are filled already."""
+    choices: tuple[str, ...] = ()
+    """The values of the slot that the question named."""
     context: str = ""
     """The dialogue before the customer's message."""
+    age: int = 0
+    """Messages that have not answered it."""
 
 
 @dataclass(slots=True)

@@ -72,7 +72,8 @@ class KnowledgeIndex:
         Args:
             entries: at least one.
             reader: the model.
-            known: an index of the same model, whose features and links are kept for passages that did not change.
+            known: an index of the same model, whose features are kept for passages that did not change, and its links
+                for entries that answer the same question: with the id and the title of one before.
             links: which intents ask for which entries; None for those of `known`.
         """
         same = known is not None and known.fingerprint == reader.fingerprint
@@ -86,8 +87,8 @@ class KnowledgeIndex:
             kept |= dict(zip(new, np.asarray(reader.embed(new), dtype=np.float32), strict=True))
         if links is None:
             links = known.links if known and same else Links.count(reader.intents, [])
-            before = {entry.id: entry.passage for entry in known.entries} if known and same else {}
-            links = links.keep([entry.id for entry in entries if before.get(entry.id) == entry.passage])
+            before = {entry.id: entry.title or entry.text for entry in known.entries} if known and same else {}
+            links = links.keep([entry.id for entry in entries if before.get(entry.id) == (entry.title or entry.text)])
         return cls(entries, np.stack([kept[entry.passage] for entry in entries]), reader.fingerprint, links)
 
     def find(
@@ -105,6 +106,9 @@ class KnowledgeIndex:
         weights = relevance or Relevance()
         first, evidence = self.examine(text, context, reading, reader if weights.reread else None)
         scores = weights.compute_probabilities(evidence)
+        if weights.unlinked:
+            unlinked = weights.unlinked.compute_probabilities(evidence)
+            scores = np.where(self._places[first] < 0, unlinked, scores)
         best = np.argsort(-scores, kind="stable")
         return [Found(self.entries[first[place]], float(scores[place])) for place in best]
 

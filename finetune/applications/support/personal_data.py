@@ -12,7 +12,7 @@ from itertools import accumulate, chain
 
 MONEY = r"(?i:[$€£¥]|euros?\b|dollars?\b|pounds?\b|yuan\b|yen\b|eur\b|usd\b|gbp\b|元)"
 # The bound (RFC 5321) keeps the time linear: each letter of a long word is tried as the start of an address.
-EMAIL = re.compile(r"[\w.+%-]{1,64}@[\w-]+(?:\.[\w-]+)+")
+EMAIL = re.compile(r"[\w.+%-][\w.+%'!#$&*/=?^`{|}~-]{0,63}@[\w-]+(?:\.[\w-]+)+")
 _ALONE, _ENDS = r"(?<![\w.,/:+$€£¥-])", rf"(?![\w/:-]|[.,]\d|\s?{MONEY})"  # no part of a date, a time or an amount
 _IN_YEAR = (  # mid-2026, Nov2026
     r"(?i:mid|early|late|pre|post|spring|summer|autumn|fall|winter|(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*)"

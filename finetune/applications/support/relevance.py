@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Relevance:
     words: float = 0.0
     asked: float = 0.0
     reread: float = 1.0
+    unlinked: Relevance | None = None
+    """The same without `asked`, for entries that no training message asked for; None where they are weighed alike."""
 
     def compute_probabilities(self, evidence: Numbers) -> Numbers:
         """In [0, 1], (n,), from evidence (n, 5)."""
@@ -79,7 +81,7 @@ def fit_relevance(evidence: Sequence[Numbers], right: Sequence[npt.NDArray[np.bo
         right: whether each of them answers, (n,).
 
     Returns:
-        The fit; the second look alone where all candidates are right, or none.
+        The fit, with one for entries without links; the second look alone where all candidates are right, or none.
     """
     known, truth = np.concatenate(list(evidence)), np.concatenate(list(right))
     if truth.all() or not truth.any():
@@ -88,8 +90,14 @@ def fit_relevance(evidence: Sequence[Numbers], right: Sequence[npt.NDArray[np.bo
     question = np.repeat(np.arange(len(right)), [len(answers) for answers in right])
     gains = _compute_losses(without, truth, question) - _compute_losses(known, truth, question)  # (questions,)
     helps = len(gains) < FOLDS or gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains))
-    fitted = _build_regression().fit(known if helps else without, truth)
-    return Relevance(float(fitted.intercept_[0]), *map(float, fitted.coef_[0]))
+    weighed = known if helps else without
+    return replace(_fit(weighed, truth), unlinked=_fit(weighed * [1, 1, 1, 0, 1], truth))
+
+
+def _fit(evidence: Numbers, truth: npt.NDArray[np.bool_]) -> Relevance:
+    fitted = _build_regression().fit(evidence, truth)
+    intercept, cosine, share, words, asked, reread = map(float, (fitted.intercept_[0], *fitted.coef_[0]))
+    return Relevance(intercept, cosine, share, words, asked, reread)
 
 
 def _build_regression() -> Any:
@@ -119,12 +127,17 @@ def load_relevance(path: Path) -> Relevance:
     """Read what `save_relevance` wrote.
 
     Raises:
-        ResourceError: the file is missing, or does not hold its six numbers.
+        ResourceError: the file is missing, or does not hold its six numbers, once or twice.
     """
     if not path.is_file():
         raise ResourceError(f"{path}: must hold how entries are weighed, got nothing there. Build the assistant again.")
-    found = load_json(path)
-    numbers = isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values())
-    if not numbers or sorted(found) != sorted(Relevance.__slots__):
-        raise ResourceError(f"{path}: must hold the numbers {', '.join(Relevance.__slots__)}, got {found}.")
-    return Relevance(**found)
+    return _read(load_json(path), path)
+
+
+def _read(found: object, path: Path) -> Relevance:
+    names = [name for name in Relevance.__slots__ if name != "unlinked"]
+    found = {"unlinked": None, **found} if isinstance(found, dict) else {}  # older runs have the six numbers alone
+    unlinked = found.pop("unlinked")
+    if sorted(found) != sorted(names) or not all(isinstance(value, int | float) for value in found.values()):
+        raise ResourceError(f"{path}: must hold the numbers {', '.join(names)}, got {found}.")
+    return Relevance(**found, unlinked=None if unlinked is None else _read(unlinked, path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from finetune.applications.support.asides import FILLERS, find_aside
 from finetune.applications.support.personal_data import EMAIL, MONEY, NUMBER, Span, find_order_ids, find_personal_data
 from finetune.data.ranking import split_words
 
@@ -41,9 +42,6 @@ _OTHERS = set(
         "phone telephone mobile cell tel fax call text zip postcode postal code street live house flat card account "
         "bank iban customer member"
     )
-)
-_FILLERS = set(
-    split_words("no yes it s is was the that this one number nr id and or sorry actually please i mean meant")
 )
 _PLACE = re.compile(r"(?i:\b(?:in|at|near|to|from)\s)$")
 
@@ -83,10 +81,13 @@ def find_values(slot: str, texts: Sequence[str], *, asked: bool = False) -> list
 
 
 def is_answer(text: str) -> bool:
-    """Whether a text can fill a slot that takes the customer's own words: it asks nothing, and does not refuse.
+    """Whether a text can fill a slot that takes the customer's own words: it asks nothing, does not refuse, and is no
+    number that other slots take.
 
     How much it looks out of scope says nothing: an address alone looks so to every model.
     """
+    if find_aside(text):
+        return False
     said = " ".join(split_words(text))
     return not (text.rstrip().endswith("?") or _ASKS.search(said) or _REFUSES.search(said))
 
@@ -105,7 +106,7 @@ def _find_order_ids(text: str, asked: bool, is_newest: bool) -> list[str]:
     bare = []
     for clause in _CLAUSE.finditer(text) if is_newest else ():
         words = set(split_words(NUMBER.sub(" ", clause.group())))
-        if words & _OTHERS or not (asked or words & _ORDER or words <= _FILLERS):
+        if words & _OTHERS or not (asked or words & _ORDER or words <= FILLERS):
             continue
         numbers = (match.span() for match in NUMBER.finditer(text, clause.start(), clause.end()))
         bare += [span for span in numbers if not (_PLACE.search(text[: span[0]]) or _lies_in(span, [*others, *said]))]
