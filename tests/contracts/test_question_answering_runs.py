@@ -20,6 +20,7 @@ from finetune.data.batches import Examples
 from finetune.data.sources import load_rows
 from finetune.errors import UsageError
 from finetune.evaluation.intervals import Resampling, compute_interval
+from finetune.evaluation.scoring import round_numbers
 from finetune.fitting import read_validation
 from finetune.models.classifier import get_padding
 from finetune.recipe import load_recipe
@@ -92,7 +93,11 @@ def test_scores_have_one_layout(done: Run) -> None:
     assert test["baselines"]["no_answer"]["metrics"]["has_answer_f1"]["value"] == 0.0
     assert test["baselines"]["no_answer"]["metrics"]["answer_f1"]["value"] == 0.25  # one question of four
     assert test["baselines"]["bm25_sentence"]["metrics"]["answer_f1"]["value"] > 0.25
-    assert all(score["low"] <= score["value"] <= score["high"] for score in test["metrics"].values())
+    drawn = [
+        score for score in test["metrics"].values() if score["low"] is not None
+    ]  # of equal resamples there is none
+    assert drawn
+    assert all(score["low"] <= score["value"] <= score["high"] for score in drawn)
     assert "threshold" in json.loads((done.folder.model / "finetune.json").read_text())["fitted"]["tone"]
 
 
@@ -152,7 +157,7 @@ def test_two_runs_are_compared_row_by_row(done: Run) -> None:
     resampling = predictions.resample(done.test["resamples"], done.test["seed"])
     found = predictions.compute_estimates(METRICS, resampling)
     for name, estimate in found.items():
-        assert compute_interval(estimate, 0.95) == pytest.approx(done.test["metrics"][name], abs=1e-6)
+        assert round_numbers(compute_interval(estimate, 0.95)) == done.test["metrics"][name]
 
 
 def test_rows_that_were_split_as_groups_are_drawn_as_groups(done: Run) -> None:

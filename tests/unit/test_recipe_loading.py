@@ -86,7 +86,8 @@ def test_a_missing_key_points_at_its_parent(path: Path) -> None:
     assert _message(_write(path, RECIPE.replace("    data: headlines\n", ""))) == (
         "x.yaml: 1 problem\n  line 5  tasks.sentiment.data: must be given. A card in the catalog or the samples, a "
         "path (file or folder of splits), or `hub:org/name@revision` (of several configurations one: "
-        "`hub:org/name:config@revision`)."
+        "`hub:org/name:config@revision`). A relative path leads from the recipe's folder, or, where nothing lies "
+        "there, from the working folder."
     )
     assert "  line 2  name: must be given. Names the run's folder." in _message(
         _write(path, RECIPE.replace("name: tone\n", ""))

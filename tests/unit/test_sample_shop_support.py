@@ -66,7 +66,7 @@ def test_there_is_as_much_as_promised(rows, entries, intents, dialogues):
 def test_it_loads_with_its_card_alone(card):
     source = load_rows("shop_support", {})
     assert source.columns == {"text": "text", "label": "intent"}
-    assert source.notes == ()
+    assert source.findings == ()
     assert {row.values["label"] for row in source.rows} == {*card.labels, OUTSIDE}
 
 
