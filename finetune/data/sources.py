@@ -36,7 +36,7 @@ from finetune.data.knowledge import load_card_knowledge
 from finetune.data.rows import SPLITS, Row, to_text
 from finetune.errors import ColumnError, DataError
 from finetune.recipe.card import Card, HubSource
-from finetune.recipe.messages import suggest
+from finetune.recipe.messages import count_of, suggest
 
 ENTRY_COLUMNS = ("title", "passage")
 """Columns that rows have of the entries which they name, where a recipe reads them."""
@@ -118,6 +118,9 @@ def load_rows(
         role: named[role] for role in optional if role in named
     }
     rows = [row for number, part in enumerate(parts) for row in _build_rows(part, chosen, _count_before(parts, number))]
+    if blank := sum(len(part.records) for part in parts) - len(rows):
+        message = f"{count_of(blank, 'row')} with nothing in any column, as spreadsheets leave behind: left out."
+        findings.append(Finding("blank_rows", "note", "all", blank, message))
     return LoadedRows(name, rows, card, chosen, origin, _compute_fingerprint(rows), tuple(findings))
 
 
@@ -314,6 +317,8 @@ def _build_rows(part: _Part, columns: Mapping[str, str], offset: int) -> list[Ro
     used = set(columns.values())
     rows = []
     for number, record in enumerate(part.records, start=1):
+        if all(value is None or (isinstance(value, str) and not value.strip()) for value in record.values()):
+            continue
         values = {name: value for name, value in record.items() if name not in used}
         for role, column in columns.items():
             where = f"{part.where}: row {number}: column {column!r}"
@@ -327,6 +332,8 @@ def _build_rows(part: _Part, columns: Mapping[str, str], offset: int) -> list[Ro
             text = to_text(record[column], where)
             values[role] = text.strip() or None if role == "label" else text
         rows.append(Row(f"{part.prefix}:{offset + number}", part.split, number, values))
+    if not rows:
+        raise DataError(f"{part.where}: must hold rows, got {count_of(len(part.records), 'row')} with nothing in them.")
     return rows
 
 

@@ -405,3 +405,14 @@ def test_a_folder_with_the_name_of_a_repository_is_not_read(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"acme/news: must come from a folder or the Hub, got no folder"):
         load_rows("hub:acme/news@v1", {})
+
+
+def test_rows_with_nothing_in_them_are_left_out(tmp_path):
+    write(tmp_path / "a.csv", "text,label,note\none,a,\n,,\n two,b,\n ,,  \n")
+    loaded = load_rows(str(tmp_path / "a.csv"), {})
+    assert [(row.id, row.number) for row in loaded.rows] == [("a:1", 1), ("a:3", 3)]  # numbers stay those of the file
+    words = "2 rows with nothing in any column, as spreadsheets leave behind: left out."
+    assert [(found.severity, found.count, found.message) for found in loaded.findings] == [("note", 2, words)]
+    write(tmp_path / "b.csv", "text,label\n,\n")
+    with pytest.raises(DataError, match=r"b\.csv: must hold rows, got 1 row with nothing in them\.$"):
+        load_rows(str(tmp_path / "b.csv"), {})
