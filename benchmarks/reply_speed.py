@@ -1,5 +1,7 @@
 """How long one reply of the support assistant takes when it searches 10,000 entries: reading, searching, reranking.
 
+A second reply has another message before it, and is read with and without it.
+
 python benchmarks/reply_speed.py runs/support
 """
 
@@ -7,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
@@ -42,16 +47,22 @@ def main() -> None:
     index = grow(known.index, options.entries, seed=13)
     assistant = Assistant(known.reader, index, known.intents, known.sure, known.relevance)
     rows = [row for row in load_rows("shop_support", {}).rows if row.split == "test"][: options.messages]
-    times: dict[str, list[float]] = {"reply": [], "reading alone": []}
+    times: dict[str, list[float]] = {"reply": [], "second reply": [], "reading alone": []}
     for row in rows[:10]:
         assistant.reply(row.values["text"], Session())  # warm up
-    for row in rows:
-        start = time.perf_counter()
-        assistant.reply(row.values["text"], Session())
-        times["reply"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        assistant.reader.read(row.values["text"], "")
-        times["reading alone"].append(time.perf_counter() - start)
+    for before, row in pairwise([rows[-1], *rows]):
+        text, session = row.values["text"], Session()
+        session.add("customer", before.values["text"])
+        session.add("agent", "What can I do for you?")
+        works: dict[str, Callable[[], object]] = {
+            "reply": partial(assistant.reply, text, Session()),
+            "second reply": partial(assistant.reply, text, session),
+            "reading alone": partial(assistant.reader.read, text, ""),
+        }
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
     for name, seconds in times.items():
         median, late = np.percentile(np.array(seconds) * 1000, [50, 95])
         print(f"{name:14} median {median:6.1f} ms   p95 {late:6.1f} ms   ({len(seconds)} messages)")
