@@ -208,13 +208,13 @@ class Assistant:
         """
         context = session.context
         seen = self.observe(text, context)
-        alone = self.observe(text, "") if context else seen
-        has_value = mask_personal_data(text) != text
-        if not has_value and 0 < self._rate(seen[2]) < self._rate(alone[2]):
-            context, seen = "", alone
+        if context and mask_personal_data(text) == text:
+            alone = self.observe(text, "")
+            if 0 < self._rate(seen[2]) < self._rate(alone[2]):
+                context, seen = "", alone
         reply = self._weigh(text, context, seen, session, pending)
         if context and _is_said(reply, session):
-            reply = self._weigh(text, "", alone, session, pending)
+            reply = self._weigh(text, "", self.observe(text, ""), session, pending)
         if _is_said(reply, session):
             reason = "The same answer was given before, and the customer is not done."
             return Reply("handover", HAND_OVER, 1 - reply.confidence, reason, considered=reply.considered)
